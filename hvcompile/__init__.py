@@ -1,0 +1,1 @@
+"""hvcompile: a torch.compile backend, ``hvfast``, for video diffusion transformers."""
