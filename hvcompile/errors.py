@@ -1,0 +1,21 @@
+"""The errors that hvcompile raises on purpose; each message says what, where, what is allowed and what to do."""
+
+
+class HvcompileError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class OptionError(HvcompileError, ValueError):
+    """An option has an unknown key, a wrong type or a value out of range."""
+
+
+class RequestedPassError(HvcompileError):
+    """A pass that was asked for explicitly can't apply to this graph."""
+
+
+class UncompiledModelError(HvcompileError):
+    """A model was asked about that this backend has not compiled and run yet."""
+
+
+class InvalidRewriteError(HvcompileError, AssertionError):
+    """A pass broke an invariant of the pipeline; a fault of the pass, not of its input."""

@@ -1,0 +1,193 @@
+"""Everything that touches private torch: copying Dynamo's graph, symbolic sizes, and lowering.
+
+Private names used, each checked on torch 2.11.0 and 2.13.0:
+
+- ``Node._dynamo_source`` and ``GraphModule._param_name_to_source``: AOTAutograd reads both to tell parameters from
+  inputs and to deduplicate them; a copy of the graph that lacks them fails in ``process_inputs``.
+- ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` itself calls; there is no public entry that
+  takes a Dynamo graph with extra placeholders.
+- ``torch._inductor.decomposition.select_decomp_table`` and
+  ``torch._higher_order_ops.invoke_subgraph.NestedCompileRegionOptions``: an ``invoke_subgraph`` inside a ``cond``
+  branch is retraced without Inductor's decompositions and then fails with "both a fallback and a decomp for same op";
+  handing the table to the body cures it.
+- ``torch._guards.CompileContext``: the only place that says whether Dynamo captures a frame anew or again.
+- ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph.
+- ``SymInt.node.hint`` and ``SymInt.node.expr``: reading a symbolic size without installing a guard on it.
+- ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import CompileContext
+from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+Compiled = Callable[..., Any]
+
+COND = torch.ops.higher_order.cond
+INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
+
+
+def carry_over(old: fx.GraphModule, new: fx.GraphModule) -> fx.GraphModule:
+    """Copy onto ``new`` what the stages below Dynamo read from ``old``; returns ``new``."""
+    new.meta = dict(old.meta)
+    for name in ("_param_name_to_source",):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    return new
+
+
+def copy_placeholder(graph: fx.Graph, old: fx.Node) -> fx.Node:
+    """Copy a placeholder of Dynamo's graph with the source that AOTAutograd looks for."""
+    new = graph.node_copy(old)
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return new
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Dynamo's expression for a placeholder, such as ``L['kwargs']['timestep']``; empty where it has none."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name  # a property from torch 2.12 on, a method before
+    return str(name() if callable(name) else name)
+
+
+def parameter_names(module: fx.GraphModule) -> dict[str, str]:
+    """Map each placeholder that holds a parameter or buffer to its name in the model, from Dynamo's own table."""
+    return dict(module.meta.get("dynamo_flat_name_to_original_fqn", {}))
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value that Dynamo recorded for a node: a tensor, a symbolic or plain number, or a tuple of these."""
+    return node.meta.get("example_value")
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A symbolic size's value in the run that was captured, read without installing a guard."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return 1 if hint is None else int(hint)
+    return int(size)
+
+
+def numel_hint(tensor: torch.Tensor) -> int:
+    """Number of elements of a fake tensor, with symbolic sizes replaced by their hints."""
+    total = 1
+    for size in tensor.shape:
+        total *= size_hint(size)
+    return total
+
+
+def shape_key(tensor: torch.Tensor) -> tuple[str, ...]:
+    """A shape as text: comparing symbolic sizes with ``==`` would install a guard."""
+    return tuple(str(size) for size in tensor.shape)
+
+
+def layout_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Everything of a fake tensor that the code compiled for it depends on."""
+    strides = tuple(str(stride) for stride in tensor.stride()) if tensor.layout is torch.strided else ()
+    return (type(tensor).__name__ == "FakeTensor", shape_key(tensor), strides, str(tensor.dtype), str(tensor.device))
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode in which Dynamo captured this graph."""
+    for node in graph.nodes:
+        if isinstance(value(node), FakeTensor):
+            return value(node).fake_mode  # type: ignore[no-any-return]
+    return None
+
+
+def fake_like(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device) -> Any:
+    """A fake contiguous tensor of this shape (symbolic sizes allowed) in the graph's own fake mode."""
+    with mode:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def symbols_of(graph: fx.Graph) -> dict[int, Any]:
+    """Map the position of each symbolic-size placeholder to its symbol."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return {
+        index: value(node).node.expr
+        for index, node in enumerate(placeholders)
+        if isinstance(value(node), torch.SymInt)
+    }
+
+
+def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
+    """The concrete value of a symbolic size, given the value of each symbol."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr.subs(dict(symbols)))
+    return int(size)
+
+
+def compile_id() -> tuple[int, int]:
+    """The frame that Dynamo is compiling, and how many times it was compiled before."""
+    current = CompileContext.current_compile_id()
+    if current is None:
+        return (-1, 0)
+    return (int(current.frame_id or 0), int(current.frame_compile_id or 0))
+
+
+def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule):
+            for node in child.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH):
+                body = getattr(child, node.args[0].target)
+                if isinstance(body, fx.GraphModule):
+                    yield body
+
+
+def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple."""
+    table = select_decomp_table()
+    for body in _outlined_bodies(module):
+        body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
+    return compile_fx(module, list(inputs))  # type: ignore[no-any-return]
+
+
+def to_aot(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Trace with AOTAutograd (functionalised ATen) and run the traced graph eagerly."""
+    from functorch.compile import aot_module_simplified, nop
+
+    return aot_module_simplified(module, list(inputs), fw_compiler=nop)  # type: ignore[no-any-return]
+
+
+def to_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Run the rewritten graph as it is."""
+    del inputs  # nothing is specialised
+    return module.forward
+
+
+LOWERINGS: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
+    "inductor": to_inductor,
+    "aot": to_aot,
+    "eager": to_eager,
+}
+
+
+@contextlib.contextmanager
+def fake_propagation(mode: FakeTensorMode) -> Iterator[None]:
+    """Run code on fake tensors in the graph's own mode."""
+    with mode:
+        yield
+
+
+def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be edited without touching the original, which Dynamo still reads."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        env[node] = copy_placeholder(graph, node) if node.op == "placeholder" else graph.node_copy(node, env.__getitem__)
+        env[node].meta = copy.copy(node.meta)
+    return carry_over(module, fx.GraphModule(module, graph))

@@ -1,0 +1,240 @@
+"""Finding the repeated blocks of a captured graph, from ``nn_module_stack`` and data flow alone.
+
+Dynamo records for every compute node the modules it was traced in. A path with an index in it,
+``transformer_blocks.3.attn.to_q``, places the node in a member of a module list. The members of one list, run one
+after the other, are candidates for the trunk. Small lists (embedders, refiners, adapters) are candidates too, so the
+trunk is the chain of lists that does the most arithmetic; a list joins the chain of the list before it only where the
+tokens that enter it are exactly the tokens that left the other.
+
+No class name and no module name is looked at; names serve only to tell one module from another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import fx
+
+from hvcompile.inductor import numel_hint, size_hint, value
+
+# Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
+# with them are work between the blocks (an adapter, a projection), not blocks.
+MINOR_LIST_SHARE = 0.1
+
+_PATH_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_0-9]+)")
+_PLUMBING = {"__dict__", "_modules"}
+
+
+def module_path(expression: str) -> tuple[str, ...]:
+    """Split Dynamo's module expression into attribute names, dropping the local variable that it starts from.
+
+    Torch 2.13 writes ``L['self'].__dict__['_modules']['blocks'].0.norm``, 2.11 ``L['self'].blocks.0.norm``; both give
+    ``("blocks", "0", "norm")``.
+    """
+    parts = tuple(next(filter(None, match)) for match in _PATH_PART.findall(expression))
+    return tuple(part for part in parts[1:] if part not in _PLUMBING)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleCall:
+    """One call of one member of a module list: which list, which member, and which call of it."""
+
+    list_path: tuple[str, ...]
+    index: int
+    call: str
+
+    @property
+    def path(self) -> str:
+        """The member's dotted path, such as ``transformer_blocks.3``."""
+        return ".".join((*self.list_path, str(self.index)))
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """The nodes of one call of one list member, in graph order."""
+
+    owner: ModuleCall
+    nodes: list[fx.Node]
+
+    @property
+    def path(self) -> str:
+        """The member's dotted path."""
+        return self.owner.path
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(value(node), torch.Tensor)
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether a node's value is a number, plain or symbolic: sizes and the arithmetic on them."""
+    return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def owner_of(node: fx.Node, depth: int) -> ModuleCall | None:
+    """The list member that a node was traced in, at the ``depth``-th index of its module path; None outside any."""
+    for call, (expression, _) in (node.meta.get("nn_module_stack") or {}).items():
+        path = module_path(str(expression))
+        indices = [place for place, part in enumerate(path) if part.isdigit()]
+        if len(indices) > depth and indices[depth] == len(path) - 1:
+            return ModuleCall(list_path=path[:-1], index=int(path[-1]), call=str(call))
+    return None
+
+
+def arithmetic(node: fx.Node) -> int:
+    """A node's floating point operations, counted exactly for matrix products and attention, else one an element."""
+    if not is_tensor(node):
+        return 0
+    operands = [value(operand) for operand in node.all_input_nodes if is_tensor(operand)]
+    name = getattr(node.target, "__name__", str(node.target))
+    out = numel_hint(value(node))
+    if "scaled_dot_product_attention" in name and len(operands) >= 2:
+        return 4 * numel_hint(operands[0]) * size_hint(operands[1].shape[-2])
+    if name in {"linear", "matmul", "bmm", "mm", "addmm", "baddbmm"} and operands and operands[0].ndim:
+        return 2 * out * size_hint(operands[0].shape[-1])
+    if name.startswith("conv") and len(operands) >= 2:
+        return 2 * out * numel_hint(operands[1]) // max(1, size_hint(operands[1].shape[0]))
+    return out
+
+
+def find_blocks(graph: fx.Graph, depth: int) -> list[Block]:
+    """All calls of list members in graph order, the members' lists being at the ``depth``-th index of the path.
+
+    Numbers (sizes) that are computed inside a block from numbers alone are left out: later blocks use them too.
+    """
+    blocks: dict[ModuleCall, Block] = {}
+    for node in graph.nodes:
+        if node.op in {"placeholder", "get_attr", "output"}:
+            continue
+        if is_scalar(node) and all(is_scalar(operand) for operand in node.all_input_nodes):
+            continue
+        owner = owner_of(node, depth)
+        if owner is not None:
+            blocks.setdefault(owner, Block(owner, [])).nodes.append(node)
+    return list(blocks.values())
+
+
+@dataclasses.dataclass
+class _ListRun:
+    """Consecutive blocks of one or more lists that take turns."""
+
+    blocks: list[Block]
+
+    def span(self, places: dict[fx.Node, int]) -> tuple[int, int]:
+        return places[self.blocks[0].nodes[0]], max(places[block.nodes[-1]] for block in self.blocks)
+
+    def arithmetic(self) -> int:
+        return sum(arithmetic(node) for block in self.blocks for node in block.nodes)
+
+
+def _runs(graph: fx.Graph, blocks: Sequence[Block]) -> list[_ListRun]:
+    """Group blocks by list, merge lists whose members take turns, and drop the minor ones of those."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    by_list: dict[tuple[str, ...], _ListRun] = {}
+    for block in blocks:
+        by_list.setdefault(block.owner.list_path, _ListRun([])).blocks.append(block)
+
+    merged: list[list[_ListRun]] = []
+    end = -1
+    for run in sorted(by_list.values(), key=lambda run: run.span(places)[0]):
+        first, last = run.span(places)
+        if merged and first < end:
+            merged[-1].append(run)
+        else:
+            merged.append([run])
+        end = max(end, last)
+
+    result = []
+    for lists in merged:
+        largest = max(run.arithmetic() for run in lists)
+        kept = [run for run in lists if run.arithmetic() >= MINOR_LIST_SHARE * largest]
+        members = [block for run in kept for block in run.blocks]
+        result.append(_ListRun(sorted(members, key=lambda block: places[block.nodes[0]])))
+    return result
+
+
+def entering(block: Block) -> list[fx.Node]:
+    """The nodes outside the block that it reads, in order of first use."""
+    inside = set(block.nodes)
+    operands = dict.fromkeys(operand for node in block.nodes for operand in node.all_input_nodes)
+    return [operand for operand in operands if operand not in inside]
+
+
+def leaving(block: Block) -> list[fx.Node]:
+    """The block's nodes that are read outside it, in graph order."""
+    inside = set(block.nodes)
+    return [node for node in block.nodes if any(user not in inside for user in node.users)]
+
+
+def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block]) -> bool:
+    """Whether the tokens that ``later`` works on are the tokens that left ``earlier``, no more and no fewer.
+
+    Walks back from the first block of ``later``, through work that is in no block, to the blocks it came from. A list
+    that supplies only one of several streams (a text refiner) supplies fewer tokens than the first block hands on.
+    """
+    last, members = earlier.blocks[-1], set(map(id, earlier.blocks))
+    tokens_in = tokens_out = 0
+    counted: set[fx.Node] = set()
+    for operand in entering(later.blocks[0]):
+        leaves: set[fx.Node] = set()
+        seen: set[fx.Node] = set()
+        stack = [operand]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in owners:
+                leaves.add(node)
+            else:
+                stack.extend(node.all_input_nodes)
+        if not leaves or not is_tensor(operand):
+            continue
+        if any(id(owners[leaf]) not in members for leaf in leaves):
+            if any(owners[leaf] is last for leaf in leaves):
+                return False  # tokens of another list join here: that list is not part of this chain
+            continue
+        if not any(owners[leaf] is last for leaf in leaves):
+            continue
+        tokens_in += numel_hint(value(operand))
+        for leaf in leaves - counted:
+            if owners[leaf] is last and is_tensor(leaf):
+                tokens_out += numel_hint(value(leaf))
+        counted |= leaves
+    handed_on = sum(numel_hint(value(node)) for node in leaving(later.blocks[0]) if is_tensor(node))
+    return 0 < handed_on <= tokens_in == tokens_out
+
+
+def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
+    """The trunk's blocks in order of execution, or none and the reason.
+
+    Looks at the outermost index of each module path first, and deeper only where no list there has two blocks: the
+    model may itself stand in a list.
+    """
+    for depth in range(3):
+        runs = _runs(graph, find_blocks(graph, depth))
+        owners = {node: block for run in runs for block in run.blocks for node in block.nodes}
+        chains: list[list[_ListRun]] = []
+        for run in runs:
+            if chains and _continues(chains[-1][-1], run, owners):
+                chains[-1].append(run)
+            else:
+                chains.append([run])
+        candidates = [chain for chain in chains if sum(len(run.blocks) for run in chain) > 1]
+        if candidates:
+            best = max(candidates, key=lambda chain: sum(run.arithmetic() for run in chain))
+            return [block for run in best for block in run.blocks], ""
+    return [], "no module list with two or more members is called in this graph"
+
+
+def describe_lists(blocks: Iterable[Block]) -> str:
+    """The trunk's lists with their lengths, such as ``transformer_blocks x 20, single_transformer_blocks x 40``."""
+    counts: dict[str, int] = {}
+    for block in blocks:
+        name = ".".join(block.owner.list_path)
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} x {count}" for name, count in counts.items())
