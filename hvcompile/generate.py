@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import imageio.v3
 import numpy as np
@@ -42,6 +40,7 @@ class Request:
         dump: directory for the graphs before and after each pass.
         compare: also run the plain compiled model, and measure against it.
         fps: frames a second of the file.
+
     """
 
     prompt: str
@@ -75,11 +74,15 @@ class Request:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value}: give a finite number, 0 or more")
+        if (self.true_cfg or 0) > 1 and self.negative_prompt is None:
+            raise InputError(f"true_cfg is {self.true_cfg}, which does nothing without negative_prompt: give that too")
         if self.mode is not None and self.mode not in MODES:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         # torch.compile takes a mode or options, never both.
         if self.mode is not None and self.threshold is not None:
-            raise InputError(f"threshold can't be given with mode {self.mode!r}, which has no cache: leave one of them out")
+            raise InputError(
+                f"threshold can't be given with mode {self.mode!r}, which has no cache: leave one of them out"
+            )
         if self.mode is not None and self.dump is not None:
             raise InputError(f"dump can't be given with mode {self.mode!r}: set HVCOMPILE_DUMP={self.dump} instead")
         _check_output(self.output)
@@ -90,7 +93,7 @@ class Request:
         pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
 
     def compile_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ``transformer.compile`` besides the backend."""
+        """Give the keyword arguments of ``transformer.compile`` besides the backend."""
         if self.mode is not None:
             return {"mode": self.mode}
         options: dict[str, Any] = {}
@@ -101,7 +104,7 @@ class Request:
         return {"options": options} if options else {}
 
     def call_arguments(self, loaded: pipelines.Loaded) -> dict[str, Any]:
-        """The keyword arguments of the pipeline's call; raises InputError where this pipeline doesn't take them."""
+        """Give the keyword arguments of the pipeline's call; raises InputError where it doesn't take one."""
         pipelines.Grid.of(loaded.pipe).check(height=self.height, width=self.width, frames=self.frames)
         named = {
             "num_inference_steps": ("steps", self.steps),
@@ -117,62 +120,9 @@ class Request:
             if not loaded.accepts(argument):
                 kind = type(loaded.pipe).__name__
                 raise InputError(f"{named[argument][0]} can't be used: {kind} has no {argument}; leave it out")
+        if self.negative_prompt is not None and loaded.accepts("true_cfg_scale") and (self.true_cfg or 0) <= 1:
+            raise InputError("negative_prompt does nothing in this pipeline without true_cfg: give one above 1")
         return {**loaded.defaults, **given}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One denoising step: ``seconds`` of wall time, whether all its transformer calls were reused, and the largest
-    relative difference that was compared with the threshold (None where there is no cache)."""
-
-    seconds: float
-    reused: bool = False
-    difference: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One pass of the pipeline: ``frames`` as ``metrics.Frames``, ``seconds`` of all of it, and its steps in order."""
-
-    frames: metrics.Frames
-    seconds: float
-    steps: tuple[Step, ...]
-
-    @property
-    def num_reused(self) -> int:
-        """Steps that took the cached residual."""
-        return sum(step.reused for step in self.steps)
-
-    @property
-    def compile_seconds(self) -> float:
-        """The first step, which compiles, less what a computed step takes afterwards."""
-        computed = [step.seconds for step in self.steps[1:] if not step.reused]
-        return max(0.0, self.steps[0].seconds - (statistics.median(computed) if computed else 0.0))
-
-    @property
-    def step_seconds(self) -> float | None:
-        """The mean of a step, computed or reused, after the first; None for a run of one step."""
-        return statistics.fmean(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A run beside that of the plain compiled model, from the same seed, in the same process."""
-
-    run: Run
-    plain: Run
-    quality: metrics.Quality
-
-    @property
-    def step_speedup(self) -> float | None:
-        """Times faster a step, after the first, which compiles; None for runs of one step."""
-        ours, plain = self.run.step_seconds, self.plain.step_seconds
-        return plain / ours if ours and plain else None
-
-    @property
-    def total_speedup(self) -> float:
-        """Times faster in all: text encoding, compiling, every step and decoding."""
-        return self.plain.seconds / self.run.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,33 +130,157 @@ class Result:
     """A finished generation; ``comparison`` is None unless it was asked for."""
 
     output: Path
-    run: Run
+    run: metrics.Run
     graphs: int
     recompiles: int
-    comparison: Comparison | None = None
+    comparison: metrics.Comparison | None = None
 
 
-class Observer(Protocol):
-    """What is told as a generation goes on."""
-
-    def phase(self, text: str) -> None:
-        """Something other than a step has begun."""
-
-    def begin(self, name: str, num_steps: int) -> None:
-        """A run of ``num_steps`` has begun; its first step compiles."""
-
-    def step(self, step: Step) -> None:
-        """A step of the run is done."""
+Observer = Callable[["str | metrics.Step"], None]
+"""Told, as a generation goes on, what has begun (a few words) and each step when it is done."""
 
 
-class Silence:
-    """An observer that looks away."""
+def generate(
+    request: Request, observe: Observer = lambda event: None, loaded: pipelines.Loaded | None = None
+) -> Result:
+    """Run ``request`` and write its video file.
 
-    def phase(self, text: str) -> None:
-        """Ignore it."""
+    Args:
+        request: what to generate.
+        observe: told of phases and steps as they come.
+        loaded: a pipeline to use in place of ``request.model``, for which model, dtype and device are then ignored.
 
-    def begin(self, name: str, num_steps: int) -> None:
-        """Ignore it."""
+    Raises:
+        InputError: the request can't be met; before any compile time is spent, except where the pixels aren't finite.
 
-    def step(self, step: Step) -> None:
-        """Ignore it."""
+    """
+    request.check()
+    if loaded is None:
+        observe("loading")
+        loaded = pipelines.load(request.model, request.dtype, request.device)
+    request.call_arguments(loaded)
+    # The plain model goes first: a rewrite may free the weights that it runs on (FP8 does).
+    plain = _run(request, loaded, observe, PLAIN_BACKEND, {}) if request.compare else None
+    run = _run(request, loaded, observe, BACKEND, request.compile_arguments())
+    stats = hvcompile.stats(loaded.pipe.transformer)
+    observe("writing")
+    write_video(run.frames, request.output, fps=request.fps)
+    comparison = None
+    if plain is not None:
+        observe("comparing")
+        comparison = metrics.Comparison(run=run, plain=plain, quality=metrics.compare(run.frames, plain.frames))
+    return Result(
+        output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles, comparison=comparison
+    )
+
+
+def write_video(frames: metrics.Frames, output: Path, *, fps: int) -> None:
+    """Write ``frames`` as H.264 in full size; a file that was at ``output`` is replaced only when all went well."""
+    if not np.isfinite(frames).all():
+        raise InputError(f"the pixels of {output.name} are not all finite: give dtype float32 or bfloat16")
+    pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+    # Players expect colour at half resolution, which takes even sizes only.
+    is_even = not any(size % 2 for size in pixels.shape[1:3])
+    with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=output.parent) as directory:
+        part = Path(directory, output.name)
+        imageio.v3.imwrite(
+            part, pixels, plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p" if is_even else "yuv444p"
+        )
+        part.replace(output)
+
+
+def _run(
+    request: Request, loaded: pipelines.Loaded, observe: Observer, backend: str, compile_arguments: dict[str, Any]
+) -> metrics.Run:
+    """Compile the transformer with ``backend`` and run the pipeline once, step by step under ``observe``."""
+    pipe, arguments = loaded.pipe, request.call_arguments(loaded)
+    num_steps = int(arguments.get("num_inference_steps") or loaded.default("num_inference_steps"))
+    pipe.transformer.compile(backend=backend, **compile_arguments)
+    decisions = _decisions(pipe.transformer) if backend == BACKEND else _no_decisions
+    decisions()  # those of an earlier generation on the same model
+    steps: list[metrics.Step] = []
+    mark = time.perf_counter()
+
+    def on_step_end(_pipe: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal mark
+        _synchronise(loaded.device)
+        now, calls = time.perf_counter(), decisions()  # several calls where guidance runs the transformer twice
+        steps.append(
+            metrics.Step(
+                backend=backend,
+                index=index,
+                num_steps=num_steps,
+                seconds=now - mark,
+                reused=bool(calls) and all(reused for reused, _ in calls),
+                difference=max((difference for _, difference in calls), default=None),
+            )
+        )
+        observe(steps[-1])
+        if index + 1 == num_steps:
+            observe("decoding")
+        mark = time.perf_counter()
+        return {}
+
+    def on_encoded(*_: Any) -> None:
+        nonlocal mark
+        mark = time.perf_counter()
+
+    observe(f"{backend}: compiling")
+    others = [
+        part for name, part in pipe.components.items() if name != "transformer" and isinstance(part, torch.nn.Module)
+    ]
+    hooks = [
+        part.register_forward_hook(on_encoded) for part in others
+    ]  # the first step begins when the text is encoded
+    start = time.perf_counter()
+    try:
+        frames = pipe(
+            request.prompt,
+            generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
+            output_type="np",
+            callback_on_step_end=on_step_end,
+            callback_on_step_end_tensor_inputs=[],
+            **arguments,
+        ).frames[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return metrics.Run(
+        frames=np.asarray(frames, dtype=np.float32), seconds=time.perf_counter() - start, steps=tuple(steps)
+    )
+
+
+def _decisions(transformer: torch.nn.Module) -> Callable[[], list[tuple[bool, float]]]:
+    """Make a function that returns (reused, difference) of the transformer calls since it was last called."""
+    seen = 0
+
+    def new() -> list[tuple[bool, float]]:
+        nonlocal seen
+        try:
+            calls = hvcompile.stats(transformer).steps
+        except UncompiledModelError:  # its first call is still to come
+            return []
+        seen, start = len(calls), seen
+        return [(bool(call.reused), float(call.difference)) for call in calls[start:]]
+
+    return new
+
+
+def _no_decisions() -> list[tuple[bool, float]]:
+    return []
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise InputError(f"output {str(output)!r} is a directory: give a file name, such as {output / 'out.mp4'}")
+    if output.suffix.lower() not in CONTAINERS:
+        raise InputError(f"output {str(output)!r} is no video file: give a name that ends in {', '.join(CONTAINERS)}")
+    if not output.parent.is_dir():
+        raise InputError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}: make it first")
+    if not os.access(output.parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
+        raise InputError(f"output {str(output)!r} can't be written: give a place where you may write")

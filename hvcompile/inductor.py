@@ -18,7 +18,6 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -174,13 +173,6 @@ LOWERINGS: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
     "aot": to_aot,
     "eager": to_eager,
 }
-
-
-@contextlib.contextmanager
-def fake_propagation(mode: FakeTensorMode) -> Iterator[None]:
-    """Run code on fake tensors in the graph's own mode."""
-    with mode:
-        yield
 
 
 def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:

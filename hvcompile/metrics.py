@@ -1,8 +1,9 @@
-"""How far one clip is from another: PSNR and SSIM, a frame at a time."""
+"""What is measured of a generation: time and reuse a step, and how far one clip is from another (PSNR and SSIM)."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ class Quality:
     Attributes:
         psnr: decibels, one value a frame; infinite where a frame is identical.
         ssim: structural similarity, one value a frame, at most 1.
+
     """
 
     psnr: tuple[float, ...]
@@ -37,11 +39,78 @@ class Quality:
         return sum(self.ssim) / len(self.ssim)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One denoising step that is done.
+
+    Attributes:
+        backend: what the transformer was compiled with.
+        index: from 0 to ``num_steps`` - 1.
+        seconds: wall time.
+        reused: whether every call of the transformer took the cached residual.
+        difference: the largest relative difference that was compared with the threshold; None where there is no cache.
+
+    """
+
+    backend: str
+    index: int
+    num_steps: int
+    seconds: float
+    reused: bool = False
+    difference: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One pass of the pipeline: ``frames`` as ``Frames``, ``seconds`` of all of it, and its steps in order."""
+
+    frames: Frames
+    seconds: float
+    steps: tuple[Step, ...]
+
+    @property
+    def num_reused(self) -> int:
+        """Steps that took the cached residual."""
+        return sum(step.reused for step in self.steps)
+
+    @property
+    def compile_seconds(self) -> float:
+        """The first step, which compiles, less what a computed step takes afterwards."""
+        computed = [step.seconds for step in self.steps[1:] if not step.reused]
+        return max(0.0, self.steps[0].seconds - (statistics.median(computed) if computed else 0.0))
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The mean of a step, computed or reused, after the first; None for a run of one step."""
+        return statistics.fmean(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A run beside that of the plain compiled model, from the same seed, in the same process."""
+
+    run: Run
+    plain: Run
+    quality: Quality
+
+    @property
+    def step_speedup(self) -> float | None:
+        """Times faster a step, after the first, which compiles; None for runs of one step."""
+        ours, plain = self.run.step_seconds, self.plain.step_seconds
+        return plain / ours if ours and plain else None
+
+    @property
+    def total_speedup(self) -> float:
+        """Times faster in all: text encoding, compiling, every step and decoding."""
+        return self.plain.seconds / self.run.seconds
+
+
 def compare(clip: Frames, reference: Frames) -> Quality:
     """Measure ``clip`` against ``reference``.
 
     Raises:
         ValueError: the shapes differ or aren't (frames, height, width, channels), or a value is not finite.
+
     """
     if clip.shape != reference.shape or clip.ndim != 4 or not clip.shape[0]:
         raise ValueError(f"clips must both be (frames, height, width, channels): got {clip.shape}, {reference.shape}")

@@ -34,6 +34,7 @@ class Grid:
     Attributes:
         spatial: pixels of one transformer token along height and width (VAE scale x patch size), 1 where unknown.
         temporal: frames of one latent frame, 1 where unknown.
+
     """
 
     spatial: int
@@ -68,6 +69,7 @@ class Loaded:
     Attributes:
         pipe: a diffusers pipeline with a ``transformer``, in evaluation mode.
         defaults: keyword arguments of the call; only those in which we differ from the pipeline's own defaults.
+
     """
 
     pipe: Any
@@ -83,7 +85,7 @@ class Loaded:
         return argument in inspect.signature(self.pipe.__call__).parameters
 
     def default(self, argument: str) -> Any:
-        """What the pipeline uses for ``argument`` where it is not given."""
+        """Tell what the pipeline uses for ``argument`` where it is not given."""
         return self.defaults.get(argument, inspect.signature(self.pipe.__call__).parameters[argument].default)
 
 
@@ -98,6 +100,7 @@ def load(model: str | None = None, dtype: str | None = None, device: str | None 
     Raises:
         InputError: no such directory, not a pipeline, a hub id that can't be fetched, a pipeline that makes no video
             from text alone or has no transformer, an unknown dtype or a device that is not there.
+
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
@@ -148,7 +151,9 @@ def check_model(model: str) -> None:
     elif path.exists():
         raise InputError(f"model {model!r} is a file: give a directory in the layout of diffusers, or a hub id")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise InputError(f"model {model!r} is neither a directory nor a hub id: give a path that is there, or owner/name")
+        raise InputError(
+            f"model {model!r} is neither a directory nor a hub id: give a path that is there, or owner/name"
+        )
 
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
@@ -160,8 +165,8 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
         if is_local:
             raise InputError(f"model {model!r} can't be loaded: {_line(error)}; copy or download it again") from error
         raise InputError(
-            f"model {model!r} is no directory here and can't be fetched from the hub: {_line(error)}; check its name, the "
-            "network and, for a gated model, HF_TOKEN, or download it and give its directory"
+            f"model {model!r} is no directory here and can't be fetched from the hub: {_line(error)}; check its name, "
+            "the network and, for a gated model, HF_TOKEN, or download it and give its directory"
         ) from error
 
 

@@ -31,9 +31,9 @@ _SLOW = 2e-3
 """Radians a timestep unit (of 1000): sinusoids of the timestep much faster than this hardly reach the weights."""
 
 DEFAULTS = {"num_inference_steps": 30, "num_frames": 17, "height": 64, "width": 96}
-"""What ``hvcompile generate`` asks of the tiny pipeline where the user gives nothing: a clip in seconds on two cores."""
+"""What is asked of the tiny pipeline where the user gives nothing: a clip in seconds on two cores."""
 
-WORDS = """
+_TEXT = """
 a an the and or of in on at to from with without over under into through across behind beside between near by around up
 down left right is are was it its his her their this that no not one two three four five six many few some
 red orange yellow green blue purple pink white black grey brown golden silver bright dark pale warm cold
@@ -47,7 +47,8 @@ turning spins spinning bounces bouncing rolls rolling grows growing shrinks shri
 shines shining glows glowing burns burning opens closes stands sits slowly quickly gently suddenly
 video film photo picture painting drawing scene close view shot camera pan zoom slow motion realistic detailed style
 cinematic background foreground
-""".split()
+"""
+WORDS = tuple(dict.fromkeys(_TEXT.split()))
 """Words that are one token each, besides those of the pipeline's own prompt template."""
 
 _SPECIAL = ("<unk>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -162,7 +163,7 @@ def llama_tokenizer() -> LlamaTokenizer:
     length = len(tokenizer(start).input_ids)
     if length != DEFAULT_PROMPT_TEMPLATE["crop_start"]:
         raise RuntimeError(
-            f"the prompt template of this diffusers starts with {length} tokens of the tiny tokenizer, but the pipeline "
+            f"this diffusers' prompt template starts with {length} tokens of the tiny tokenizer, but the pipeline "
             f"crops {DEFAULT_PROMPT_TEMPLATE['crop_start']}: add or split words in hvcompile.tiny.llama_tokenizer"
         )
     return tokenizer

@@ -64,16 +64,16 @@ def make(cls: Callable[..., torch.nn.Module], **config: Any) -> torch.nn.Module:
     """A model of a class with weights that are random everywhere and the same in every call."""
     torch.manual_seed(0)
     model = cls(**config).eval()
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        # All are redrawn: some start at zero, and some the library leaves uninitialised.
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            constant = bool((parameter == parameter.flatten()[0]).all())
-            if constant:
-                parameter.add_(noise)
+            noise = torch.randn(parameter.shape)
+            if bool((parameter == 1).all()):
+                parameter.add_(noise, alpha=0.1)
             elif parameter.ndim < 2:
-                # Also covers what the library leaves uninitialised.
-                parameter.copy_(noise)
+                parameter.copy_(noise * 0.1)
+            else:
+                parameter.copy_(noise * (parameter.shape[0] / max(parameter.numel(), 1)) ** 0.5)
             parameter.requires_grad_(False)
     return model
 
@@ -500,6 +500,7 @@ def inputs_lumina(seed: int = 0) -> dict[str, Any]:
         "timestep": Draw(seed + 500).uniform(1, low=0.1),
         "encoder_mask": partial_mask(TEXT, 5),
         "image_rotary_emb": get_2d_rotary_pos_embed_lumina(HEAD_DIM, 8, 8),
+        "cross_attention_kwargs": {},
     }
 
 
@@ -550,7 +551,91 @@ def inputs_z_image(seed: int = 0) -> dict[str, Any]:
     }
 
 
+def inputs_flux3(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 12, 8),
+        "encoder_hidden_states": draw.normal(1, TEXT, TEXT_DIM),
+        "timestep": draw.uniform(1, low=0.1),
+        "img_ids": grid_ids(3, 4, axes=4),
+        "txt_ids": torch.zeros(TEXT, 4),
+        "image_cond_hidden_states": draw.normal(1, 6, 8),
+        "image_cond_ids": grid_ids(2, 3, axes=4),
+    }
+
+
+def inputs_krea2(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 12, 8),
+        "encoder_hidden_states": draw.normal(1, TEXT, 3, TEXT_DIM),
+        "timestep": draw.uniform(1, low=0.1),
+        "position_ids": torch.cat([torch.zeros(TEXT, 3), grid_ids(3, 4)]),
+        "encoder_attention_mask": partial_mask(TEXT, 5, dtype=torch.bool),
+    }
+
+
+def inputs_ernie_image(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 4, 3, 4),
+        "timestep": draw.timestep(),
+        "text_bth": draw.normal(1, TEXT, TEXT_DIM),
+        "text_lens": torch.tensor([5]),
+    }
+
+
+def inputs_glm_image(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed + 500)
+    return inputs_image(seed) | {
+        "prior_token_id": draw.integers(0, 30, 1, 6),
+        "prior_token_drop": torch.zeros(1, 6, dtype=torch.bool),
+        "target_size": torch.tensor([[32.0, 48.0]]),
+        "crop_coords": torch.zeros(1, 2),
+    }
+
+
+def inputs_nucleus_image(seed: int = 0) -> dict[str, Any]:
+    return inputs_qwen_image(seed) | {
+        "encoder_hidden_states_mask": partial_mask(TEXT, 5, dtype=torch.bool),
+        "img_shapes": [(1, 3, 4)],
+    }
+
+
+def inputs_ideogram4(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    positions = torch.cat([torch.arange(TEXT)[:, None].expand(TEXT, 3), grid_ids(3, 4).long() + TEXT])
+    return {
+        "hidden_states": draw.normal(1, TEXT + 12, 8),
+        "timestep": draw.uniform(1, low=0.1),
+        "encoder_hidden_states": draw.normal(1, TEXT + 12, TEXT_DIM),
+        "position_ids": positions[None],
+        "segment_ids": torch.ones(1, TEXT + 12, dtype=torch.int64),
+        "indicator": torch.tensor([[3] * TEXT + [2] * 12]),  # 3 marks text, 2 the image
+    }
+
+
+def inputs_bria_fibo2(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 4, 4, 6),
+        "timestep": draw.uniform(1, low=0.1),
+        "encoder_hidden_states": draw.normal(1, 2, TEXT, TEXT_DIM),
+        "context_latents": [draw.normal(1, 4, 4, 4)],
+    }
+
+
 # Other video models
+
+
+def inputs_anyflow(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 3, 4, 4, 6),
+        "timestep": draw.uniform(1, 3, low=1.0, high=999.0),
+        "r_timestep": draw.uniform(1, 3, low=1.0, high=999.0),
+        "encoder_hidden_states": draw.normal(1, TEXT, TEXT_DIM),
+    }
 
 
 def build_allegro(**changes: Any) -> torch.nn.Module:
@@ -678,6 +763,40 @@ def inputs_helios(seed: int = 0) -> dict[str, Any]:
 
 
 # Audio
+
+
+def inputs_stable_audio3(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 4, 10),
+        "timestep": draw.uniform(1, low=0.1),
+        "encoder_hidden_states": draw.normal(1, TEXT, TEXT_DIM),
+        "global_hidden_states": draw.normal(1, 12),
+        "encoder_attention_mask": partial_mask(TEXT, 5),
+        "local_add_cond": draw.normal(1, 5, 10),
+    }
+
+
+def inputs_ace_step(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 18, 4),
+        "timestep": draw.uniform(1, low=0.5),
+        "timestep_r": draw.uniform(1, high=0.5),
+        "encoder_hidden_states": draw.normal(1, TEXT, TEXT_DIM),
+        "context_latents": draw.normal(1, 18, 8),
+    }
+
+
+def inputs_longcat_audio(seed: int = 0) -> dict[str, Any]:
+    draw = Draw(seed)
+    return {
+        "hidden_states": draw.normal(1, 10, 4),
+        "encoder_hidden_states": draw.normal(1, TEXT, TEXT_DIM),
+        "encoder_attention_mask": partial_mask(TEXT, 5, dtype=torch.bool),
+        "timestep": draw.uniform(1, low=0.1),
+        "latent_cond": draw.normal(1, 10, 4),
+    }
 
 
 def inputs_stable_audio(seed: int = 0) -> dict[str, Any]:
@@ -1437,6 +1556,205 @@ FAMILIES: dict[str, Family] = {
             inputs_stable_audio,
             ONE_LIST,
             3,
+        ),
+        Family(
+            "stable_audio3",
+            builder(
+                "StableAudio3DiTModel",
+                io_channels=4,
+                embed_dim=64,
+                depth=3,
+                num_heads=2,
+                cond_token_dim=TEXT_DIM,
+                global_cond_dim=12,
+                local_add_cond_dim=5,
+                timestep_features_dim=20,
+                num_memory_tokens=3,
+            ),
+            inputs_stable_audio3,
+            ONE_LIST,
+            3,
+        ),
+        Family(
+            "ace_step",
+            builder(
+                "AceStepTransformer1DModel",
+                hidden_size=WIDTH,
+                intermediate_size=40,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=HEAD_DIM,
+                in_channels=12,
+                audio_acoustic_hidden_dim=4,
+                sliding_window=2,
+                encoder_hidden_size=TEXT_DIM,
+            ),
+            inputs_ace_step,
+            ("layers",),
+            4,
+        ),
+        Family(
+            "longcat_audio",
+            builder(
+                "LongCatAudioDiTTransformer",
+                dit_dim=WIDTH,
+                dit_depth=3,
+                dit_heads=2,
+                dit_text_dim=TEXT_DIM,
+                latent_dim=4,
+            ),
+            inputs_longcat_audio,
+            PLAIN_LIST,
+            3,
+        ),
+        Family(
+            "anyflow",
+            builder("AnyFlowTransformer3DModel", **WAN),
+            inputs_anyflow,
+            PLAIN_LIST,
+            3,
+        ),
+        Family(
+            "joyimage_edit",
+            builder(
+                "JoyImageEditTransformer3DModel",
+                in_channels=4,
+                hidden_size=WIDTH,
+                num_attention_heads=2,
+                text_dim=TEXT_DIM,
+                num_layers=3,
+                rope_dim_list=[4, 6, 6],
+            ),
+            inputs_video,
+            ("double_blocks",),
+            3,
+        ),
+        Family(
+            "flux3",
+            builder(
+                "Flux3Transformer2DModel",
+                **HEADS,
+                in_channels=8,
+                cond_in_channels=8,
+                num_layers=2,
+                num_single_layers=3,
+                joint_attention_dim=TEXT_DIM,
+                timestep_channels=20,
+                axes_dims_rope=(4, 4, 4, 4),
+            ),
+            inputs_flux3,
+            ("txt_mode_blocks", "mode_blocks.image", "mode_blocks.image_cond", "single_transformer_blocks"),
+            9,
+        ),
+        Family(
+            "krea2",
+            builder(
+                "Krea2Transformer2DModel",
+                **HEADS,
+                in_channels=8,
+                num_layers=3,
+                num_key_value_heads=1,
+                intermediate_size=40,
+                timestep_embed_dim=20,
+                text_hidden_dim=TEXT_DIM,
+                num_text_layers=3,
+                text_num_attention_heads=2,
+                text_num_key_value_heads=2,
+                text_intermediate_size=40,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            inputs_krea2,
+            ONE_LIST,
+            3,
+        ),
+        Family(
+            "ernie_image",
+            builder(
+                "ErnieImageTransformer2DModel",
+                **CHANNELS,
+                hidden_size=WIDTH,
+                num_attention_heads=2,
+                num_layers=3,
+                ffn_hidden_size=40,
+                text_in_dim=TEXT_DIM,
+                rope_axes_dim=(4, 6, 6),
+            ),
+            inputs_ernie_image,
+            ("layers",),
+            3,
+        ),
+        Family(
+            "glm_image",
+            builder(
+                "GlmImageTransformer2DModel",
+                **HEADS,
+                **CHANNELS,
+                num_layers=3,
+                text_embed_dim=TEXT_DIM,
+                time_embed_dim=20,
+                condition_dim=4,
+                prior_vq_quantizer_codebook_size=30,
+            ),
+            inputs_glm_image,
+            ONE_LIST,
+            3,
+        ),
+        Family(
+            "nucleus_image",
+            builder(
+                "NucleusMoEImageTransformer2DModel",
+                **HEADS,
+                in_channels=8,
+                out_channels=2,
+                num_layers=6,
+                joint_attention_dim=TEXT_DIM,
+                axes_dims_rope=(4, 6, 6),
+                num_experts=4,
+                moe_intermediate_dim=20,
+                capacity_factors=2.0,
+            ),
+            inputs_nucleus_image,
+            ONE_LIST,
+            6,
+        ),
+        Family(
+            "ideogram4",
+            builder(
+                "Ideogram4Transformer2DModel",
+                **HEADS,
+                in_channels=8,
+                num_layers=3,
+                intermediate_size=40,
+                adaln_dim=20,
+                llm_features_dim=TEXT_DIM,
+                mrope_section=(4, 2, 2),
+            ),
+            inputs_ideogram4,
+            ("layers",),
+            3,
+        ),
+        Family(
+            "bria_fibo2",
+            builder(
+                "BriaFibo2Transformer2DModel",
+                in_channels=4,
+                dim=WIDTH,
+                n_layers=4,
+                n_refiner_layers=2,
+                n_heads=2,
+                cap_feat_dim=TEXT_DIM,
+                injection_layer_ids=(1,),
+                perceiver_num_layers=1,
+                min_num_gist_tokens=5,
+                max_num_gist_tokens=5,
+                gist_step=5,
+                axes_dims=(4, 6, 6),
+                axes_lens=(16, 16, 16),
+            ),
+            inputs_bria_fibo2,
+            ("layers",),
+            4,
         ),
     )
 }

@@ -1,0 +1,203 @@
+"""The command line: ``hvcompile generate PROMPT`` and, with later issues, its siblings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from hvcompile.errors import HvcompileError
+
+if TYPE_CHECKING:
+    from hvcompile.generate import Result
+    from hvcompile.metrics import Comparison, Step
+
+app = typer.Typer(name="hvcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+COMPUTED, REUSED = "█", "·"
+STRIP = 32
+"""Marks in sight; of a longer run, the latest."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            number = importlib.metadata.version("hvcompile")
+        except importlib.metadata.PackageNotFoundError:
+            number = "(run from its source, not installed)"
+        out.print(f"hvcompile {number}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fast video diffusion: the torch.compile backend hvfast, at the command line."""
+
+
+@app.command()
+def generate(  # noqa: PLR0917 - a parameter is an option here, never positional
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a diffusers pipeline (default: an embedded tiny one).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length of the clip.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first noise; the same on every device.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    true_cfg: Annotated[
+        float | None, typer.Option(help="True guidance scale; above 1, with --negative-prompt, two calls a step.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of the first-block cache; 0 reuses nothing.")] = None,
+    mode: Annotated[str | None, typer.Option(help="'exact': only rewrites that don't change numerics.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The video file; replaced if there.")] = Path(
+        "out.mp4"
+    ),
+    fps: Annotated[int, typer.Option(help="Frames a second of the video file.")] = 24,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run plain torch.compile, and measure both.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
+    ] = None,
+    dump: Annotated[Path | None, typer.Option(help="Directory for the graphs before and after each pass.")] = None,
+) -> None:
+    """Make a video of PROMPT; what is not given is as the model likes it."""
+    from hvcompile import generate as generation  # torch and diffusers take seconds to import; --help must not
+
+    request = generation.Request(
+        prompt=prompt,
+        output=output,
+        model=model,
+        steps=steps,
+        frames=frames,
+        height=height,
+        width=width,
+        seed=seed,
+        guidance=guidance,
+        true_cfg=true_cfg,
+        negative_prompt=negative_prompt,
+        threshold=threshold,
+        mode=mode,
+        dump=dump,
+        compare=compare,
+        device=device,
+        dtype=dtype,
+        fps=fps,
+    )
+    try:
+        request.check()
+        _quieten_loading()
+        with Display() as display:
+            result = generation.generate(request, display)
+    except Exception as error:
+        if (message := _input_fault(error)) is None:
+            raise
+        err.print(Text(f"error: {message}"), soft_wrap=True)
+        raise typer.Exit(2) from error
+    out.print(summary(result))
+
+
+class Display:
+    """The progress of a generation: a line a run, with a mark a step, the count of reused steps, the last difference."""
+
+    def __init__(self, console: Console = err) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console)
+        self.phase = self.progress.add_task("starting", total=None)
+        self.run = self.phase
+        self.marks = ""
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.update(self.phase, visible=False)
+        self.progress.stop()
+
+    def __call__(self, event: str | Step) -> None:
+        """Show a phase (text) or a step that is done."""
+        if isinstance(event, str):
+            self.progress.reset(self.phase, description=event, visible=True)
+            return
+        if event.index == 0:
+            self.marks = ""
+            self.run = self.progress.add_task("", total=event.num_steps)
+            self.progress.update(self.phase, visible=False)
+        self.marks += REUSED if event.reused else COMPUTED
+        strip = self.marks.ljust(event.num_steps)[max(0, len(self.marks) - STRIP) :][:STRIP]
+        text = f"{event.backend} {strip} {len(self.marks)}/{event.num_steps}, {self.marks.count(REUSED)} reused"
+        if event.difference is not None and math.isfinite(event.difference):
+            text += f", last {event.difference:.3f}"
+        self.progress.update(self.run, advance=1, description=text)
+
+
+def summary(result: Result) -> Table:
+    """Lay out the closing table of a generation; with ``--compare``, two columns."""
+    runs = [result.run] + ([result.comparison.plain] if result.comparison else [])
+    table = Table(show_header=result.comparison is not None)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.steps[0].backend, justify="right")
+    table.add_row("seconds in all", *(f"{run.seconds:.2f}" for run in runs))
+    table.add_row("seconds compiling", *(f"{run.compile_seconds:.2f}" for run in runs))
+    table.add_row("seconds a step after", *(_number(run.step_seconds, ".4f") for run in runs))
+    table.add_row("steps computed", *(str(len(run.steps) - run.num_reused) for run in runs))
+    table.add_row("steps reused", *(str(run.num_reused) for run in runs))
+    table.add_row("graphs", str(result.graphs))
+    table.add_row("recompiles", str(result.recompiles))
+    if result.comparison is not None:
+        _add_comparison(table, result.comparison)
+    num_frames, height, width, _ = result.run.frames.shape
+    table.add_row("clip", f"{width}x{height}, {num_frames} frames")
+    table.add_row("output", Text(str(result.output), overflow="fold"))
+    return table
+
+
+def _add_comparison(table: Table, comparison: Comparison) -> None:
+    quality = comparison.quality
+    table.add_row("speed-up a step", _number(comparison.step_speedup, ".2f", "x"))
+    table.add_row("speed-up in all", _number(comparison.total_speedup, ".2f", "x"))
+    table.add_row("PSNR", _number(quality.mean_psnr, ".2f", " dB"))
+    table.add_row("PSNR, worst frame", _number(min(quality.psnr), ".2f", " dB"))
+    table.add_row("SSIM", _number(quality.mean_ssim, ".4f"))
+    table.add_row("SSIM, worst frame", _number(min(quality.ssim), ".4f"))
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return "identical" if math.isinf(value) else f"{value:{form}}{unit}"
+
+
+def _input_fault(error: BaseException | None) -> str | None:
+    """Find the HvcompileError at or below ``error`` (Dynamo wraps what a backend raises); its message in one line."""
+    while error is not None:
+        if isinstance(error, HvcompileError):
+            return " ".join(str(error).split())
+        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
+    return None
+
+
+def _quieten_loading() -> None:
+    """Turn off the loading bars of the libraries, which would break into ours."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

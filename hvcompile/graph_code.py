@@ -1,0 +1,56 @@
+"""Writing graph code as plain Python: a function of tensors, run on proxies, appends its operations to a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvcompile import inductor
+from hvcompile.inductor import value
+from hvcompile.trunk import TAG
+
+
+def inline(
+    graph: fx.Graph,
+    function: Callable[..., Mapping[str, fx.Proxy]],
+    operands: Mapping[str, fx.Node],
+    *,
+    before: fx.Node,
+    tag: str,
+) -> dict[str, fx.Node]:
+    """Place a function's operations into a graph, each with its fake value.
+
+    Args:
+        graph: the graph that gains the nodes.
+        function: takes tensors by keyword and returns a dict of tensors. It runs once, on proxies: a branch on an
+            option is resolved here, a branch on a tensor raises ``torch.fx.proxy.TraceError``.
+        operands: the node for each keyword.
+        before: the node before which the new ones stand.
+        tag: the pass's name, put into the new nodes' meta.
+
+    Returns:
+        The node of each entry of the returned dict.
+    """
+    mode = inductor.fake_mode(graph)
+    node = before.prev
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    with graph.inserting_before(before):
+        results = function(**{name: fx.Proxy(operand, tracer) for name, operand in operands.items()})
+    while (node := node.next) is not before:
+        node.meta = {TAG: tag}
+        if mode is not None:
+            with mode, torch.no_grad():
+                node.meta["example_value"] = _run(node)
+    return {name: proxy.node for name, proxy in results.items()}
+
+
+def _run(node: fx.Node) -> Any:
+    args = fx.map_arg(node.args, value)
+    kwargs = fx.map_arg(node.kwargs, value)
+    if node.op == "call_method":
+        receiver, *rest = args  # type: ignore[misc]
+        return getattr(receiver, str(node.target))(*rest, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,127 @@
+"""``options`` and ``mode`` of ``torch.compile``: parsed and validated before any compile time is spent.
+
+``options`` is a dict of sections. A pass's section is ``False`` (off), ``True`` (on with its defaults; an error where
+it can't apply) or a dict of its fields; a section left out is on where it applies. ``dump`` is a directory, ``lower``
+what the rewritten graph is handed to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvcompile.errors import OptionError
+from hvcompile.inductor import LOWERINGS
+from hvcompile.pipeline import Pass
+
+MODES = ("default", "exact")
+DUMP_VARIABLE = "HVCOMPILE_DUMP"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Validated options: the passes to run, each with whether the user asked for it by name."""
+
+    passes: tuple[tuple[Pass, bool], ...]
+    switched_off: tuple[tuple[str, str], ...]
+    lower: str
+    dump: Path | None
+
+
+def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """Validate what the user gave.
+
+    Args:
+        pass_types: all passes, in the order in which they run.
+        options: as given to ``torch.compile``.
+        mode: None, "default" or "exact".
+
+    Raises:
+        OptionError: an unknown key, a wrong type or a value out of range; the message names the key and what is allowed.
+    """
+    if mode is not None and mode not in MODES:
+        raise OptionError(f"mode is {mode!r}; allowed is one of {', '.join(map(repr, MODES))}")
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options is a {type(options).__name__}; allowed is a dict of sections")
+    given = dict(options or {})
+    sections = [item.section for item in pass_types]
+    _require_known(given, [*sections, "dump", "lower"], "options")
+
+    passes, switched_off = [], []
+    for item in pass_types:
+        setting = given.get(item.section)
+        asked = item.section in given and setting is not False
+        if mode == "exact" and not item.is_exact:
+            if asked:
+                raise OptionError(f"options ask for {item.section!r}, which mode='exact' rules out: it changes numerics")
+            switched_off.append((item.__name__, "mode='exact' keeps only passes that do not change numerics"))
+        elif setting is False:
+            switched_off.append((item.__name__, f"options[{item.section!r}] is False"))
+        else:
+            passes.append((_configure(item, setting), asked))
+    return Options(
+        passes=tuple(passes),
+        switched_off=tuple(switched_off),
+        lower=_lowering(given.get("lower", "inductor")),
+        dump=_directory(given["dump"], "options['dump']") if "dump" in given else _dump_from_environment(),
+    )
+
+
+def _configure(item: type[Pass], setting: Any) -> Pass:
+    if setting is None or setting is True:
+        return item()
+    if not isinstance(setting, Mapping):
+        raise OptionError(
+            f"options[{item.section!r}] is {setting!r}; allowed is False (off), True (on), or a dict of its fields: "
+            f"{', '.join(field.name for field in dataclasses.fields(item))}"
+        )
+    _require_known(setting, [field.name for field in dataclasses.fields(item)], f"options[{item.section!r}]")
+    hints = typing.get_type_hints(item)
+    for name, held in setting.items():
+        _require_type(held, hints[name], f"{item.section}.{name}")
+    return item(**setting)
+
+
+def _require_known(given: Mapping[Any, Any], allowed: Iterable[str], where: str) -> None:
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"unknown key {key!r} in {where}; allowed are {', '.join(map(repr, allowed))}{hint}")
+
+
+def _require_type(held: Any, hint: Any, name: str) -> None:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in allowed:
+        exact = isinstance(held, kind) and (kind is bool or not isinstance(held, bool))
+        if exact or (kind is float and isinstance(held, int) and not isinstance(held, bool)):
+            return
+    wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
+    raise OptionError(f"{name} is {held!r}, a {type(held).__name__}; allowed is {wanted}")
+
+
+def _lowering(held: Any) -> str:
+    if not isinstance(held, str) or held not in LOWERINGS:
+        raise OptionError(f"options['lower'] is {held!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
+    return held
+
+
+def _dump_from_environment() -> Path | None:
+    held = os.environ.get(DUMP_VARIABLE)
+    return _directory(held, f"the environment variable {DUMP_VARIABLE}") if held else None
+
+
+def _directory(held: Any, where: str) -> Path:
+    if not isinstance(held, (str, os.PathLike)) or not str(held):
+        raise OptionError(f"{where} is {held!r}; allowed is the path of a directory")
+    path = Path(held).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"{where} is {str(path)!r}, which is a file; give a directory, new or existing")
+    return path

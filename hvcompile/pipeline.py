@@ -1,0 +1,133 @@
+"""The pass pipeline: what a pass is, what it reports, and the checks that run around every one."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import fx
+
+from hvcompile.errors import InvalidRewriteError, RequestedPassError
+from hvcompile.inductor import layout_key, shape_key, value
+from hvcompile.structure import is_tensor
+from hvcompile.trunk import Trunk, op_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """What a pass did: what it matched, and what it left alone with the reason for each."""
+
+    matched: tuple[str, ...] = ()
+    declined: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the pass changed the graph."""
+        return bool(self.matched)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JournalRow:
+    """One line of the journal: a pass, its report, and how the number of each operation changed."""
+
+    name: str
+    report: PassReport
+    op_changes: dict[str, int]
+
+    def line(self) -> str:
+        """The row in one line, for the log."""
+        done = "; ".join(self.report.matched) or "left the graph as it was"
+        reasons = "; ".join(f"{what}: {why}" for what, why in self.report.declined)
+        return f"{self.name}: {done}" + (f" ({reasons})" if reasons else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A rewrite of the trunk; a subclass's fields are its options.
+
+    ``section`` is its key in ``options``; ``is_exact`` says that it does not change numerics (it then also runs under
+    ``mode="exact"``).
+    """
+
+    section: ClassVar[str]
+    is_exact: ClassVar[bool]
+
+    def apply(self, trunk: Trunk) -> PassReport:
+        """Rewrite the trunk in place, or leave it as it was and say why."""
+        raise NotImplementedError(f"{type(self).__name__} has no apply")
+
+
+def op_counts(trunk: Trunk) -> collections.Counter[str]:
+    """How often each operation stands in the program, bodies counted once."""
+    graphs = [module.graph for module in trunk.module.modules() if isinstance(module, fx.GraphModule)]
+    return collections.Counter(
+        op_name(node) for graph in graphs for node in graph.nodes if node.op in {"call_function", "call_method"}
+    )
+
+
+def _signature(trunk: Trunk) -> tuple[Any, ...]:
+    """The calling convention that Dynamo relies on: original inputs in order, original outputs with their layout."""
+    inputs = tuple((node.target, layout_key(value(node)) if is_tensor(node) else "") for node in trunk.inputs)
+    results: Any = trunk.output.args[0]
+    outputs = tuple(
+        (shape_key(value(node)), value(node).dtype) if isinstance(node, fx.Node) and is_tensor(node) else repr(node)
+        for node in results
+    )
+    return inputs, outputs
+
+
+def _check(trunk: Trunk, before: tuple[Any, ...], name: str) -> None:
+    """Postconditions of every pass: well-formed graphs, the same signature, state that has a next value."""
+    for module in trunk.module.modules():
+        if isinstance(module, fx.GraphModule):
+            module.graph.lint()
+            module.recompile()
+    if _signature(trunk) != before:
+        raise InvalidRewriteError(f"{name} changed the graph's signature from {before} to {_signature(trunk)}")
+    placeholders = list(trunk.graph.find_nodes(op="placeholder"))
+    if placeholders[len(trunk.inputs) :] != [state.placeholder for state in trunk.states]:
+        raise InvalidRewriteError(f"{name} left state placeholders out of order")
+    for state in trunk.states:
+        if state.next_value is None or shape_key(value(state.next_value)) != shape_key(value(state.placeholder)):
+            raise InvalidRewriteError(f"{name} left state {state.name!r} without a next value of its own shape")
+
+
+def run(
+    trunk: Trunk,
+    passes: Sequence[tuple[Pass, bool]],
+    observe: Callable[[str, Trunk], None],
+) -> list[JournalRow]:
+    """Run the passes in order and return the journal.
+
+    Args:
+        trunk: rewritten in place.
+        passes: each with whether the user asked for it by name.
+        observe: called with the pass's name and the trunk after each pass (dumps).
+
+    Raises:
+        RequestedPassError: a pass that was asked for by name could not apply.
+        InvalidRewriteError: a pass broke a postcondition.
+    """
+    journal = []
+    for item, requested in passes:
+        name, signature, counts = type(item).__name__, _signature(trunk), op_counts(trunk)
+        report = item.apply(trunk)
+        _check(trunk, signature, name)
+        changes = op_counts(trunk)
+        changes.subtract(counts)
+        row = JournalRow(name=name, report=report, op_changes={op: n for op, n in sorted(changes.items()) if n})
+        log.info("%s", row.line())
+        journal.append(row)
+        observe(name, trunk)
+        if requested and not report.applied:
+            reasons = "; ".join(f"{what}: {why}" for what, why in report.declined)
+            raise RequestedPassError(
+                f"options ask for {item.section!r}, but {name} can't apply to this graph ({reasons}). "
+                f"Drop {item.section!r} from options to run without it."
+            )
+    return journal

@@ -1,0 +1,292 @@
+"""State between calls of a compiled graph: whose it is, which generation's, and when it goes.
+
+A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledTrunk`` owns
+the exchange. State is kept in slots. A slot belongs to one model, one thread, one compiled graph, one set of shapes and
+one set of conditions (text embeddings, masks ...), so the two halves of classifier-free guidance, two prompts, two
+pipelines and two threads each have their own. Nothing is read back from the device to find a slot as long as a
+pipeline hands in the same, unmodified condition tensors step after step; for a new tensor, one number is.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hvcompile import inductor
+from hvcompile.errors import UncompiledModelError
+from hvcompile.pipeline import JournalRow
+
+# A slot that was not used in this many calls of its model belongs to a generation that is over.
+STALE_AFTER_CALLS = 32
+# Steps whose decision is kept for ``stats``; counts go on beyond it.
+KEPT_STEPS = 10_000
+
+
+class Step(NamedTuple):
+    """One call's decision: its slot, whether blocks 2..N were reused, and block 1's relative difference.
+
+    ``difference`` is infinite where there was nothing to compare with.
+    """
+
+    slot: int
+    reused: bool
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a compiled model did so far.
+
+    Attributes:
+        graphs: distinct graphs that Dynamo captured for this model; more than one means graph breaks.
+        recompiles: further captures of those graphs (a new shape, another dtype, other guards).
+        hits: steps that reused the cached residuals.
+        misses: steps that computed all blocks.
+        slots: slots that hold state now.
+        bytes: bytes that the slots hold.
+        steps: the last decisions, oldest first, at most ``KEPT_STEPS`` of them.
+        journal: for each captured graph, what every pass did.
+    """
+
+    graphs: int
+    recompiles: int
+    hits: int
+    misses: int
+    slots: int
+    bytes: int
+    steps: list[Step]
+    journal: list[list[JournalRow]]
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """The state of one generation, and when it was last used."""
+
+    number: int
+    tensors: list[torch.Tensor]
+    last_call: int
+
+
+@dataclasses.dataclass(eq=False)
+class ModelState:
+    """Everything that is kept for one model; dies with the model."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    graphs: dict[tuple[int, int], list[JournalRow]] = dataclasses.field(default_factory=dict)
+    slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
+    numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
+    calls: int = 0
+    hits: int = 0
+    misses: int = 0
+    pending: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
+    steps: collections.deque[Step] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=KEPT_STEPS))
+
+    def read_pending(self) -> None:
+        """Fetch the decisions that still lie on the device."""
+        with self.lock:
+            pending, self.pending = self.pending, []
+            for slot, record in pending:
+                reused, difference = record.tolist()
+                self.steps.append(Step(slot, bool(reused), difference))
+                self.hits += int(reused)
+                self.misses += int(not reused)
+
+
+# An index, not a store: it maps a model's first parameter to what is kept for it, and lets go when the model does.
+_MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_MODELS_LOCK = threading.Lock()
+
+
+def model_state(anchor: torch.Tensor) -> ModelState:
+    """What is kept for the model that this parameter belongs to."""
+    with _MODELS_LOCK:
+        state = _MODELS.get(anchor)
+        if state is None:
+            state = _MODELS[anchor] = ModelState()
+        return state  # type: ignore[no-any-return]
+
+
+def _states_of(model: torch.nn.Module) -> list[ModelState]:
+    module = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps; model.compile() does not
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected the compiled torch.nn.Module, got {type(model).__name__}")
+    with _MODELS_LOCK:
+        states = [_MODELS[parameter] for parameter in module.parameters() if parameter in _MODELS]
+    if not states:
+        raise UncompiledModelError(
+            f"this {type(module).__name__} has not run under hvfast yet: compile it with "
+            f'model.compile(backend="hvfast") and call it once'
+        )
+    return states
+
+
+def stats(model: torch.nn.Module) -> Stats:
+    """What a compiled model did so far; waits for the device.
+
+    Args:
+        model: the module given to ``torch.compile``, or what that returned.
+
+    Raises:
+        UncompiledModelError: the model has not run under this backend.
+    """
+    states = _states_of(model)
+    for state in states:
+        state.read_pending()
+    captured = [key for state in states for key in state.graphs]
+    graphs = len({frame for frame, _ in captured})
+    slots = [slot for state in states for slot in state.slots.values()]
+    return Stats(
+        graphs=graphs,
+        recompiles=len(captured) - graphs,
+        hits=sum(state.hits for state in states),
+        misses=sum(state.misses for state in states),
+        slots=len(slots),
+        bytes=sum(tensor.untyped_storage().nbytes() for slot in slots for tensor in slot.tensors),
+        steps=[step for state in states for step in state.steps],
+        journal=[journal for state in states for journal in state.graphs.values()],
+    )
+
+
+def reset(model: torch.nn.Module) -> None:
+    """Forget all cached state and statistics of a model, so that its next step is computed.
+
+    Never needed for a new prompt, schedule or shape: those are found from the inputs.
+
+    Raises:
+        UncompiledModelError: the model has not run under this backend.
+    """
+    for state in _states_of(model):
+        with state.lock:
+            state.slots.clear()
+            state.pending.clear()
+            state.steps.clear()
+            state.hits = state.misses = 0
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """A 64-bit hash of a tensor's bits; waits for the device.
+
+    A weighted sum modulo 2**64 with position-dependent odd weights: order matters, and it is one reduction.
+    """
+    flat = tensor.detach()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    flat = flat.contiguous().flatten()
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    flat = flat.view(bits).to(torch.int64)
+    place = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.int64)
+    weight = place * -7046029254386353131  # 2**64 divided by the golden ratio, as a signed number
+    weight = (weight ^ (weight >> 29)) * -4658895280553007687
+    return int(((flat + 1) * (weight | 1)).sum().item())
+
+
+class _Fingerprints:
+    """Fingerprints of condition tensors, remembered for tensors that come again unmodified."""
+
+    def __init__(self) -> None:
+        self._known: collections.deque[tuple[weakref.ref[torch.Tensor], int, int]] = collections.deque(maxlen=64)
+
+    def of(self, tensor: torch.Tensor) -> int:
+        if tensor.is_inference():  # carries no version counter, so it may change unseen
+            return fingerprint(tensor)
+        for reference, version, known in self._known:
+            if reference() is tensor and version == tensor._version:
+                return known
+        known = fingerprint(tensor)
+        self._known.append((weakref.ref(tensor), tensor._version, known))
+        return known
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateLayout:
+    """How to make a fresh state tensor; ``shape`` may be symbolic."""
+
+    shape: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calling:
+    """Positions of the inputs that the runtime looks at, and what the graph returns beyond its own outputs.
+
+    ``anchor`` is a parameter that stands for the model; None where the graph has no parameters.
+    """
+
+    anchor: int | None
+    conditions: tuple[int, ...]
+    symbols: Mapping[int, Any]
+    num_outputs: int
+    states: tuple[StateLayout, ...]
+    has_record: bool
+
+
+class CompiledTrunk:
+    """The callable that Dynamo gets: adds a slot's state to the inputs and takes the next state from the outputs."""
+
+    def __init__(
+        self, compiled: Callable[..., Any], calling: Calling, journal: list[JournalRow], compile_id: tuple[int, int]
+    ) -> None:
+        self._compiled, self._calling, self._journal, self._compile_id = compiled, calling, journal, compile_id
+        self._fingerprints = _Fingerprints()
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        calling = self._calling
+        if calling.anchor is None:
+            return self._compiled(*args)  # type: ignore[no-any-return]
+        model = model_state(args[calling.anchor])
+        if self._compile_id not in model.graphs:
+            with model.lock:
+                model.graphs[self._compile_id] = self._journal
+        if not calling.states:
+            return self._compiled(*args)  # type: ignore[no-any-return]
+        slot = self._slot(model, args)
+        results = self._compiled(*args, *slot.tensors)
+        end = calling.num_outputs + len(calling.states)
+        slot.tensors = list(results[calling.num_outputs : end])
+        if calling.has_record:
+            with model.lock:
+                model.pending.append((slot.number, results[end]))
+            if len(model.pending) >= KEPT_STEPS:
+                model.read_pending()
+        return results[: calling.num_outputs]  # type: ignore[no-any-return]
+
+    def _slot(self, model: ModelState, args: Sequence[Any]) -> Slot:
+        calling = self._calling
+        numbers = tuple(arg for arg in args if not isinstance(arg, torch.Tensor))
+        with model.lock:
+            conditions = tuple(self._fingerprints.of(args[place]) for place in calling.conditions)
+            thread = weakref.ref(threading.current_thread())
+            key = (thread, self._compile_id, numbers, conditions)
+            model.calls += 1
+            for other, slot in list(model.slots.items()):
+                owner = other[0]()
+                if owner is None or not owner.is_alive() or model.calls - slot.last_call > STALE_AFTER_CALLS:
+                    del model.slots[other]
+            found = model.slots.get(key)
+            if found is None:
+                found = model.slots[key] = Slot(next(model.numbers), self._fresh(args), 0)
+            found.last_call = model.calls
+            return found
+
+    def _fresh(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        symbols = {symbol: args[place] for place, symbol in self._calling.symbols.items()}
+        return [
+            torch.zeros(
+                [inductor.evaluate_size(size, symbols) for size in layout.shape],
+                dtype=layout.dtype,
+                device=layout.device,
+            )
+            for layout in self._calling.states
+        ]
+
+

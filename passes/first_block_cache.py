@@ -1,0 +1,458 @@
+"""First-block cache: skip blocks 2..N of a step whose first block changed little since the last computed step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from hvcompile.errors import OptionError
+from hvcompile.graph_code import inline
+from hvcompile.inductor import COND, fake_mode, numel_hint, shape_key, value
+from hvcompile.inputs import InputRoles, classify
+from hvcompile.pipeline import Pass, PassReport
+from hvcompile.structure import is_scalar, is_tensor
+from hvcompile.trunk import (
+    TAG,
+    BlockCall,
+    Trunk,
+    contiguous,
+    is_context_switch,
+    mutated_operand,
+    op_name,
+    settle,
+    symbolic_inputs,
+)
+
+# Operations that only rearrange tokens; replayed on block 1's outputs to find what a skipped trunk would hand on.
+_REARRANGING = {"getitem", "cat", "concat", "chunk", "split", "reshape", "view", "flatten", "unflatten", "contiguous"} | {
+    *("transpose", "permute", "squeeze", "unsqueeze", "clone", "narrow", "to", "unbind", "stack"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstBlockCache(Pass):
+    """Put blocks 2..N into the miss branch of a ``torch.cond``; the hit branch adds their cached residuals.
+
+    A step reuses the last computed one where the relative mean absolute difference of block 1's residual (of the
+    stream that carries the sample) against that of the last *computed* step is at most ``threshold``. What is cached
+    is, for every stream that leaves the trunk, its change over blocks 2..N. Predicate and state live in the graph:
+
+    - a difference that is not finite never reuses;
+    - a clock (timestep) that turns back, or stands still at the start with another sample, begins a new generation,
+      whose first step is computed.
+
+    Args:
+        threshold: relative difference, 0 or more; 0 reuses only where block 1 repeats itself exactly.
+        warmup_steps: steps at the start of a generation that are always computed, 0 or more.
+        max_consecutive_hits: steps reused in a row at most, 1 or more; None for no limit.
+        last_steps_computed: steps at the end of a generation that are always computed, 0 or more. The end is where the
+            clock will reach 0 (or 1 or 1000, where it rises), extrapolated through its last three values by the
+            projective map that is exact for evenly spaced and for shifted flow-matching schedules; a generation's
+            first two steps, before there are three values, are computed.
+
+    Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108);
+    decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses.
+
+    Before::
+
+        a = invoke_subgraph(block_0, streams); b = invoke_subgraph(block_0, a); c = invoke_subgraph(block_1, b)
+        return epilogue(c)
+
+    After::
+
+        a = invoke_subgraph(block_0, streams)
+        reused = (|a - streams - first|.mean() / |first|.mean() <= threshold) & ...
+        c, residual', first' = cond(reused, a + residual, [b = block_0(a); c = block_1(b)], ...)
+        return epilogue(c), residual', first', counters', ...
+    """
+
+    section: ClassVar[str] = "first_block_cache"
+    is_exact: ClassVar[bool] = False
+
+    threshold: float = 0.06
+    warmup_steps: int = 0
+    max_consecutive_hits: int | None = None
+    last_steps_computed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise OptionError(f"first_block_cache.threshold is {self.threshold}; allowed is a finite number, 0 or more")
+        for name, least in (("warmup_steps", 0), ("last_steps_computed", 0), ("max_consecutive_hits", 1)):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise OptionError(f"first_block_cache.{name} is {number}; allowed is a whole number, {least} or more")
+
+    def apply(self, trunk: Trunk) -> PassReport:
+        """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
+        plan = _plan(trunk)
+        if isinstance(plan, str):
+            return PassReport(declined=((trunk.lists or "graph", plan),))
+        _rewrite(trunk, plan, self)
+        streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
+        return PassReport(
+            matched=(f"{trunk.blocks[1].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}",),
+            declined=plan.remarks,
+        )
+
+    def decide(
+        self,
+        *,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        first: torch.Tensor,
+        counters: torch.Tensor,
+        **history: torch.Tensor,
+    ) -> dict[str, Any]:
+        """The decision of one step, as graph code.
+
+        Args:
+            before: block 1's input stream, any shape.
+            after: block 1's output stream, same shape.
+            first: block 1's residual in the last computed step, same shape.
+            counters: int64 ``[steps done in this generation, hits in a row]``.
+            history: ``clock``, ``last_clock``, ``earlier_clock``, ``direction``, float64 of one shape ``[K]``, and
+                ``sample``, ``last_sample`` of one shape; absent where the graph has no clock.
+
+        Returns:
+            ``reused`` (bool scalar), ``difference`` (float32 scalar), ``residual``, and the next values of the state.
+        """
+        steps, streak = counters[0], counters[1]
+        residual = after - before
+        change = (residual.float() - first.float()).abs().mean() / first.float().abs().mean()
+        is_new = steps == 0
+        follow: dict[str, Any] = {}
+        is_near_end = None
+        if history:
+            clock, direction = history["clock"], history["direction"]
+            moved = (clock - history["last_clock"]).sign()
+            turned_back = (moved * direction < 0).any()
+            stands_still = (direction == 0).all() & (moved == 0).all()
+            is_new = is_new | turned_back | (stands_still & (history["sample"] != history["last_sample"]).any())
+            moved = torch.where(moved == 0, direction, moved)
+            follow["direction"] = torch.where(is_new, torch.zeros_like(moved), moved)
+            follow["last_clock"] = clock.clone()
+            follow["last_sample"] = history["sample"].clone()
+            if self.last_steps_computed:
+                earlier, last = history["earlier_clock"], history["last_clock"]
+                is_near_end = (steps_left(earlier, last, clock) < self.last_steps_computed + 0.5).any()
+                follow["earlier_clock"] = last.clone()
+        difference = torch.where(is_new, torch.full_like(change, math.inf), change)
+        steps = torch.where(is_new, torch.zeros_like(steps), steps)
+        reused = difference.isfinite() & (difference <= self.threshold) & (steps >= self.warmup_steps)
+        if self.max_consecutive_hits is not None:
+            reused = reused & (streak < self.max_consecutive_hits)
+        if is_near_end is not None:
+            reused = reused & (steps >= 2) & is_near_end.logical_not()
+        follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
+        return {"reused": reused, "difference": difference, "residual": residual, **follow}
+
+
+def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
+    """Steps until each clock reaches its end, this one included; infinite for a clock that stands still.
+
+    The clock is taken as a projective function of the step number (a constant cross-ratio): exact for even spacing
+    and for flow matching's shift ``s*x / (1 + (s - 1)*x)`` of it. Arguments are float64 ``[K]``, oldest first.
+    """
+    rises = clock > last
+    end = torch.where(rises, torch.where(clock <= 1, torch.ones_like(clock), torch.full_like(clock, 1000.0)), 0.0)
+    ratio = (earlier - clock) * (last - end) / ((last - clock) * (earlier - end))
+    left = 2 * (ratio - 1) / (2 - ratio)
+    return torch.where(clock == last, torch.full_like(clock, math.inf), left)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What moves into the branch and what it hands on."""
+
+    first: BlockCall
+    stream_in: fx.Node
+    stream_out: fx.Node
+    moved: tuple[fx.Node, ...]
+    leaving: tuple[fx.Node, ...]
+    roles: InputRoles
+    remarks: tuple[tuple[str, str], ...]
+
+
+def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in found:
+                found.add(operand)
+                stack.append(operand)
+    return found
+
+
+def _plan(trunk: Trunk) -> _Plan | str:
+    """Match the trunk, or the reason why it can't be cached."""
+    if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+        return "the blocks already stand in a branch"
+    if len(trunk.blocks) < 2:
+        return "a trunk of one block has nothing to skip"
+    first, calls = trunk.blocks[0], [block.call for block in trunk.blocks[1:]]
+    after, needed = _descendants(calls), _ancestors(calls)
+    if first.call in after:
+        return f"{first.path} reads the result of a later block"
+    results = {user for call in calls for user in call.users}
+    core = set(calls) | results | (after & needed)
+    first_results = set(first.outputs.values())
+    for node in reversed(trunk.graph.nodes):
+        is_work = node.op in {"call_function", "call_method"} and node is not first.call and node not in first_results
+        if is_work and node not in core and node.users and core.issuperset(node.users) and not is_scalar(node):
+            core.add(node)
+    moved = [node for node in trunk.graph.nodes if node in core]
+    for node in moved:
+        if is_context_switch(node) or mutated_operand(node) is not None:
+            return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
+    leaving = [node for node in moved if any(user not in core for user in node.users)]
+    if not leaving:
+        return "nothing that the blocks compute is read after them"
+    if any(not is_tensor(node) for node in leaving):
+        return f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
+
+    roles = classify(trunk)
+    if not roles.weights:
+        return "the graph takes no parameters as inputs, so its state can't be tied to a model"
+    if roles.sample is None:
+        return "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
+    stream = _main_stream(first, roles.sample)
+    if stream is None:
+        return f"no output of {first.path} continues one of its inputs, so it has no residual"
+    known: dict[fx.Node, fx.Node | None] = {}
+    for node in leaving:
+        if not _reaches_back(trunk, node, core, known):
+            return f"{node.name} leaves the blocks and continues no stream of {first.path}"
+    remarks = () if roles.clocks else (("clock", "no input is a timestep: call hvcompile.reset between generations"),)
+    return _Plan(
+        first=first,
+        stream_in=stream[0],
+        stream_out=stream[1],
+        moved=tuple(moved),
+        leaving=tuple(leaving),
+        roles=roles,
+        remarks=remarks,
+    )
+
+
+def _main_stream(first: BlockCall, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Block 1's input and output of the stream that carries the sample; of several, the largest."""
+    from_sample = _descendants([sample])
+    pairs = [(first.operands[source], first.outputs.get(output)) for output, source in first.body.streams.items()]
+    found = [(entered, left) for entered, left in pairs if left is not None]
+    found.sort(key=lambda pair: (pair[0] in from_sample, numel_hint(value(pair[0]))))
+    return found[-1] if found else None
+
+
+def _rewritten_source(trunk: Trunk, node: fx.Node) -> fx.Node | None:
+    """For a block's output: the operand of which it is the next version; None for any other node."""
+    for block in trunk.blocks:
+        if node.target is operator.getitem and node.args[0] is block.call:
+            source = block.body.streams.get(node.args[1])  # type: ignore[arg-type]
+            return None if source is None else block.operands[source]
+    return None
+
+
+def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], known: dict[fx.Node, fx.Node | None]) -> bool:
+    """Whether a value has a counterpart where blocks 2..N hand their streams on unchanged."""
+    if node not in core:
+        return is_tensor(node)
+    source = _rewritten_source(trunk, node)
+    if source is not None:
+        return _reaches_back(trunk, source, core, known)
+    if op_name(node) == "invoke_subgraph":
+        return False
+    if op_name(node) in _REARRANGING:
+        return all(is_scalar(item) or _reaches_back(trunk, item, core, known) for item in node.all_input_nodes)
+    return any(_reaches_back(trunk, item, core, known) for item in _alike(node))
+
+
+def _alike(node: fx.Node) -> list[fx.Node]:
+    """The operands of work between the blocks that have its result's shape: the streams that it changes."""
+    shape = shape_key(value(node)) if is_tensor(node) else None
+    return [item for item in node.all_input_nodes if is_tensor(item) and shape_key(value(item)) == shape]
+
+
+def _counterpart(trunk: Trunk, node: fx.Node, core: set[fx.Node], before: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Build the value that a node would have if blocks 2..N handed their streams on unchanged."""
+    if node not in core or node in made:
+        return made.get(node, node)
+    source = _rewritten_source(trunk, node)
+    if source is None and op_name(node) not in _REARRANGING:
+        source = next(item for item in _alike(node) if _reaches_back(trunk, item, core, {}))
+    if source is not None:
+        made[node] = _counterpart(trunk, source, core, before, made)
+        return made[node]
+    replaced = {item: _counterpart(trunk, item, core, before, made) for item in node.all_input_nodes}
+    with trunk.graph.inserting_before(before):
+        copied = trunk.graph.node_copy(node, lambda item: replaced[item])
+    copied.meta = {**node.meta, TAG: FirstBlockCache.__name__}
+    made[node] = copied
+    return copied
+
+
+def _rewrite(trunk: Trunk, plan: _Plan, options: FirstBlockCache) -> None:
+    graph, tag = trunk.graph, FirstBlockCache.__name__
+    core, anchor = set(plan.moved), plan.moved[-1].next
+    main = value(plan.stream_out)
+    first = trunk.add_state("first_residual", main.shape, main.dtype, main.device)
+    residuals = [
+        trunk.add_state(f"residual_{place}", value(node).shape, value(node).dtype, value(node).device)
+        for place, node in enumerate(plan.leaving)
+    ]
+    counters = trunk.add_state("counters", (2,), torch.int64, main.device)
+    operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first.placeholder}
+    operands["counters"] = counters.placeholder
+    small = {"counters": counters}
+    if plan.roles.clocks and plan.roles.sample is not None:
+        sample = plan.roles.sample
+        operands["clock"] = _clock(trunk, plan.roles, main.device, anchor)
+        operands["sample"] = sample
+        shape = value(operands["clock"]).shape
+        small["direction"] = trunk.add_state("direction", shape, torch.float64, main.device)
+        small["last_clock"] = trunk.add_state("last_clock", shape, torch.float64, main.device)
+        small["last_sample"] = trunk.add_state(
+            "last_sample", value(sample).shape, value(sample).dtype, value(sample).device
+        )
+        if options.last_steps_computed:
+            small["earlier_clock"] = trunk.add_state("earlier_clock", shape, torch.float64, main.device)
+        operands |= {name: state.placeholder for name, state in small.items()}
+    decided = inline(graph, options.decide, operands, before=anchor, tag=tag)
+    for name, state in small.items():
+        state.next_value = decided[name]
+    trunk.observed |= {"reused": decided["reused"], "difference": decided["difference"]}
+
+    made: dict[fx.Node, fx.Node] = {}
+    counterparts = [_counterpart(trunk, node, core, anchor, made) for node in plan.leaving]
+    external = dict.fromkeys(symbolic_inputs(graph))
+    external |= dict.fromkeys(item for node in plan.moved for item in node.all_input_nodes if item not in core)
+    bodies = [node for node in external if node.op == "get_attr" and not is_tensor(node)]
+    with graph.inserting_before(anchor):
+        passed = {node: contiguous(graph, node, tag) for node in external if node not in bodies}
+        bases = [contiguous(graph, node, tag) for node in counterparts]
+        residual = contiguous(graph, decided["residual"], tag)
+    branch_operands = [
+        *passed.values(), *bases, *(state.placeholder for state in residuals), residual, first.placeholder
+    ]  # fmt: skip
+    miss, hit = _Branch(trunk.module, branch_operands, tag), _Branch(trunk.module, branch_operands, tag)
+    slices = _slices(len(passed), len(bases))
+    _fill_miss(miss, plan, dict(zip(passed, miss.placeholders[: len(passed)], strict=True)), bodies, slices, trunk)
+    _fill_hit(hit, slices)
+    outputs = _call_cond(trunk, decided["reused"], hit, miss, branch_operands, anchor)
+    count = len(plan.leaving)
+    for node, replacement in zip(plan.leaving, outputs[:count], strict=True):
+        for user in list(node.users):
+            if user not in core:
+                user.replace_input_with(node, replacement)
+    for state, output in zip([*residuals, first], outputs[count:], strict=True):
+        state.next_value = output
+    for node in reversed(plan.moved):
+        graph.erase_node(node)
+    for node in bodies:
+        if not node.users:
+            graph.erase_node(node)
+    settle(graph)
+
+
+def _clock(trunk: Trunk, roles: InputRoles, device: torch.device, before: fx.Node) -> fx.Node:
+    def gather(**clocks: torch.Tensor) -> dict[str, Any]:
+        return {"clock": torch.cat([clock.to(device, torch.float64).flatten() for clock in clocks.values()])}
+
+    operands = {f"clock_{place}": node for place, node in enumerate(roles.clocks)}
+    return inline(trunk.graph, gather, operands, before=before, tag=FirstBlockCache.__name__)["clock"]
+
+
+class _Branch:
+    """A branch of the ``cond`` under construction: a graph whose placeholders stand for the operands."""
+
+    def __init__(self, root: fx.GraphModule, operands: Sequence[fx.Node], tag: str) -> None:
+        self.root, self.tag, self.graph = root, tag, fx.Graph()
+        self.placeholders = [self.graph.placeholder(operand.name) for operand in operands]
+        for placeholder, operand in zip(self.placeholders, operands, strict=True):
+            placeholder.meta["example_value"] = value(operand)
+
+    def call(self, function: Any, *args: fx.Node, like: fx.Node, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(function, args, kwargs)
+        node.meta = {TAG: self.tag, "example_value": value(like)}
+        return node
+
+    def contiguous(self, node: fx.Node) -> fx.Node:
+        """Both branches must return equal strides, and neither may return an operand."""
+        copied = self.call(torch.clone, node, like=node, memory_format=torch.contiguous_format)
+        copied.meta["example_value"] = torch.clone(value(node), memory_format=torch.contiguous_format)
+        return copied
+
+    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
+        self.graph.output(tuple(self.contiguous(result) for result in results))
+        return fx.GraphModule(self.root, self.graph)
+
+
+def _slices(num_passed: int, num_streams: int) -> tuple[slice, slice, int, int]:
+    """Where among the branch operands stand: counterparts, cached residuals, block 1's residual, and its cached one."""
+    residuals = num_passed + num_streams
+    return slice(num_passed, residuals), slice(residuals, residuals + num_streams), -2, -1
+
+
+def _fill_miss(
+    branch: _Branch,
+    plan: _Plan,
+    env: dict[fx.Node, fx.Node],
+    bodies: Sequence[fx.Node],
+    slices: tuple[slice, slice, int, int],
+    trunk: Trunk,
+) -> None:
+    bases, _, residual, _ = slices
+    for body in bodies:
+        env[body] = branch.graph.node_copy(body)
+    for node in plan.moved:
+        env[node] = branch.graph.node_copy(node, env.__getitem__)
+    for block in trunk.blocks[1:]:
+        block.call = env[block.call]
+    computed = [env[node] for node in plan.leaving]
+    pairs = zip(computed, branch.placeholders[bases], strict=True)
+    changes = [branch.call(torch.sub, result, base, like=base) for result, base in pairs]
+    branch.results = [*computed, *changes, branch.placeholders[residual]]  # type: ignore[attr-defined]
+
+
+def _fill_hit(branch: _Branch, slices: tuple[slice, slice, int, int]) -> None:
+    bases, residuals, _, first = slices
+    cached = branch.placeholders[residuals]
+    pairs = zip(branch.placeholders[bases], cached, strict=True)
+    restored = [branch.call(torch.add, base, change, like=base) for base, change in pairs]
+    branch.results = [*restored, *cached, branch.placeholders[first]]  # type: ignore[attr-defined]
+
+
+def _call_cond(
+    trunk: Trunk, predicate: fx.Node, hit: _Branch, miss: _Branch, operands: Sequence[fx.Node], before: fx.Node
+) -> list[fx.Node]:
+    graph, tag = trunk.graph, FirstBlockCache.__name__
+    results = miss.results  # type: ignore[attr-defined]
+    setattr(trunk.module, "cache_hit", hit.finish(hit.results))  # type: ignore[attr-defined]
+    setattr(trunk.module, "cache_miss", miss.finish(results))
+    outputs = []
+    with graph.inserting_before(before):
+        branches = [graph.get_attr("cache_hit"), graph.get_attr("cache_miss")]
+        call = graph.call_function(COND, (predicate, *branches, tuple(operands)))
+        call.meta = {TAG: tag, "example_value": tuple(value(result) for result in results)}
+        for place, result in enumerate(results):
+            output = graph.call_function(operator.getitem, (call, place))
+            output.meta = {TAG: tag, "example_value": value(result)}
+            outputs.append(output)
+    return outputs
