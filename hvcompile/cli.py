@@ -113,7 +113,7 @@ def generate(  # noqa: PLR0917 - a parameter is an option here, never positional
 
 
 class Display:
-    """The progress of a generation: a line a run, with a mark a step, the count of reused steps, the last difference."""
+    """The progress of a generation: a line a run: a mark a step, how many were reused, the last difference."""
 
     def __init__(self, console: Console = err) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())

@@ -7,11 +7,11 @@ of this project. The weights are random and seeded, so the pictures are abstract
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -21,7 +21,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, LlamaTokenizer
 
 SEED = 1959
@@ -51,6 +51,7 @@ cinematic background foreground
 WORDS = tuple(dict.fromkeys(_TEXT.split()))
 """Words that are one token each, besides those of the pipeline's own prompt template."""
 
+_END_OF_WORD = "</w>"
 _SPECIAL = ("<unk>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
@@ -136,19 +137,11 @@ def llama_tokenizer() -> LlamaTokenizer:
     start = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
     template_words = re.findall(r"\n\n| ?[A-Za-z]+|[^A-Za-z]", re.sub(r"<\|\w+\|>", "", start))
     words = [*template_words, *WORDS, *(word.capitalize() for word in WORDS), *(f" {word}" for word in WORDS)]
+    merges = _merges([word.replace(" ", "▁") for word in words])
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = [chr(code) for code in range(0x21, 0x7F)] + ["\n", "▁"]
-    vocab, merges = _learn(
-        [word.replace(" ", "▁") for word in words],
-        trainers.BpeTrainer(
-            vocab_size=100_000,
-            min_frequency=0,
-            show_progress=False,
-            special_tokens=[*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
-            initial_alphabet=alphabet,
-        ),
-    )
     tokenizer = LlamaTokenizer(
-        vocab=vocab,
+        vocab=_vocabulary(_SPECIAL, byte_tokens, alphabet, map("".join, merges)),
         merges=merges,
         unk_token=_SPECIAL[0],
         bos_token=_SPECIAL[1],
@@ -171,31 +164,36 @@ def llama_tokenizer() -> LlamaTokenizer:
 
 def clip_tokenizer() -> CLIPTokenizer:
     """Build a CLIP tokenizer: lower case, one token a known word, pieces of UTF-8 bytes for all else."""
-    byte_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab, merges = _learn(
-        [*byte_alphabet, *WORDS],
-        trainers.BpeTrainer(
-            vocab_size=100_000,
-            min_frequency=0,
-            show_progress=False,
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            initial_alphabet=byte_alphabet,
-            end_of_word_suffix="</w>",
-        ),
-        end_of_word_suffix="</w>",
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last = [byte + _END_OF_WORD for byte in alphabet]
+    merges = _merges(WORDS, _END_OF_WORD)
+    special = ("<|startoftext|>", "<|endoftext|>")
+    vocab = _vocabulary(special, alphabet, last, map("".join, merges))
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
-def _learn(
-    words: list[str], trainer: trainers.BpeTrainer, **model_options: Any
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Train byte pairs until every one of ``words`` is one token; returns the vocabulary and the merges in order."""
-    tokenizer = Tokenizer(models.BPE(**model_options))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\0", "removed")
-    tokenizer.train_from_iterator(["\0".join(words)], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [(left, right) for left, right in model["merges"]]
+def _vocabulary(*groups: Iterable[str]) -> dict[str, int]:
+    tokens = dict.fromkeys(itertools.chain(*groups))
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _merges(words: Sequence[str], end_of_word: str = "") -> list[tuple[str, str]]:
+    """Find byte-pair merges, first to be applied first, that make each of ``words`` one token.
+
+    A word is encoded with the merges so far, and merges for what is left apart are added behind them; being last they
+    can't change an earlier word. (The trainer of the tokenizers library gives other numbers from run to run.)
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        symbols = [*word[:-1], word[-1] + end_of_word]
+        while len(symbols) > 1:
+            pairs = list(itertools.pairwise(symbols))
+            known = [pair for pair in pairs if pair in ranks]
+            pair = min(known, key=ranks.__getitem__) if known else pairs[0]
+            ranks.setdefault(pair, len(ranks))
+            symbols[pairs.index(pair)] = "".join(pair)
+            del symbols[pairs.index(pair) + 1]
+    return list(ranks)
 
 
 def _initialise(module: torch.nn.Module, generator: torch.Generator) -> None:

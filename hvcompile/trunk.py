@@ -65,12 +65,15 @@ def mutated_operand(node: fx.Node) -> fx.Node | None:
 
 def storage_root(node: fx.Node) -> fx.Node:
     """Follow views back to the node whose storage this one may share."""
+    root = node
     while node.op in {"call_function", "call_method"} and (op_name(node) in _VIEWS or mutated_operand(node) is not None):
         source = next((operand for operand in node.all_input_nodes if not is_scalar(operand)), None)
         if source is None:
             break
         node = source
-    return node
+        if is_tensor(node):
+            root = node  # else a tuple of results: views of one tensor if it is a split, tensors of their own if not
+    return root
 
 
 def settle(graph: fx.Graph) -> None:
@@ -386,16 +389,33 @@ def _contiguous(fake: torch.Tensor) -> torch.Tensor:
     return torch.clone(fake, memory_format=torch.contiguous_format)
 
 
-def contiguous(graph: fx.Graph, node: fx.Node, tag: str) -> fx.Node:
-    """An activation made contiguous, at the graph's insertion point; inputs, numbers and constants pass as they are.
+def as_operands(
+    graph: fx.Graph, nodes: Iterable[fx.Node], tag: str, ready: Iterable[fx.Node] = ()
+) -> dict[fx.Node, fx.Node]:
+    """Prepare nodes as operands of a subgraph, at the graph's insertion point; returns what to pass for each.
 
-    Inductor fails on a stride assertion at run time where an operand of a subgraph has a layout that its caller chose.
+    Activations are made contiguous: Inductor fails on a stride assertion at run time where an operand has a layout of
+    its caller's choosing. Those that may share storage with another operand are copied, since operands of ``cond`` may
+    not alias. Inputs, numbers, constants and ``ready`` nodes (results of a body: contiguous and unshared) pass as they
+    are.
     """
-    if node.op in {"placeholder", "get_attr"} or not is_tensor(node):
-        return node
-    made = graph.call_method("contiguous", (node,))
-    made.meta = {**node.meta, TAG: tag, "example_value": _contiguous(value(node))}
-    return made
+    as_is, ordered = set(ready), list(dict.fromkeys(nodes))
+    passed = {
+        node: node for node in ordered if node.op in {"placeholder", "get_attr"} or node in as_is or not is_tensor(node)
+    }
+    roots = {storage_root(node) for node in passed}
+    for node in ordered:
+        if node in passed:
+            continue
+        root = storage_root(node)
+        if root in roots:
+            made = graph.call_function(torch.clone, (node,), {"memory_format": torch.contiguous_format})
+        else:
+            made = graph.call_method("contiguous", (node,))
+        roots.add(root)
+        made.meta = {**node.meta, TAG: tag, "example_value": _contiguous(value(node))}
+        passed[node] = made
+    return {node: passed[node] for node in ordered}
 
 
 def symbolic_inputs(graph: fx.Graph) -> list[fx.Node]:
@@ -435,7 +455,7 @@ def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
         current = [renamed.get(operand, operand) for operand in operands[place]]
         trunk.blocks.append(_outline(module, block, bodies[place], current, outputs[place], renamed))
     settle(module.graph)
-    _refresh_operands(trunk)
+    _prepare_operands(trunk)
     module.graph.lint()
     module.recompile()
     return trunk
@@ -499,10 +519,14 @@ def _outline(
     return BlockCall(block.path, body, call)
 
 
-def _refresh_operands(trunk: Trunk) -> None:
-    """Make the operands contiguous that no block made so."""
-    made = {output for block in trunk.blocks for output in block.outputs.values()}
+def _prepare_operands(trunk: Trunk) -> None:
+    """Make the operands of every call fit for a subgraph, each once where several blocks read it."""
+    results = [output for block in trunk.blocks for output in block.outputs.values()]
+    known: dict[tuple[fx.Node, ...], dict[fx.Node, fx.Node]] = {}
     for block in trunk.blocks:
-        with trunk.graph.inserting_before(block.call):
-            renewed = [op if op in made else contiguous(trunk.graph, op, "outline") for op in block.operands]
-        block.call.args = (*block.call.args[:2], *renewed)
+        activations = tuple(node for node in block.operands if node.op != "placeholder" and node not in results)
+        if activations not in known:
+            with trunk.graph.inserting_before(block.call):
+                known[activations] = as_operands(trunk.graph, block.operands, "outline", results)
+        prepared = known[activations]
+        block.call.args = (*block.call.args[:2], *(prepared.get(node, node) for node in block.operands))

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from hvcompile.branch import Branch, add_cond, is_submodule
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
-from hvcompile.inductor import COND, fake_mode, numel_hint, shape_key, value
+from hvcompile.inductor import numel_hint, shape_key, value
 from hvcompile.inputs import InputRoles, classify
 from hvcompile.pipeline import Pass, PassReport
 from hvcompile.structure import is_scalar, is_tensor
@@ -21,7 +22,7 @@ from hvcompile.trunk import (
     TAG,
     BlockCall,
     Trunk,
-    contiguous,
+    as_operands,
     is_context_switch,
     mutated_operand,
     op_name,
@@ -341,27 +342,33 @@ def _rewrite(trunk: Trunk, plan: _Plan, options: FirstBlockCache) -> None:
 
     made: dict[fx.Node, fx.Node] = {}
     counterparts = [_counterpart(trunk, node, core, anchor, made) for node in plan.leaving]
-    external = dict.fromkeys(symbolic_inputs(graph))
-    external |= dict.fromkeys(item for node in plan.moved for item in node.all_input_nodes if item not in core)
-    bodies = [node for node in external if node.op == "get_attr" and not is_tensor(node)]
+    external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
+    bodies = {node for node in external if is_submodule(node)}
+    states = [state.placeholder for state in (*residuals, first)]
+    wanted = [*symbolic_inputs(graph), *(node for node in external if node not in bodies)]
     with graph.inserting_before(anchor):
-        passed = {node: contiguous(graph, node, tag) for node in external if node not in bodies}
-        bases = [contiguous(graph, node, tag) for node in counterparts]
-        residual = contiguous(graph, decided["residual"], tag)
-    branch_operands = [
-        *passed.values(), *bases, *(state.placeholder for state in residuals), residual, first.placeholder
-    ]  # fmt: skip
-    miss, hit = _Branch(trunk.module, branch_operands, tag), _Branch(trunk.module, branch_operands, tag)
-    slices = _slices(len(passed), len(bases))
-    _fill_miss(miss, plan, dict(zip(passed, miss.placeholders[: len(passed)], strict=True)), bodies, slices, trunk)
-    _fill_hit(hit, slices)
-    outputs = _call_cond(trunk, decided["reused"], hit, miss, branch_operands, anchor)
-    count = len(plan.leaving)
-    for node, replacement in zip(plan.leaving, outputs[:count], strict=True):
+        results = [output for block in trunk.blocks for output in block.outputs.values()]
+        passed = as_operands(graph, [*wanted, *counterparts, decided["residual"], *states], tag, ready=results)
+
+    miss, hit = Branch(trunk.module, passed, tag), Branch(trunk.module, passed, tag)
+    miss.copy(plan.moved)
+    for block in trunk.blocks[1:]:
+        block.call = miss.env[block.call]
+    computed = [miss.env[node] for node in plan.leaving]
+    changes = [miss.call(torch.sub, now, miss.env[base]) for now, base in zip(computed, counterparts, strict=True)]
+    cached = [hit.env[state.placeholder] for state in residuals]
+    restored = [hit.call(torch.add, hit.env[base], change) for base, change in zip(counterparts, cached, strict=True)]
+    branches = {
+        "cache_hit": (hit, [*restored, *cached, hit.env[first.placeholder]]),
+        "cache_miss": (miss, [*computed, *changes, miss.env[decided["residual"]]]),
+    }
+    outputs = add_cond(trunk.module, decided["reused"], branches, passed.values(), before=anchor)
+
+    for node, replacement in zip(plan.leaving, outputs, strict=False):
         for user in list(node.users):
             if user not in core:
                 user.replace_input_with(node, replacement)
-    for state, output in zip([*residuals, first], outputs[count:], strict=True):
+    for state, output in zip([*residuals, first], outputs[len(plan.leaving) :], strict=True):
         state.next_value = output
     for node in reversed(plan.moved):
         graph.erase_node(node)
@@ -377,82 +384,3 @@ def _clock(trunk: Trunk, roles: InputRoles, device: torch.device, before: fx.Nod
 
     operands = {f"clock_{place}": node for place, node in enumerate(roles.clocks)}
     return inline(trunk.graph, gather, operands, before=before, tag=FirstBlockCache.__name__)["clock"]
-
-
-class _Branch:
-    """A branch of the ``cond`` under construction: a graph whose placeholders stand for the operands."""
-
-    def __init__(self, root: fx.GraphModule, operands: Sequence[fx.Node], tag: str) -> None:
-        self.root, self.tag, self.graph = root, tag, fx.Graph()
-        self.placeholders = [self.graph.placeholder(operand.name) for operand in operands]
-        for placeholder, operand in zip(self.placeholders, operands, strict=True):
-            placeholder.meta["example_value"] = value(operand)
-
-    def call(self, function: Any, *args: fx.Node, like: fx.Node, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(function, args, kwargs)
-        node.meta = {TAG: self.tag, "example_value": value(like)}
-        return node
-
-    def contiguous(self, node: fx.Node) -> fx.Node:
-        """Both branches must return equal strides, and neither may return an operand."""
-        copied = self.call(torch.clone, node, like=node, memory_format=torch.contiguous_format)
-        copied.meta["example_value"] = torch.clone(value(node), memory_format=torch.contiguous_format)
-        return copied
-
-    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
-        self.graph.output(tuple(self.contiguous(result) for result in results))
-        return fx.GraphModule(self.root, self.graph)
-
-
-def _slices(num_passed: int, num_streams: int) -> tuple[slice, slice, int, int]:
-    """Where among the branch operands stand: counterparts, cached residuals, block 1's residual, and its cached one."""
-    residuals = num_passed + num_streams
-    return slice(num_passed, residuals), slice(residuals, residuals + num_streams), -2, -1
-
-
-def _fill_miss(
-    branch: _Branch,
-    plan: _Plan,
-    env: dict[fx.Node, fx.Node],
-    bodies: Sequence[fx.Node],
-    slices: tuple[slice, slice, int, int],
-    trunk: Trunk,
-) -> None:
-    bases, _, residual, _ = slices
-    for body in bodies:
-        env[body] = branch.graph.node_copy(body)
-    for node in plan.moved:
-        env[node] = branch.graph.node_copy(node, env.__getitem__)
-    for block in trunk.blocks[1:]:
-        block.call = env[block.call]
-    computed = [env[node] for node in plan.leaving]
-    pairs = zip(computed, branch.placeholders[bases], strict=True)
-    changes = [branch.call(torch.sub, result, base, like=base) for result, base in pairs]
-    branch.results = [*computed, *changes, branch.placeholders[residual]]  # type: ignore[attr-defined]
-
-
-def _fill_hit(branch: _Branch, slices: tuple[slice, slice, int, int]) -> None:
-    bases, residuals, _, first = slices
-    cached = branch.placeholders[residuals]
-    pairs = zip(branch.placeholders[bases], cached, strict=True)
-    restored = [branch.call(torch.add, base, change, like=base) for base, change in pairs]
-    branch.results = [*restored, *cached, branch.placeholders[first]]  # type: ignore[attr-defined]
-
-
-def _call_cond(
-    trunk: Trunk, predicate: fx.Node, hit: _Branch, miss: _Branch, operands: Sequence[fx.Node], before: fx.Node
-) -> list[fx.Node]:
-    graph, tag = trunk.graph, FirstBlockCache.__name__
-    results = miss.results  # type: ignore[attr-defined]
-    setattr(trunk.module, "cache_hit", hit.finish(hit.results))  # type: ignore[attr-defined]
-    setattr(trunk.module, "cache_miss", miss.finish(results))
-    outputs = []
-    with graph.inserting_before(before):
-        branches = [graph.get_attr("cache_hit"), graph.get_attr("cache_miss")]
-        call = graph.call_function(COND, (predicate, *branches, tuple(operands)))
-        call.meta = {TAG: tag, "example_value": tuple(value(result) for result in results)}
-        for place, result in enumerate(results):
-            output = graph.call_function(operator.getitem, (call, place))
-            output.meta = {TAG: tag, "example_value": value(result)}
-            outputs.append(output)
-    return outputs
