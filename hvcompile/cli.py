@@ -63,7 +63,9 @@ def generate(  # noqa: PLR0917 - a parameter is an option here, never positional
         float | None, typer.Option(help="True guidance scale; above 1, with --negative-prompt, two calls a step.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Of the first-block cache; 0 reuses nothing.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of the first-block cache: a larger one reuses more steps.")
+    ] = None,
     mode: Annotated[str | None, typer.Option(help="'exact': only rewrites that don't change numerics.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The video file; replaced if there.")] = Path(
         "out.mp4"
@@ -138,6 +140,8 @@ class Display:
         if event.index == 0:
             self.marks = ""
             self.run = self.progress.add_task("", total=event.num_steps)
+            # its time is that of its first step too, which was shown as a phase
+            self.progress.tasks[-1].start_time = self.progress.tasks[0].start_time
             self.progress.update(self.phase, visible=False)
         self.marks += REUSED if event.reused else COMPUTED
         strip = self.marks.ljust(event.num_steps)[max(0, len(self.marks) - STRIP) :][:STRIP]

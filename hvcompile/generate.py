@@ -18,11 +18,11 @@ import torch
 import hvcompile
 from hvcompile import metrics, pipelines
 from hvcompile.errors import UncompiledModelError
+from hvcompile.options import MODES
 from hvcompile.pipelines import InputError
 
 BACKEND = "hvfast"
 PLAIN_BACKEND = "inductor"
-MODES = ("exact",)
 CONTAINERS = (".mp4", ".mkv", ".mov")
 
 
@@ -35,7 +35,7 @@ class Request:
         frames, height, width: the clip, in frames and pixels.
         guidance: scale of embedded or classifier-free guidance, as the pipeline reads ``guidance_scale``.
         true_cfg: above 1, with ``negative_prompt``, the transformer runs twice a step.
-        threshold: of the first-block cache; 0 reuses nothing.
+        threshold: of the first-block cache, a relative difference; at 0 only what is the same is reused.
         mode: "exact" for the rewrites that don't change numerics.
         dump: directory for the graphs before and after each pass.
         compare: also run the plain compiled model, and measure against it.
@@ -80,11 +80,11 @@ class Request:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         # torch.compile takes a mode or options, never both.
         if self.mode is not None and self.threshold is not None:
-            raise InputError(
-                f"threshold can't be given with mode {self.mode!r}, which has no cache: leave one of them out"
-            )
+            raise InputError(f"threshold can't be given with a mode (it is {self.mode!r}): leave one of them out")
         if self.mode is not None and self.dump is not None:
-            raise InputError(f"dump can't be given with mode {self.mode!r}: set HVCOMPILE_DUMP={self.dump} instead")
+            raise InputError(
+                f"dump can't be given with a mode: set HVCOMPILE_DUMP={self.dump} in the environment instead"
+            )
         _check_output(self.output)
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
@@ -201,14 +201,14 @@ def _run(
     steps: list[metrics.Step] = []
     mark = time.perf_counter()
 
-    def on_step_end(_pipe: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(*_: Any) -> dict[str, Any]:
         nonlocal mark
         _synchronise(loaded.device)
         now, calls = time.perf_counter(), decisions()  # several calls where guidance runs the transformer twice
         steps.append(
             metrics.Step(
                 backend=backend,
-                index=index,
+                index=len(steps),
                 num_steps=num_steps,
                 seconds=now - mark,
                 reused=bool(calls) and all(reused for reused, _ in calls),
@@ -216,14 +216,15 @@ def _run(
             )
         )
         observe(steps[-1])
-        if index + 1 == num_steps:
+        if len(steps) == num_steps:
             observe("decoding")
         mark = time.perf_counter()
         return {}
 
     def on_encoded(*_: Any) -> None:
         nonlocal mark
-        mark = time.perf_counter()
+        if not steps:
+            mark = time.perf_counter()
 
     observe(f"{backend}: compiling")
     others = [
@@ -257,11 +258,11 @@ def _decisions(transformer: torch.nn.Module) -> Callable[[], list[tuple[bool, fl
     def new() -> list[tuple[bool, float]]:
         nonlocal seen
         try:
-            calls = hvcompile.stats(transformer).steps
+            stats = hvcompile.stats(transformer)
         except UncompiledModelError:  # its first call is still to come
             return []
-        seen, start = len(calls), seen
-        return [(bool(call.reused), float(call.difference)) for call in calls[start:]]
+        num_new, seen = stats.hits + stats.misses - seen, stats.hits + stats.misses
+        return [(bool(call.reused), float(call.difference)) for call in stats.steps[-num_new:]] if num_new else []
 
     return new
 

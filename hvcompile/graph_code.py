@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from hvcompile import inductor
-from hvcompile.inductor import value
-from hvcompile.trunk import TAG
+from hvcompile.inductor import TAG, value
 
 
 def inline(
@@ -43,11 +42,12 @@ def inline(
         node.meta = {TAG: tag}
         if mode is not None:
             with mode, torch.no_grad():
-                node.meta["example_value"] = _run(node)
+                node.meta["example_value"] = run_on_fakes(node)
     return {name: proxy.node for name, proxy in results.items()}
 
 
-def _run(node: fx.Node) -> Any:
+def run_on_fakes(node: fx.Node) -> Any:
+    """Run a node's operation on the fake values of its inputs; the graph's fake mode must be active."""
     args = fx.map_arg(node.args, value)
     kwargs = fx.map_arg(node.kwargs, value)
     if node.op == "call_method":

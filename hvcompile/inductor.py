@@ -22,6 +22,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._guards import CompileContext
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 Compiled = Callable[..., Any]
 
+TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
@@ -70,6 +72,15 @@ def parameter_names(module: fx.GraphModule) -> dict[str, str]:
 def value(node: fx.Node) -> Any:
     """The fake value that Dynamo recorded for a node: a tensor, a symbolic or plain number, or a tuple of these."""
     return node.meta.get("example_value")
+
+
+def provenance(node: fx.Node, tag: str, fake: Any) -> dict[str, Any]:
+    """Meta for a node that stands for another: where that was traced, who made this one, and its fake value.
+
+    Nothing else is taken along: ``unbacked_bindings``, say, would bind a data-dependent size twice.
+    """
+    kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    return {**kept, TAG: tag, "example_value": fake}
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -111,6 +122,19 @@ def fake_like(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: 
     """A fake contiguous tensor of this shape (symbolic sizes allowed) in the graph's own fake mode."""
     with mode:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def symbol_of(node: fx.Node) -> Any:
+    """The symbol that a node's value is, backed or not; None where it is no number or an expression of symbols."""
+    held = value(node)
+    return held.node.expr if isinstance(held, torch.SymInt) and held.node.expr.is_symbol else None
+
+
+def expression_of(number: Any) -> Any:
+    """A number as a sympy expression; None where it is not an integer."""
+    if isinstance(number, torch.SymInt):
+        return number.node.expr
+    return sympy.Integer(number) if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def symbols_of(graph: fx.Graph) -> dict[int, Any]:

@@ -22,6 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_scale_factor", "vae_temporal_compression_ratio")
 
+# What a pipeline's call must take for a generation to be asked for, and followed step by step.
+_NEEDED = ("prompt", "num_inference_steps", "generator", "output_type", "callback_on_step_end")
+
 
 class InputError(HvcompileError, ValueError):
     """What the user gave can't be used; the message is one line: what, where, what is allowed, what to do."""
@@ -177,11 +180,15 @@ def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, A
     parameters = inspect.signature(pipe.__call__).parameters
     if "num_frames" not in parameters:
         raise InputError(f"model {name!r} is a {kind}, which makes no video: give a text-to-video pipeline")
-    needed = [key for key, value in parameters.items() if value.default is value.empty and key != "prompt"]
-    if "image" in parameters or needed:
-        what = ", ".join(needed or ["image"])
-        raise InputError(f"model {name!r} is a {kind}, which also needs {what}: give a text-to-video pipeline")
-    if hasattr(pipe.vae, "enable_tiling"):
+    missing = [key for key in _NEEDED if key not in parameters]
+    if missing:
+        raise InputError(
+            f"model {name!r} is a {kind}, whose call lacks {', '.join(missing)}: it can't be followed here"
+        )
+    others = [key for key, value in parameters.items() if value.default is value.empty and key != "prompt"]
+    if others:
+        raise InputError(f"model {name!r} is a {kind}, which also needs {', '.join(others)}: give a text-to-video one")
+    if hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         pipe.vae.enable_tiling()  # a full-size clip does not fit in memory decoded whole; small ones are not tiled
     pipe.set_progress_bar_config(disable=True)
     return Loaded(pipe=pipe.to(device), defaults=defaults)

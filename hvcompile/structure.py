@@ -104,16 +104,21 @@ def arithmetic(node: fx.Node) -> int:
 def find_blocks(graph: fx.Graph, depth: int) -> list[Block]:
     """All calls of list members in graph order, the members' lists being at the ``depth``-th index of the path.
 
-    Numbers (sizes) that are computed inside a block from numbers alone are left out: later blocks use them too.
+    Arithmetic on sizes that are known outside the blocks is left out wherever it was traced: Dynamo traces it in the
+    first block that needs it, and later blocks read the result.
     """
     blocks: dict[ModuleCall, Block] = {}
+    sizes: set[fx.Node] = {node for node in graph.find_nodes(op="placeholder") if is_scalar(node)}
     for node in graph.nodes:
         if node.op in {"placeholder", "get_attr", "output"}:
             continue
-        if is_scalar(node) and all(is_scalar(operand) for operand in node.all_input_nodes):
+        if is_scalar(node) and sizes.issuperset(node.all_input_nodes):
+            sizes.add(node)
             continue
         owner = owner_of(node, depth)
-        if owner is not None:
+        if owner is None and is_scalar(node):
+            sizes.add(node)
+        elif owner is not None:
             blocks.setdefault(owner, Block(owner, [])).nodes.append(node)
     return list(blocks.values())
 

@@ -17,10 +17,9 @@ import torch
 from torch import fx
 
 from hvcompile import inductor
-from hvcompile.inductor import INVOKE_SUBGRAPH, layout_key, shape_key, value
+from hvcompile.inductor import INVOKE_SUBGRAPH, TAG, layout_key, provenance, shape_key, value
+from hvcompile.slices import count_from_start
 from hvcompile.structure import Block, describe_lists, entering, find_trunk, is_scalar, is_tensor, leaving
-
-TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
 
 _CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"}
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and "_" not in name} - {
@@ -221,11 +220,17 @@ def _value_key(node: fx.Node) -> Any:
     return tuple(layout_key(item) if isinstance(item, torch.Tensor) else repr(item) for item in items)
 
 
+def _row(node: fx.Node, numbers: dict[fx.Node, Any]) -> tuple[Any, ...]:
+    """What a node computes, comparable between blocks: operation, wiring and literals, operands given as numbers."""
+    # The text of a run-time assertion names symbols that Dynamo numbers anew in every block.
+    args = node.args[:1] if op_name(node).startswith("_assert_scalar") else node.args
+    return (node.op, node.target, _canonical(args, numbers.get), _canonical(node.kwargs, numbers.get))
+
+
 def _rows(block: Block, operands: Sequence[fx.Node]) -> Iterator[tuple[Any, ...]]:
-    """One comparable row a node: operation, wiring and literals, with nodes replaced by their numbers."""
     numbers: dict[fx.Node, Any] = {operand: ("operand", place) for place, operand in enumerate(operands)}
     for place, node in enumerate(block.nodes):
-        yield (node.op, node.target, _canonical(node.args, numbers.get), _canonical(node.kwargs, numbers.get))
+        yield _row(node, numbers)
         numbers[node] = ("node", place)
 
 
@@ -239,7 +244,7 @@ def _embed(block: Block, operands: Sequence[fx.Node], rows: Sequence[tuple[Any, 
     matched: dict[fx.Node, int] = {}
     place = 0
     for node in block.nodes:
-        row = (node.op, node.target, _canonical(node.args, numbers.get), _canonical(node.kwargs, numbers.get))
+        row = _row(node, numbers)
         while place < len(rows) and rows[place] != row:
             place += 1
         if place == len(rows):
@@ -377,7 +382,7 @@ def _build_body(
     for place in outputs:
         result = env[block.nodes[place]]
         cloned = graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
-        cloned.meta = {**result.meta, TAG: "outline", "example_value": _contiguous(value(result))}
+        cloned.meta = provenance(result, "outline", _contiguous(value(result)))
         results.append(cloned)
     graph.output(tuple(results))
     body = fx.GraphModule(root, graph)
@@ -413,24 +418,32 @@ def as_operands(
         else:
             made = graph.call_method("contiguous", (node,))
         roots.add(root)
-        made.meta = {**node.meta, TAG: tag, "example_value": _contiguous(value(node))}
+        made.meta = provenance(node, tag, _contiguous(value(node)))
         passed[node] = made
     return {node: passed[node] for node in ordered}
 
 
-def symbolic_inputs(graph: fx.Graph) -> list[fx.Node]:
-    """The placeholders that are symbolic sizes."""
-    return [node for node in graph.find_nodes(op="placeholder") if isinstance(value(node), torch.SymInt)]
+def symbolic_sizes(graph: fx.Graph, before: fx.Node) -> list[fx.Node]:
+    """One node for each symbol of the shapes that are known before a node: inputs, and sizes that depend on data."""
+    found: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node is before:
+            break
+        symbol = inductor.symbol_of(node)
+        if symbol is not None:
+            found.setdefault(symbol, node)
+    return list(found.values())
 
 
 def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
     """Find the repeated blocks of a graph captured by Dynamo and outline them; the captured graph is not changed."""
     module = inductor.clone_graph_module(captured)
+    count_from_start(module.graph)
     found, reason = find_trunk(module.graph)
     if not found:
         return NoTrunk(reason)
     # Inductor binds the symbols of a subgraph's shapes from operands that are plain symbols, never from products of them.
-    sizes = symbolic_inputs(module.graph)
+    sizes = symbolic_sizes(module.graph, before=found[0].nodes[0])
     operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in found]
     for block, reads in zip(found, operands, strict=True):
         declined = _decline(block, reads)
@@ -495,13 +508,12 @@ def _outline(
     """Replace a block's nodes by a call of its body; ``renamed`` gathers what stands for the nodes that were read."""
     graph, inside, last = module.graph, set(block.nodes), block.nodes[-1]
     setattr(module, body.name, body.module)
-    stack = {key: last.meta[key] for key in ("nn_module_stack", "stack_trace") if key in last.meta}
     with graph.inserting_after(last):
         reference = graph.get_attr(body.name)
     with graph.inserting_after(reference):
         call = graph.call_function(INVOKE_SUBGRAPH, (reference, body.name, *operands))
     (results,) = body.module.graph.output_node().args
-    call.meta = {**stack, TAG: "outline", "example_value": tuple(value(result) for result in results)}  # type: ignore[union-attr]
+    call.meta = provenance(last, "outline", tuple(value(result) for result in results))  # type: ignore[union-attr]
     reference.meta = {TAG: "outline"}
     anchor = call
     for number, result in enumerate(outputs):
@@ -510,7 +522,7 @@ def _outline(
             continue
         with graph.inserting_after(anchor):
             anchor = graph.call_function(operator.getitem, (call, number))
-        anchor.meta = {**result.meta, TAG: "outline", "example_value": call.meta["example_value"][number]}
+        anchor.meta = provenance(result, "outline", call.meta["example_value"][number])
         renamed[result] = anchor
         for reader in readers:
             reader.replace_input_with(result, anchor)

@@ -14,12 +14,11 @@ from torch import fx
 from hvcompile.branch import Branch, add_cond, is_submodule
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
-from hvcompile.inductor import numel_hint, shape_key, value
+from hvcompile.inductor import numel_hint, provenance, shape_key, value
 from hvcompile.inputs import InputRoles, classify
 from hvcompile.pipeline import Pass, PassReport
 from hvcompile.structure import is_scalar, is_tensor
 from hvcompile.trunk import (
-    TAG,
     BlockCall,
     Trunk,
     as_operands,
@@ -27,7 +26,7 @@ from hvcompile.trunk import (
     mutated_operand,
     op_name,
     settle,
-    symbolic_inputs,
+    symbolic_sizes,
 )
 
 # Operations that only rearrange tokens; replayed on block 1's outputs to find what a skipped trunk would hand on.
@@ -304,7 +303,7 @@ def _counterpart(trunk: Trunk, node: fx.Node, core: set[fx.Node], before: fx.Nod
     replaced = {item: _counterpart(trunk, item, core, before, made) for item in node.all_input_nodes}
     with trunk.graph.inserting_before(before):
         copied = trunk.graph.node_copy(node, lambda item: replaced[item])
-    copied.meta = {**node.meta, TAG: FirstBlockCache.__name__}
+    copied.meta = provenance(node, FirstBlockCache.__name__, value(node))
     made[node] = copied
     return copied
 
@@ -345,7 +344,7 @@ def _rewrite(trunk: Trunk, plan: _Plan, options: FirstBlockCache) -> None:
     external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
     bodies = {node for node in external if is_submodule(node)}
     states = [state.placeholder for state in (*residuals, first)]
-    wanted = [*symbolic_inputs(graph), *(node for node in external if node not in bodies)]
+    wanted = [*symbolic_sizes(graph, before=plan.first.call), *(node for node in external if node not in bodies)]
     with graph.inserting_before(anchor):
         results = [output for block in trunk.blocks for output in block.outputs.values()]
         passed = as_operands(graph, [*wanted, *counterparts, decided["residual"], *states], tag, ready=results)

@@ -1,0 +1,198 @@
+"""The command line: its table and marks; one clear line and exit code 2 for bad input, before anything is compiled."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import hvcompile
+from hvcompile import cli, generate, metrics
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def run(backend: str, reused: list[bool], seconds: float) -> metrics.Run:
+    steps = tuple(
+        metrics.Step(backend=backend, index=i, num_steps=len(reused), seconds=seconds, reused=mark, difference=0.05)
+        for i, mark in enumerate(reused)
+    )
+    return metrics.Run(frames=np.zeros((5, 32, 48, 3), np.float32), seconds=10 * seconds, steps=steps)
+
+
+def result(output: Path, *, compare: bool) -> generate.Result:
+    ours, plain = run("hvfast", [False, True, True, False], 1.0), run("inductor", [False] * 4, 2.0)
+    quality = metrics.Quality(psnr=(30.0, math.inf), ssim=(0.9, 1.0))
+    comparison = metrics.Comparison(run=ours, plain=plain, quality=quality) if compare else None
+    return generate.Result(output=output, run=ours, graphs=1, recompiles=0, comparison=comparison)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[generate.Request]:
+    """Stand in for the generation; the list holds what it was asked for."""
+    seen: list[generate.Request] = []
+
+    def generated(request: generate.Request, observe: generate.Observer) -> generate.Result:
+        seen.append(request)
+        outcome = result(request.output, compare=request.compare)
+        observe("loading")
+        for step in outcome.run.steps:
+            observe(step)
+        return outcome
+
+    monkeypatch.setattr(generate, "generate", generated)
+    return seen
+
+
+def test_every_option_reaches_the_request(requests: list[generate.Request], tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    done = invoke(
+        *("generate", "a cat", "--steps", "9", "--frames", "5", "--height", "32", "--width", "48", "--seed", "3"),
+        *("--guidance", "4", "--true-cfg", "2", "--negative-prompt", "dog", "--threshold", "0.1", "--compare"),
+        *(
+            "--device",
+            "cpu",
+            "--dtype",
+            "bfloat16",
+            "--fps",
+            "8",
+            "--output",
+            str(output),
+            "--dump",
+            str(tmp_path / "d"),
+        ),
+    )
+    assert done.exit_code == 0, done.output
+    assert requests == [
+        generate.Request(
+            prompt="a cat",
+            output=output,
+            steps=9,
+            frames=5,
+            height=32,
+            width=48,
+            seed=3,
+            guidance=4.0,
+            true_cfg=2.0,
+            negative_prompt="dog",
+            threshold=0.1,
+            compare=True,
+            device="cpu",
+            dtype="bfloat16",
+            fps=8,
+            dump=tmp_path / "d",
+        )
+    ]
+    assert invoke("generate", "x", "--mode", "exact", "-o", str(output)).exit_code == 0
+    assert requests[1] == generate.Request(prompt="x", output=output, mode="exact")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "│" in line]
+    return {label: [cell for cell in values if cell] for label, *values in cells}
+
+
+def test_the_table_of_one_run_and_of_a_comparison(requests: list[generate.Request], tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    table = rows(invoke("generate", "x", "-o", str(output)).stdout)
+    assert table["seconds in all"] == ["10.00"]
+    assert table["steps computed"] == ["2"]
+    assert table["steps reused"] == ["2"]
+    assert table["graphs"] == ["1"]
+    assert table["clip"] == ["48x32, 5 frames"]
+    assert "PSNR" not in table
+
+    table = rows(invoke("generate", "x", "--compare", "-o", str(output)).stdout)
+    assert table["steps reused"] == ["2", "0"]
+    assert table["seconds a step after"] == ["1.0000", "2.0000"]
+    assert table["speed-up a step"] == ["2.00x"]
+    assert table["speed-up in all"] == ["2.00x"]
+    assert table["PSNR"] == ["30.00 dB"]
+    assert table["SSIM"] == ["0.9500"]
+    assert table["SSIM, worst frame"] == ["0.9000"]
+
+
+def test_the_display_marks_every_step_with_the_last_difference() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with cli.Display(console) as display:
+        display("loading")
+        for step in run("hvfast", [False, True, True, False], 1.0).steps:
+            display(step)
+        assert f"hvfast {cli.COMPUTED}{cli.REUSED}{cli.REUSED}{cli.COMPUTED} 4/4, 2 reused, last 0.050" in [
+            task.description for task in display.progress.tasks
+        ]
+        for step in run("inductor", [False] * 100, 1.0).steps:
+            display(step)
+        assert display.progress.tasks[-1].description.startswith(
+            f"inductor {cli.COMPUTED * cli.STRIP} 100/100, 0 reused"
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "error: steps is 0: give 1 or more"),
+        (["--mode", "turbo"], "error: mode 'turbo' is unknown"),
+        (["--threshold", "-1"], "error: threshold is -1.0"),
+        (["--output", "/"], "error: output '/' is a directory"),
+        (["--output", "/no/such/place.mp4"], "error: output '/no/such/place.mp4': there is no directory"),
+        (["--model", "/no/such/model"], "error: model '/no/such/model' is neither"),
+        (["--height", "100"], "error: height is 100, but this pipeline takes multiples of 16: give 96 or 112"),
+        (["--frames", "16"], "error: frames is 16, but this pipeline takes a multiple of 4, plus 1: give 13 or 17"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("nothing may be compiled"))
+    done = invoke("generate", "x", *arguments)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.exit_code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_complaint_of_the_backend_is_found_below_dynamos_wrapping(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        try:
+            raise hvcompile.OptionError("threshold is 7;\nallowed is 0 to 1")
+        except hvcompile.OptionError as error:
+            raise RuntimeError("backend='hvfast' raised") from error
+
+    monkeypatch.setattr(generate, "generate", refuse)
+    done = invoke("generate", "x", "-o", str(tmp_path / "a.mp4"))
+    assert done.exit_code == 2
+    assert "error: threshold is 7; allowed is 0 to 1\n" in done.stderr
+
+
+def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(generate, "generate", fail)
+    done = invoke("generate", "x", "-o", str(tmp_path / "a.mp4"))
+    assert isinstance(done.exception, ZeroDivisionError)
+    assert done.exit_code == 1
+
+
+def test_the_version_and_the_help() -> None:
+    assert invoke("--version").stdout.startswith("hvcompile ")
+    assert "generate" in invoke("--help").stdout
+    wrong = invoke("generate", "x", "--steps", "many")
+    assert wrong.exit_code == 2
+    assert "--steps" in wrong.output
+    assert invoke("generate").exit_code == 2

@@ -1,0 +1,327 @@
+"""One generation: what is checked before it, what it measures, the file it leaves. The backends here are eager."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+)
+from transformers import T5Config, T5EncoderModel
+
+import hvcompile
+from hvcompile import generate, metrics, pipelines, tiny
+from hvcompile.errors import UncompiledModelError
+from hvcompile.generate import Request
+from hvcompile.pipelines import InputError
+
+SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> pipelines.Loaded:
+    return pipelines.load()
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Eager backends in place of ours and the plain one; the list holds the decisions to report, a transformer call."""
+    calls: list[int] = []
+
+    def eager(graph_module: torch.fx.GraphModule, _inputs: Any, **_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls.append(len(calls))
+            return graph_module.forward(*arguments)
+
+        return call
+
+    def stats(_: torch.nn.Module) -> SimpleNamespace:
+        if not calls:
+            raise UncompiledModelError("not yet")
+        steps = [SimpleNamespace(slot=0, reused=i % 3 == 1, difference=0.01 * i or math.inf) for i in calls]
+        hits = sum(step.reused for step in steps)
+        return SimpleNamespace(graphs=1, recompiles=0, hits=hits, misses=len(steps) - hits, steps=steps)
+
+    monkeypatch.setattr(generate, "BACKEND", eager)
+    monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
+    monkeypatch.setattr(hvcompile, "stats", stats)
+    return calls
+
+
+def decode(path: Path) -> list[Any]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_a_generation_writes_its_video_and_reports_every_step(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    events: list[Any] = []
+    result = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), events.append, loaded)
+
+    assert [step.reused for step in result.run.steps] == [False, True, False, False]
+    assert [step.difference for step in result.run.steps] == [math.inf, 0.01, 0.02, 0.03]
+    assert [event for event in events if isinstance(event, metrics.Step)] == list(result.run.steps)
+    assert [event for event in events if isinstance(event, str)][-2:] == ["decoding", "writing"]
+    assert result.comparison is None
+    assert 0 < sum(step.seconds for step in result.run.steps) < result.run.seconds
+    frames = decode(tmp_path / "a.mp4")
+    assert [frame.shape for frame in frames] == [(32, 48, 3)] * 5
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"], "nothing else is left behind"
+
+
+def test_a_comparison_runs_the_plain_model_first_from_the_same_noise(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    result = generate.generate(Request(**SMALL, compare=True, output=tmp_path / "a.mp4"), loaded=loaded)
+    assert result.comparison is not None
+    assert result.comparison.plain.num_reused == 0
+    assert len(backends) == 4, "the plain model ran elsewhere"
+    # both are eager here, so the clips are the same to the last bit
+    assert result.comparison.quality.psnr == (math.inf,) * 5
+    assert result.comparison.quality.mean_ssim == pytest.approx(1.0, abs=1e-6)
+    assert result.comparison.total_speedup > 0
+    assert result.comparison.step_speedup is not None
+
+
+def test_with_true_guidance_a_step_is_reused_only_when_both_its_calls_are(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    request = Request(**SMALL, true_cfg=2.0, negative_prompt="a dog", output=tmp_path / "a.mp4")
+    result = generate.generate(request, loaded=loaded)
+    assert len(backends) == 8
+    assert [step.reused for step in result.run.steps] == [False] * 4
+    assert [step.difference for step in result.run.steps] == [math.inf, 0.03, 0.05, 0.07]
+
+
+def test_a_second_generation_does_not_count_the_first_ones_steps(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        result = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), loaded=loaded)
+    assert [step.difference for step in result.run.steps] == [0.04, 0.05, 0.06, 0.07]
+
+
+def test_the_seed_and_the_prompt_make_the_clip(loaded: pipelines.Loaded, backends: list[int], tmp_path: Path) -> None:
+    def clip(**changes: Any) -> metrics.Frames:
+        request = Request(**{**SMALL, **changes}, output=tmp_path / "a.mp4")
+        return generate.generate(request, loaded=loaded).run.frames
+
+    assert np.array_equal(clip(), clip())
+    assert not np.array_equal(clip(), clip(seed=1))
+    assert not np.array_equal(clip(), clip(prompt="a blue box"))
+
+
+def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path: Path) -> None:
+    def arguments(**given: Any) -> dict[str, Any]:
+        return Request(prompt="x", output=tmp_path / "a.mp4", **given).compile_arguments()
+
+    assert arguments() == {}
+    assert arguments(mode="exact") == {"mode": "exact"}
+    assert arguments(threshold=0.0) == {"options": {"first_block_cache": {"threshold": 0.0}}}
+    assert arguments(dump=Path("graphs")) == {"options": {"dump": "graphs"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps is 0: give 1 or more"),
+        ({"frames": -3}, "frames is -3: give 1 or more"),
+        ({"fps": 0}, "fps is 0"),
+        ({"seed": 2**64}, "fits in 64 bits"),
+        ({"threshold": -0.1}, "threshold is -0.1"),
+        ({"threshold": math.nan}, "threshold is nan"),
+        ({"mode": "fastest"}, "mode 'fastest' is unknown.*exact"),
+        ({"mode": "exact", "threshold": 0.1}, "threshold can't be given with a mode"),
+        ({"mode": "exact", "dump": Path("d")}, "HVCOMPILE_DUMP=d"),
+        ({"true_cfg": 3.0}, "without negative_prompt"),
+        ({"output": Path("/")}, "is a directory"),
+        ({"output": Path("no/such/out.mp4")}, "no directory 'no/such'"),
+        ({"output": Path("out.txt")}, "no video file.*.mp4"),
+        ({"device": "toaster"}, "device 'toaster' can't be used.*cpu"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown.*bfloat16"),
+        ({"model": "/no/such/model"}, "neither a directory nor a hub id"),
+        ({"dump": Path(__file__)}, "is a file: give a directory"),
+    ],
+)
+def test_what_is_wrong_whatever_the_model_is_refused_before_loading(
+    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("nothing may be loaded"))
+    with pytest.raises(InputError, match=message) as caught:
+        generate.generate(Request(**{"prompt": "x", "output": Path("out.mp4"), **given}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": 100}, "height is 100, .* multiples of 16: give 96 or 112"),
+        ({"width": 8}, "width is 8, .*: give 16$"),
+        ({"frames": 16}, "multiple of 4, plus 1: give 13 or 17"),
+        ({"frames": 2}, "give 1 or 5"),
+        ({"negative_prompt": "a dog"}, "negative_prompt does nothing .* true_cfg"),
+    ],
+)
+def test_what_the_pipeline_does_not_take_is_refused_before_compiling(
+    given: dict[str, Any], message: str, loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generate.generate(Request(**{**SMALL, **given}, output=tmp_path / "a.mp4"), loaded=loaded)
+    assert not backends
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 48), (1, 16, 16), (3, 66, 98), (2, 33, 47)])
+def test_the_file_has_the_frames_in_full_size(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, shape[2], dtype=np.float32)[None, None, :, None]
+    frames = np.broadcast_to(ramp, (*shape, 3)).copy()
+    generate.write_video(frames, tmp_path / "a.mp4", fps=12)
+    decoded = decode(tmp_path / "a.mp4")
+    assert [frame.shape for frame in decoded] == [(*shape[1:], 3)] * shape[0]
+    assert np.abs(decoded[0] / 255 - frames[0]).mean() < 0.03  # H.264 is lossy
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12
+
+
+def test_pixels_that_are_not_finite_leave_the_old_file(tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    output.write_bytes(b"old")
+    with pytest.raises(InputError, match="not all finite: give dtype"):
+        generate.write_video(np.full((1, 16, 16, 3), np.nan, np.float32), output, fps=24)
+    assert output.read_bytes() == b"old"
+
+
+def test_a_directory_is_loaded_by_the_same_code_with_the_pipelines_own_defaults(tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+    loaded = pipelines.load(str(tmp_path), dtype="bfloat16")
+    assert loaded.pipe.transformer.dtype == torch.bfloat16
+    assert loaded.default("num_inference_steps") == 50
+    assert Request(prompt="x", output=tmp_path / "a.mp4", steps=3).call_arguments(loaded) == {"num_inference_steps": 3}
+    assert pipelines.Grid.of(loaded.pipe) == pipelines.Grid(spatial=16, temporal=4)
+
+
+def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"without model_index\.json"):
+        pipelines.load(str(tmp_path))
+    index = tmp_path / "model_index.json"
+    index.write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        pipelines.load(str(tmp_path))
+    index.write_text('{"_class_name": "HunyuanVideoPipeline", "vae": ["diffusers", "AutoencoderKLHunyuanVideo"]}')
+    with pytest.raises(InputError, match="can't be loaded"):
+        pipelines.load(str(tmp_path))
+    with pytest.raises(InputError, match="is a file"):
+        pipelines.load(str(index))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no\nnetwork " + "x" * 500)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", unreachable)
+    with pytest.raises(
+        InputError, match=r"'owner/name' is no directory here and can't be fetched .* no network"
+    ) as caught:
+        pipelines.load("owner/name")
+    assert len(str(caught.value)) < 400
+
+
+def test_another_pipeline_is_followed_by_the_same_code(backends: list[int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = tiny.llama_tokenizer()
+    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_heads=2))
+    pipe = CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1).eval(),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            text_embed_dim=16,
+            sample_width=8,
+            sample_height=8,
+        ).eval(),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    loaded = pipelines._loaded(pipe, "m", torch.device("cpu"), {})
+    assert pipelines.Grid.of(pipe) == pipelines.Grid(spatial=16, temporal=4)
+    request = Request(**{**SMALL, "frames": 9}, negative_prompt="a dog", guidance=2.0, output=tmp_path / "a.mp4")
+    result = generate.generate(request, loaded=loaded)
+    assert [step.reused for step in result.run.steps] == [False, True, False, False]
+    assert [frame.shape for frame in decode(tmp_path / "a.mp4")] == [(32, 48, 3)] * 9
+    with pytest.raises(InputError, match="true_cfg can't be used: CogVideoXPipeline has no true_cfg_scale"):
+        generate.generate(replace(request, true_cfg=2.0), loaded=loaded)
+
+
+def test_a_pipeline_that_makes_no_video_from_text_alone_is_refused() -> None:
+    class Plain:
+        def __call__(self, prompt: str) -> None: ...
+
+    class Unfollowed(Plain):
+        def __call__(self, prompt: str, num_frames: int = 9) -> None: ...
+
+    class FromImage:
+        def __call__(  # noqa: PLR0917
+            self,
+            image: object,
+            prompt: str,
+            num_frames: int = 9,
+            num_inference_steps: int = 9,
+            generator: object = None,
+            output_type: str = "",
+            callback_on_step_end: object = None,
+        ) -> None: ...
+
+    def message(kind: type[Any], transformer: bool = True) -> str:
+        pipe: Any = kind()
+        pipe.transformer = torch.nn.Linear(1, 1) if transformer else None
+        with pytest.raises(InputError) as caught:
+            pipelines._loaded(pipe, "m", torch.device("cpu"), {})
+        return str(caught.value)
+
+    assert "is a Plain, which has no transformer to compile" in message(Plain, transformer=False)
+    assert "is a Plain, which makes no video" in message(Plain)
+    assert "lacks num_inference_steps, generator, output_type, callback_on_step_end" in message(Unfollowed)
+    assert "is a FromImage, which also needs image" in message(FromImage)
+
+
+def test_psnr_and_ssim_of_known_clips() -> None:
+    generator = np.random.default_rng(0)
+    clip = generator.random((2, 16, 16, 3), dtype=np.float32)
+    other = clip.copy()
+    other[1] = np.where(clip[1] < 0.5, clip[1] + 0.1, clip[1] - 0.1)
+    quality = metrics.compare(other, clip)
+    assert quality.psnr[0] == math.inf
+    assert quality.psnr[1] == pytest.approx(20.0, abs=1e-3)  # 10 log10(1 / 0.1^2)
+    assert quality.mean_psnr == quality.psnr[1]
+    assert quality.ssim[0] == pytest.approx(1.0, abs=1e-6)
+    assert quality.ssim[1] < quality.ssim[0]
+    with pytest.raises(ValueError, match="must both be"):
+        metrics.compare(clip, clip[:1])
+    with pytest.raises(ValueError, match="finite"):
+        metrics.compare(clip * np.nan, clip)
+
+
+def test_compile_time_is_the_first_step_less_a_computed_one() -> None:
+    def step(index: int, seconds: float, reused: bool = False) -> metrics.Step:
+        return metrics.Step(backend="b", index=index, num_steps=4, seconds=seconds, reused=reused)
+
+    frames = np.zeros((1, 8, 8, 3), np.float32)
+    steps = (step(0, 10.0), step(1, 2.0), step(2, 0.5, True), step(3, 2.0))
+    run = metrics.Run(frames=frames, seconds=16.0, steps=steps)
+    assert run.compile_seconds == 8.0
+    assert run.step_seconds == pytest.approx(1.5)
+    assert run.num_reused == 1
+    assert metrics.Run(frames=frames, seconds=10.0, steps=steps[:1]).step_seconds is None
