@@ -18,13 +18,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from hvcompile.inductor import numel_hint, size_hint, value
+from hvcompile.inductor import numel_hint, shape_key, size_hint, value
 
 # Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
 # with them are work between the blocks (an adapter, a projection), not blocks.
 MINOR_LIST_SHARE = 0.1
 
-_PATH_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_0-9]+)")
+_PATH_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([^.\[\]]+)")
 _PLUMBING = {"__dict__", "_modules"}
 
 
@@ -183,6 +183,7 @@ def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block])
     """
     last, members = earlier.blocks[-1], set(map(id, earlier.blocks))
     tokens_in = tokens_out = 0
+    streams: set[tuple[str, ...]] = set()
     counted: set[fx.Node] = set()
     for operand in entering(later.blocks[0]):
         leaves: set[fx.Node] = set()
@@ -206,12 +207,15 @@ def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block])
         if not any(owners[leaf] is last for leaf in leaves):
             continue
         tokens_in += numel_hint(value(operand))
+        streams.add(shape_key(value(operand)))
         for leaf in leaves - counted:
             if owners[leaf] is last and is_tensor(leaf):
                 tokens_out += numel_hint(value(leaf))
         counted |= leaves
-    handed_on = sum(numel_hint(value(node)) for node in leaving(later.blocks[0]) if is_tensor(node))
-    return 0 < handed_on <= tokens_in == tokens_out
+    results = [value(node) for node in leaving(later.blocks[0]) if is_tensor(node)]
+    if not {shape_key(result) for result in results} & streams:
+        return False  # a head or a projection: it changes the shape of what it is given
+    return 0 < sum(map(numel_hint, results)) <= tokens_in == tokens_out
 
 
 def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:

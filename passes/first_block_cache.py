@@ -211,18 +211,8 @@ def _plan(trunk: Trunk) -> _Plan | str:
     after, needed = _descendants(calls), _ancestors(calls)
     if first.call in after:
         return f"{first.path} reads the result of a later block"
-    results = {user for call in calls for user in call.users}
-    core = set(calls) | results | (after & needed)
-    first_results = set(first.outputs.values())
-    for node in reversed(trunk.graph.nodes):
-        is_work = node.op in {"call_function", "call_method"} and node is not first.call and node not in first_results
-        if is_work and node not in core and node.users and core.issuperset(node.users) and not is_scalar(node):
-            core.add(node)
-    moved = [node for node in trunk.graph.nodes if node in core]
-    for node in moved:
-        if is_context_switch(node) or mutated_operand(node) is not None:
-            return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
-    leaving = [node for node in moved if any(user not in core for user in node.users)]
+    core = set(calls) | {user for call in calls for user in call.users} | (after & needed)
+    leaving = [node for node in trunk.graph.nodes if node in core and any(user not in core for user in node.users)]
     if not leaving:
         return "nothing that the blocks compute is read after them"
     if any(not is_tensor(node) for node in leaving):
@@ -236,16 +226,20 @@ def _plan(trunk: Trunk) -> _Plan | str:
     stream = _main_stream(first, roles.sample)
     if stream is None:
         return f"no output of {first.path} continues one of its inputs, so it has no residual"
-    known: dict[fx.Node, fx.Node | None] = {}
+    outside = {first.call, *first.outputs.values()}
     for node in leaving:
-        if not _reaches_back(trunk, node, core, known):
+        if not _reaches_back(trunk, node, core, outside):
             return f"{node.name} leaves the blocks and continues no stream of {first.path}"
+    moved = _with_private_work(trunk.graph, core, outside)
+    for node in moved:
+        if is_context_switch(node) or mutated_operand(node) is not None:
+            return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
     remarks = () if roles.clocks else (("clock", "no input is a timestep: call hvcompile.reset between generations"),)
     return _Plan(
         first=first,
         stream_in=stream[0],
         stream_out=stream[1],
-        moved=tuple(moved),
+        moved=moved,
         leaving=tuple(leaving),
         roles=roles,
         remarks=remarks,
@@ -270,18 +264,36 @@ def _rewritten_source(trunk: Trunk, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], known: dict[fx.Node, fx.Node | None]) -> bool:
-    """Whether a value has a counterpart where blocks 2..N hand their streams on unchanged."""
+def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The core in graph order, with the work before it whose results only it reads."""
+    private: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
+        if is_work and node.users and (core | private).issuperset(node.users):
+            private.add(node)
+    for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch
+        operands = [item for item in node.all_input_nodes if item not in private and item.op != "get_attr"]
+        if node in private and any(not is_tensor(item) and not is_scalar(item) for item in operands):
+            private.remove(node)
+    return tuple(node for node in graph.nodes if node in core or node in private)
+
+
+def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], outside: set[fx.Node]) -> bool:
+    """Whether a value has a counterpart where blocks 2..N hand their streams on unchanged.
+
+    Adds to ``outside`` the nodes that the counterpart is made of.
+    """
     if node not in core:
-        return is_tensor(node)
+        outside.add(node)
+        return True
     source = _rewritten_source(trunk, node)
     if source is not None:
-        return _reaches_back(trunk, source, core, known)
+        return _reaches_back(trunk, source, core, outside)
     if op_name(node) == "invoke_subgraph":
         return False
     if op_name(node) in _REARRANGING:
-        return all(is_scalar(item) or _reaches_back(trunk, item, core, known) for item in node.all_input_nodes)
-    return any(_reaches_back(trunk, item, core, known) for item in _alike(node))
+        return all(_reaches_back(trunk, item, core, outside) for item in node.all_input_nodes)
+    return any(_reaches_back(trunk, item, core, outside) for item in _alike(node))
 
 
 def _alike(node: fx.Node) -> list[fx.Node]:
@@ -296,7 +308,7 @@ def _counterpart(trunk: Trunk, node: fx.Node, core: set[fx.Node], before: fx.Nod
         return made.get(node, node)
     source = _rewritten_source(trunk, node)
     if source is None and op_name(node) not in _REARRANGING:
-        source = next(item for item in _alike(node) if _reaches_back(trunk, item, core, {}))
+        source = next(item for item in _alike(node) if _reaches_back(trunk, item, core, set()))
     if source is not None:
         made[node] = _counterpart(trunk, source, core, before, made)
         return made[node]
