@@ -14,11 +14,12 @@ from hvcompile.dump import Dump
 from hvcompile.errors import RequestedPassError
 from hvcompile.graph_code import inline
 from hvcompile.inputs import classify, is_weight
+from hvcompile.nodes import is_tensor
 from hvcompile.options import Options, parse
+from hvcompile.outline import recover
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow, PassReport
-from hvcompile.structure import is_tensor
-from hvcompile.trunk import NoTrunk, Trunk, recover
+from hvcompile.trunk import NoTrunk, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def hvfast(
     Raises:
         OptionError: ``mode`` or ``options`` is invalid.
         RequestedPassError: a pass that options ask for by name can't apply.
+
     """
     settings = parse(PASSES, options, mode)
     dump = Dump(settings.dump, inductor.compile_id())
@@ -141,4 +143,4 @@ def seal(trunk: Trunk) -> runtime.Calling:
 
 def _record(*, reused: fx.Proxy, difference: fx.Proxy) -> dict[str, Any]:
     """A decision as one float32 pair, so that reading it is one transfer."""
-    return {"record": torch.stack([reused.to(torch.float32), difference.to(torch.float32)])}  # type: ignore[list-item, call-overload]
+    return {"record": torch.stack([reused.to(torch.float32), difference.to(torch.float32)])}  # type: ignore[list-item]

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.inductor import COND, value
-from hvcompile.structure import is_tensor
-from hvcompile.trunk import TAG
+from hvcompile.inductor import COND, TAG, value
+from hvcompile.nodes import is_tensor
 
 
 class Branch:
@@ -28,6 +27,7 @@ class Branch:
             root: the module whose submodules (bodies) the branch may call.
             passed: for each outer node, the node to pass for it (see ``trunk.as_operands``).
             tag: the pass's name.
+
         """
         self.root, self.tag, self.graph = root, tag, fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
@@ -77,6 +77,7 @@ def add_cond(
         branches: name -> branch and its results; the first runs where the predicate holds.
         operands: what both branches take, in the order of their placeholders; no two may share storage.
         before: the node before which the call stands.
+
     """
     tag = ""
     results: list[Any] = []

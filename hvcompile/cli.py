@@ -48,7 +48,7 @@ def main(
 
 
 @app.command()
-def generate(  # noqa: PLR0917 - a parameter is an option here, never positional
+def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     model: Annotated[
         str | None, typer.Option(help="Directory or hub id of a diffusers pipeline (default: an embedded tiny one).")

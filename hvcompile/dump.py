@@ -2,26 +2,301 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
+import math
+import operator
+import re
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import fx
 
+from hvcompile.errors import OptionError
+from hvcompile.inductor import TAG, size_hint, source_name, value
+from hvcompile.inputs import is_weight
 from hvcompile.pipeline import JournalRow
+from hvcompile.structure import module_path
+
+_FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone.
+
+Run this file to compute it on random inputs of the recorded shapes, or import it:
+``build()(*example_inputs())``. An input of the same name has the same values in every file of this directory.
+"""
+
+import zlib
+from pathlib import Path
+
+{imports}
+
+
+{classes}
+
+
+def build():
+    """The module of the whole graph; a body that is called from several places is one instance."""
+{build}
+
+
+def draw(name, shape, dtype, device="cpu", scale=1.0, stride=None):
+    """Normal numbers that depend on the name alone, or ones, which are legal as integers, indices and masks."""
+    if stride is not None:
+        length = 1 + sum((size - 1) * step for size, step in zip(shape, stride))
+        return draw(name, (length,), dtype, device, scale).as_strided(shape, stride)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.ones(shape, dtype=dtype, device=device)
+    drawn = dtype if dtype.is_complex else torch.float32
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return (scale * torch.randn(shape, dtype=drawn, generator=generator)).to(device, dtype)
+
+
+def example_inputs():
+    """New inputs, one a parameter of the root's ``forward``."""
+    return (
+{inputs}
+    )
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        results = build()(*example_inputs())
+    for place, result in enumerate(results if isinstance(results, (tuple, list)) else [results]):
+        if isinstance(result, torch.Tensor):
+            norm = (result.abs() if result.is_complex() else result).double().norm().item()
+            print(f"{{place}}: {{tuple(result.shape)}} {{result.dtype}} norm {{norm:.6g}}")
+        else:
+            print(f"{{place}}: {{result}}")
+'''
 
 
 class Dump:
-    """Writes what one compilation did into a directory of its own; does nothing where no directory is given."""
+    """Writes what one compilation did into a directory of its own; does nothing where no directory is given.
+
+    Args:
+        directory: gains a folder for each compilation; made if missing.
+        compile_id: Dynamo's frame and how often it was compiled before; both begin at 0 again in another process and
+            after ``torch._dynamo.reset()``, so that a folder that exists is left alone and a new name is taken.
+
+    Raises:
+        OptionError: the directory can't be written.
+
+    """
 
     def __init__(self, directory: Path | None, compile_id: tuple[int, int]) -> None:
-        self._directory = directory / "graph_{}_{}".format(*compile_id) if directory is not None else None
+        self._directory = directory
+        self._compile_id = "{}/{}".format(*compile_id)
         self._count = 0
+        if directory is not None:
+            self._directory = self._write(directory, lambda: _fresh_folder(directory, "graph_{}_{}".format(*compile_id)))
 
     def journal(self, rows: Sequence[JournalRow]) -> None:
-        """Write the journal."""
+        """Write the journal: what each pass matched, what it declined and why, and how the op counts changed."""
+        if self._directory is None:
+            return
+        passes = [
+            {
+                "name": row.name,
+                "matched": row.report.matched,
+                "declined": [{"what": what, "why": why} for what, why in row.report.declined],
+                "op_changes": row.op_changes,
+            }
+            for row in rows
+        ]
+        content = {"torch": torch.__version__, "compile_id": self._compile_id, "passes": passes}
+        path = self._directory / "journal.json"
+        self._write(path, lambda: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8"))
 
     def graph(self, name: str, module: fx.GraphModule) -> None:
-        """Write a graph as the next numbered file."""
-        return
+        """Write a graph as the next numbered file, named after the pass that made it; its constants beside it."""
+        if self._directory is None:
+            return
+        stem = f"{self._count:02d}_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()}"
+        program = _Program(module)
+        text = _FILE.format(
+            compile_id=self._compile_id,
+            count=self._count,
+            name=name,
+            version=torch.__version__,
+            imports="\n".join(sorted(program.imports)),
+            classes="\n\n\n".join(program.classes),
+            build=textwrap.indent("\n".join(program.build), " " * 4),
+            inputs=textwrap.indent("\n".join(map(_example, module.graph.find_nodes(op="placeholder"))), " " * 8),
+        )
+        path, constants = self._directory / f"{stem}.py", self._directory / f"{stem}.pt"
+        self._write(path, lambda: path.write_text(text, "utf-8"))
+        if program.constants:
+            self._write(constants, lambda: torch.save(program.constants, constants))
+        self._count += 1
+
+    def _write(self, path: Path, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            raise OptionError(
+                f"the dump can't be written to {str(path)!r}: {error.strerror or error}. Give a directory that this "
+                "process may write to, in options['dump'] or the environment variable HVCOMPILE_DUMP, or leave it out"
+            ) from error
+
+
+def _fresh_folder(directory: Path, name: str) -> Path:
+    """Make a folder that no other compilation has: ``mkdir`` decides between processes and threads."""
+    number = 1
+    while True:
+        folder = directory / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise
+            number += 1
+        else:
+            return folder
+
+
+class _Program:
+    """A module and those that it refers to as source text, each once, callees first."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        self.imports = {"import torch"}
+        self.classes: list[str] = []
+        self.build: list[str] = []
+        self.constants: dict[str, torch.Tensor] = {}
+        self._names: dict[fx.GraphModule, str] = {}
+        self._add(root, "root")
+        if self.constants:
+            self.build.insert(0, 'constants = torch.load(Path(__file__).with_suffix(".pt"), weights_only=True)')
+        self.build.append("return root")
+
+    def _add(self, module: fx.GraphModule, hint: str) -> str:
+        """Write out a module unless that is done; returns the name of its instance."""
+        if module in self._names:
+            return self._names[module]
+        held = _referenced(module)
+        children = {target: self._add(item, target) for target, item in held.items() if isinstance(item, fx.GraphModule)}
+        name = re.sub(r"\W", "_", hint)
+        while name in self._names.values():
+            name += "_"
+        self._names[module] = name
+
+        code, used = _forward(module.graph)
+        self.imports |= _torch_imports(code) | {_import_line(*item) for item in used.items()}
+        class_name = re.sub(r"(?:^|_)([a-z0-9])", lambda match: match[1].upper(), name)
+        self.classes.append(f"class {class_name}(torch.nn.Module):\n{textwrap.indent(code, ' ' * 4)}")
+        self.build.append(f"{name} = {class_name}()")
+        owners = {target[: dot.start()]: None for target in held for dot in re.finditer(r"\.", target)}
+        self.build += [f"{name}.{owner} = torch.nn.Module()" for owner in owners]
+        for target, item in held.items():
+            if isinstance(item, torch.Tensor):
+                self.constants[f"{name}.{target}"] = item.detach()
+                self.build.append(f'{name}.{target} = constants["{name}.{target}"]')
+            elif target in children:
+                self.build.append(f"{name}.{target} = {children[target]}")
+            else:
+                self.build.append(f"# {name}.{target} is a {type(item).__name__}, which can't be written: set it here")
+        return name
+
+
+def _referenced(module: fx.GraphModule) -> dict[str, Any]:
+    """What a module's graph reads from the module, by dotted path, in graph order."""
+    targets = [str(node.target) for node in module.graph.nodes if node.op in {"get_attr", "call_module"}]
+    return {target: operator.attrgetter(target)(module) for target in targets}
+
+
+def _forward(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """A graph as the source of a method ``forward``, and the globals that it names."""
+    inputs = {name for node in graph.find_nodes(op="placeholder") for name in (node.name, str(node.target))}
+    comments = _comments(graph)
+
+    def annotate(lines: list[str]) -> list[str]:
+        done: list[str] = []
+        for line in lines:
+            if line.startswith("\n#"):
+                continue  # fx's own comment: the source line, with its absolute path, for nearly every statement
+            counter = re.fullmatch(r"# COUNTER: (\d+)\n", line)
+            if counter and int(counter[1]) in comments:
+                done.append(f"\n# {comments[int(counter[1])]}\n")
+            if line.startswith(";  ") and line.endswith(" = None\n"):  # freed after the last use; not so the inputs,
+                freed = [name for name in line[3:-1].split(" = ")[:-1] if name not in inputs]  # which the caller holds
+                line = f";  {' = '.join(freed)} = None\n" if freed else "\n"  # noqa: PLW2901
+            done.append(line)
+        return done
+
+    with graph.on_generate_code(lambda current: lambda lines: annotate(current(lines) if current else lines)):
+        code = graph.python_code("self", verbose=True, expanded_def=True)
+    used = {name: item for name, item in code.globals.items() if re.search(rf"(?<![\w.]){re.escape(name)}\b", code.src)}
+    return re.sub(r"[ \t]+$", "", code.src, flags=re.MULTILINE).strip(), used
+
+
+def _comments(graph: fx.Graph) -> dict[int, str]:
+    """Where the module or the pass that the nodes come from changes: what to say there, by place in the graph."""
+    comments: dict[int, str] = {}
+    current, pending = "", None
+    for place, node in enumerate(graph.nodes):
+        if node.op in {"get_attr", "placeholder"}:  # a reference belongs to the call after it
+            pending = pending if pending is not None or node.op == "placeholder" else place
+            continue
+        tag, stack = node.meta.get(TAG), node.meta.get("nn_module_stack")
+        is_part = node.target is operator.getitem and isinstance(value(node.args[0]), tuple)  # type: ignore[arg-type]
+        if (tag or stack) and not is_part:
+            path = ".".join(module_path(str(list(stack.values())[-1][0]))) or "the model itself" if stack else ""
+            said = f"{path} ({tag})" if path and tag else path or f"({tag})"
+            if said != current:
+                comments[place if pending is None else pending] = current = said
+        pending = None
+    return comments
+
+
+def _import_line(name: str, item: Any) -> str:
+    """The statement that gives a global of the code its value."""
+    if isinstance(item, types.ModuleType):
+        return f"import {item.__name__}" + (f" as {name}" if name != item.__name__ else "")
+    if isinstance(item, float):
+        return f'{name} = float("{item}")'
+    if item is type(None):
+        return f"{name} = type(None)"
+    module, path = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
+    if getattr(sys.modules.get(str(module)), path, None) is item:
+        return f"from {module} import {path}" + (f" as {name}" if name != path else "")
+    return f"{name} = None  # a {type(item).__name__} made at run time: what uses it can't run from this file"
+
+
+def _torch_imports(code: str) -> set[str]:
+    """Imports of the parts of torch that the code names by their full path; not all come with torch itself."""
+    found = set()
+    for path in set(re.findall(r"(?<![\w.])torch(?:\.\w+)+", code)):
+        parts = path.split(".")
+        modules = [".".join(parts[:length]) for length in range(2, len(parts))]
+        found |= {f"import {name}" for name in modules if getattr(sys.modules.get(name), "__file__", None)}
+    return found
+
+
+def _example(placeholder: fx.Node) -> str:
+    """The expression for one example input, with what it is as a comment."""
+    held, source = value(placeholder), source_name(placeholder)
+    comment = f"  # {'.'.join(module_path(source))}" if module_path(source) else ""
+    if not isinstance(held, torch.Tensor):
+        if isinstance(held, torch.SymInt):
+            return f"{size_hint(held)},{comment or '  #'} = {held}"
+        known = isinstance(held, (bool, int, float))
+        return f"{held if known else None},{comment if known else f'  # {placeholder.target}: nothing is recorded'}"
+    shape = tuple(map(size_hint, held.shape))
+    if not source:  # no input of Dynamo's: state, which begins as zeros
+        return f'torch.zeros({shape}, dtype={held.dtype}, device="{held.device}"),  # {placeholder.target}'
+    arguments = [f'"{placeholder.target}"', str(shape), str(held.dtype)]
+    if held.device.type != "cpu":
+        arguments.append(f'device="{held.device}"')
+    if is_weight(placeholder) and len(shape) > 1 and 0 not in shape:
+        arguments.append(f"scale={(shape[0] / math.prod(shape)) ** 0.5:.4g}")  # keeps activations of order one
+    stride = tuple(map(size_hint, held.stride())) if held.layout is torch.strided else None
+    if stride is not None and 0 not in shape and not _is_contiguous(shape, stride):
+        arguments.append(f"stride={stride}")
+    return f"draw({', '.join(arguments)}),{comment}"
+
+
+def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    expected = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    return all(size == 1 or step == wanted for size, step, wanted in zip(shape, stride, expected, strict=True))

@@ -32,6 +32,7 @@ def inline(
 
     Returns:
         The node of each entry of the returned dict.
+
     """
     mode = inductor.fake_mode(graph)
     node = before.prev
@@ -48,9 +49,10 @@ def inline(
 
 def run_on_fakes(node: fx.Node) -> Any:
     """Run a node's operation on the fake values of its inputs; the graph's fake mode must be active."""
-    args = fx.map_arg(node.args, value)
-    kwargs = fx.map_arg(node.kwargs, value)
+    args: Any = fx.map_arg(node.args, value)
+    kwargs: Any = fx.map_arg(node.kwargs, value)
+    target: Any = node.target
     if node.op == "call_method":
-        receiver, *rest = args  # type: ignore[misc]
-        return getattr(receiver, str(node.target))(*rest, **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+        receiver, *rest = args
+        return getattr(receiver, target)(*rest, **kwargs)
+    return target(*args, **kwargs)

@@ -49,10 +49,10 @@ def carry_over(old: fx.GraphModule, new: fx.GraphModule) -> fx.GraphModule:
 
 def copy_placeholder(graph: fx.Graph, old: fx.Node) -> fx.Node:
     """Copy a placeholder of Dynamo's graph with the source that AOTAutograd looks for."""
-    new = graph.node_copy(old)
+    new: Any = graph.node_copy(old)
     if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
-    return new
+        new._dynamo_source = old._dynamo_source
+    return new  # type: ignore[no-any-return]
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -79,7 +79,7 @@ def provenance(node: fx.Node, tag: str, fake: Any) -> dict[str, Any]:
 
     Nothing else is taken along: ``unbacked_bindings``, say, would bind a data-dependent size twice.
     """
-    kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    kept: dict[str, Any] = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     return {**kept, TAG: tag, "example_value": fake}
 
 
@@ -118,7 +118,9 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     return None
 
 
-def fake_like(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device) -> Any:
+def fake_like(
+    mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device
+) -> Any:
     """A fake contiguous tensor of this shape (symbolic sizes allowed) in the graph's own fake mode."""
     with mode:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
@@ -141,9 +143,7 @@ def symbols_of(graph: fx.Graph) -> dict[int, Any]:
     """Map the position of each symbolic-size placeholder to its symbol."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return {
-        index: value(node).node.expr
-        for index, node in enumerate(placeholders)
-        if isinstance(value(node), torch.SymInt)
+        index: value(node).node.expr for index, node in enumerate(placeholders) if isinstance(value(node), torch.SymInt)
     }
 
 
@@ -176,7 +176,8 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     table = select_decomp_table()
     for body in _outlined_bodies(module):
         body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
-    return compile_fx(module, list(inputs))  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(module, list(inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def to_aot(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -204,6 +205,8 @@ def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        env[node] = copy_placeholder(graph, node) if node.op == "placeholder" else graph.node_copy(node, env.__getitem__)
+        env[node] = (
+            copy_placeholder(graph, node) if node.op == "placeholder" else graph.node_copy(node, env.__getitem__)
+        )
         env[node].meta = copy.copy(node.meta)
     return carry_over(module, fx.GraphModule(module, graph))

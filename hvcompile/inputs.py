@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from hvcompile.inductor import numel_hint, size_hint, source_name, value
-from hvcompile.structure import is_tensor
-from hvcompile.trunk import Trunk, op_name
+from hvcompile.nodes import is_tensor, op_name
+from hvcompile.trunk import Trunk
 
 # Operations that mix channels or tokens: past one of these a value is no longer a position or a time.
 _MIXING = {"linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention", "layer_norm", "embedding", "einsum"}
@@ -80,6 +80,4 @@ def classify(trunk: Trunk) -> InputRoles:
 
     clocks = [node for node in inputs if is_clock(node)]
     conditions = [node for node in inputs if node is not sample and node not in clocks]
-    return InputRoles(
-        weights=tuple(weights), sample=sample, clocks=tuple(clocks), conditions=tuple(conditions)
-    )
+    return InputRoles(weights=tuple(weights), sample=sample, clocks=tuple(clocks), conditions=tuple(conditions))

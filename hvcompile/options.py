@@ -43,7 +43,8 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         mode: None, "default" or "exact".
 
     Raises:
-        OptionError: an unknown key, a wrong type or a value out of range; the message names the key and what is allowed.
+        OptionError: an unknown key, a wrong type or a value out of range; names the key and what is allowed.
+
     """
     if mode is not None and mode not in MODES:
         raise OptionError(f"mode is {mode!r}; allowed is one of {', '.join(map(repr, MODES))}")
@@ -59,7 +60,9 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         asked = item.section in given and setting is not False
         if mode == "exact" and not item.is_exact:
             if asked:
-                raise OptionError(f"options ask for {item.section!r}, which mode='exact' rules out: it changes numerics")
+                raise OptionError(
+                    f"options ask for {item.section!r}, which mode='exact' rules out: it changes numerics"
+                )
             switched_off.append((item.__name__, "mode='exact' keeps only passes that do not change numerics"))
         elif setting is False:
             switched_off.append((item.__name__, f"options[{item.section!r}] is False"))

@@ -12,8 +12,8 @@ from torch import fx
 
 from hvcompile.errors import InvalidRewriteError, RequestedPassError
 from hvcompile.inductor import layout_key, shape_key, value
-from hvcompile.structure import is_tensor
-from hvcompile.trunk import Trunk, op_name
+from hvcompile.nodes import is_tensor, op_name
+from hvcompile.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ def run(
     Raises:
         RequestedPassError: a pass that was asked for by name could not apply.
         InvalidRewriteError: a pass broke a postcondition.
+
     """
     journal = []
     for item, requested in passes:

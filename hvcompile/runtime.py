@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +54,7 @@ class Stats:
         bytes: bytes that the slots hold.
         steps: the last decisions, oldest first, at most ``KEPT_STEPS`` of them.
         journal: for each captured graph, what every pass did.
+
     """
 
     graphs: int
@@ -109,9 +109,9 @@ _MODELS_LOCK = threading.Lock()
 def model_state(anchor: torch.Tensor) -> ModelState:
     """What is kept for the model that this parameter belongs to."""
     with _MODELS_LOCK:
-        state = _MODELS.get(anchor)
-        if state is None:
-            state = _MODELS[anchor] = ModelState()
+        if anchor not in _MODELS:
+            _MODELS[anchor] = ModelState()
+        state = _MODELS[anchor]
         return state  # type: ignore[no-any-return]
 
 
@@ -137,6 +137,7 @@ def stats(model: torch.nn.Module) -> Stats:
 
     Raises:
         UncompiledModelError: the model has not run under this backend.
+
     """
     states = _states_of(model)
     for state in states:
@@ -163,6 +164,7 @@ def reset(model: torch.nn.Module) -> None:
 
     Raises:
         UncompiledModelError: the model has not run under this backend.
+
     """
     for state in _states_of(model):
         with state.lock:
@@ -196,6 +198,7 @@ class _Fingerprints:
         self._known: collections.deque[tuple[weakref.ref[torch.Tensor], int, int]] = collections.deque(maxlen=64)
 
     def of(self, tensor: torch.Tensor) -> int:
+        """The tensor's fingerprint, computed where it is not known."""
         if tensor.is_inference():  # carries no version counter, so it may change unseen
             return fingerprint(tensor)
         for reference, version, known in self._known:
@@ -240,6 +243,7 @@ class CompiledTrunk:
         self._fingerprints = _Fingerprints()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run one step: the captured graph's inputs in, its outputs out."""
         calling = self._calling
         if calling.anchor is None:
             return self._compiled(*args)  # type: ignore[no-any-return]
@@ -288,5 +292,3 @@ class CompiledTrunk:
             )
             for layout in self._calling.states
         ]
-
-

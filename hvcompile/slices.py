@@ -16,7 +16,7 @@ from torch import fx
 from hvcompile import inductor
 from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import value
-from hvcompile.structure import is_scalar, is_tensor
+from hvcompile.nodes import is_scalar, is_tensor
 
 
 def count_from_start(graph: fx.Graph) -> int:

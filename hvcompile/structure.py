@@ -15,10 +15,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import fx
 
 from hvcompile.inductor import numel_hint, shape_key, size_hint, value
+from hvcompile.nodes import is_scalar, is_tensor
 
 # Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
 # with them are work between the blocks (an adapter, a projection), not blocks.
@@ -63,16 +63,6 @@ class Block:
     def path(self) -> str:
         """The member's dotted path."""
         return self.owner.path
-
-
-def is_tensor(node: fx.Node) -> bool:
-    """Whether a node's value is one tensor."""
-    return isinstance(value(node), torch.Tensor)
-
-
-def is_scalar(node: fx.Node) -> bool:
-    """Whether a node's value is a number, plain or symbolic: sizes and the arithmetic on them."""
-    return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def owner_of(node: fx.Node, depth: int) -> ModuleCall | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,25 +12,12 @@ from torch import fx
 from hvcompile.branch import Branch, add_cond, is_submodule
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
-from hvcompile.inductor import numel_hint, provenance, shape_key, value
-from hvcompile.inputs import InputRoles, classify
+from hvcompile.inductor import value
+from hvcompile.inputs import InputRoles
+from hvcompile.nodes import settle
 from hvcompile.pipeline import Pass, PassReport
-from hvcompile.structure import is_scalar, is_tensor
-from hvcompile.trunk import (
-    BlockCall,
-    Trunk,
-    as_operands,
-    is_context_switch,
-    mutated_operand,
-    op_name,
-    settle,
-    symbolic_sizes,
-)
-
-# Operations that only rearrange tokens; replayed on block 1's outputs to find what a skipped trunk would hand on.
-_REARRANGING = {"getitem", "cat", "concat", "chunk", "split", "reshape", "view", "flatten", "unflatten", "contiguous"} | {
-    *("transpose", "permute", "squeeze", "unsqueeze", "clone", "narrow", "to", "unbind", "stack"),
-}
+from hvcompile.skipping import SkipPlan, counterpart, plan_skip
+from hvcompile.trunk import Trunk, as_operands, symbolic_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +55,7 @@ class FirstBlockCache(Pass):
         reused = (|a - streams - first|.mean() / |first|.mean() <= threshold) & ...
         c, residual', first' = cond(reused, a + residual, [b = block_0(a); c = block_1(b)], ...)
         return epilogue(c), residual', first', counters', ...
+
     """
 
     section: ClassVar[str] = "first_block_cache"
@@ -90,7 +76,7 @@ class FirstBlockCache(Pass):
 
     def apply(self, trunk: Trunk) -> PassReport:
         """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
-        plan = _plan(trunk)
+        plan = plan_skip(trunk)
         if isinstance(plan, str):
             return PassReport(declined=((trunk.lists or "graph", plan),))
         _rewrite(trunk, plan, self)
@@ -121,6 +107,7 @@ class FirstBlockCache(Pass):
 
         Returns:
             ``reused`` (bool scalar), ``difference`` (float32 scalar), ``residual``, and the next values of the state.
+
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
@@ -166,161 +153,7 @@ def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
     return torch.where(clock == last, torch.full_like(clock, math.inf), left)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What moves into the branch and what it hands on."""
-
-    first: BlockCall
-    stream_in: fx.Node
-    stream_out: fx.Node
-    moved: tuple[fx.Node, ...]
-    leaving: tuple[fx.Node, ...]
-    roles: InputRoles
-    remarks: tuple[tuple[str, str], ...]
-
-
-def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in found:
-                found.add(operand)
-                stack.append(operand)
-    return found
-
-
-def _plan(trunk: Trunk) -> _Plan | str:
-    """Match the trunk, or the reason why it can't be cached."""
-    if any(block.call.graph is not trunk.graph for block in trunk.blocks):
-        return "the blocks already stand in a branch"
-    if len(trunk.blocks) < 2:
-        return "a trunk of one block has nothing to skip"
-    first, calls = trunk.blocks[0], [block.call for block in trunk.blocks[1:]]
-    after, needed = _descendants(calls), _ancestors(calls)
-    if first.call in after:
-        return f"{first.path} reads the result of a later block"
-    core = set(calls) | {user for call in calls for user in call.users} | (after & needed)
-    leaving = [node for node in trunk.graph.nodes if node in core and any(user not in core for user in node.users)]
-    if not leaving:
-        return "nothing that the blocks compute is read after them"
-    if any(not is_tensor(node) for node in leaving):
-        return f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
-
-    roles = classify(trunk)
-    if not roles.weights:
-        return "the graph takes no parameters as inputs, so its state can't be tied to a model"
-    if roles.sample is None:
-        return "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
-    stream = _main_stream(first, roles.sample)
-    if stream is None:
-        return f"no output of {first.path} continues one of its inputs, so it has no residual"
-    outside = {first.call, *first.outputs.values()}
-    for node in leaving:
-        if not _reaches_back(trunk, node, core, outside):
-            return f"{node.name} leaves the blocks and continues no stream of {first.path}"
-    moved = _with_private_work(trunk.graph, core, outside)
-    for node in moved:
-        if is_context_switch(node) or mutated_operand(node) is not None:
-            return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
-    remarks = () if roles.clocks else (("clock", "no input is a timestep: call hvcompile.reset between generations"),)
-    return _Plan(
-        first=first,
-        stream_in=stream[0],
-        stream_out=stream[1],
-        moved=moved,
-        leaving=tuple(leaving),
-        roles=roles,
-        remarks=remarks,
-    )
-
-
-def _main_stream(first: BlockCall, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Block 1's input and output of the stream that carries the sample; of several, the largest."""
-    from_sample = _descendants([sample])
-    pairs = [(first.operands[source], first.outputs.get(output)) for output, source in first.body.streams.items()]
-    found = [(entered, left) for entered, left in pairs if left is not None]
-    found.sort(key=lambda pair: (pair[0] in from_sample, numel_hint(value(pair[0]))))
-    return found[-1] if found else None
-
-
-def _rewritten_source(trunk: Trunk, node: fx.Node) -> fx.Node | None:
-    """For a block's output: the operand of which it is the next version; None for any other node."""
-    for block in trunk.blocks:
-        if node.target is operator.getitem and node.args[0] is block.call:
-            source = block.body.streams.get(node.args[1])  # type: ignore[arg-type]
-            return None if source is None else block.operands[source]
-    return None
-
-
-def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """The core in graph order, with the work before it whose results only it reads."""
-    private: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
-        if is_work and node.users and (core | private).issuperset(node.users):
-            private.add(node)
-    for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch
-        operands = [item for item in node.all_input_nodes if item not in private and item.op != "get_attr"]
-        if node in private and any(not is_tensor(item) and not is_scalar(item) for item in operands):
-            private.remove(node)
-    return tuple(node for node in graph.nodes if node in core or node in private)
-
-
-def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], outside: set[fx.Node]) -> bool:
-    """Whether a value has a counterpart where blocks 2..N hand their streams on unchanged.
-
-    Adds to ``outside`` the nodes that the counterpart is made of.
-    """
-    if node not in core:
-        outside.add(node)
-        return True
-    source = _rewritten_source(trunk, node)
-    if source is not None:
-        return _reaches_back(trunk, source, core, outside)
-    if op_name(node) == "invoke_subgraph":
-        return False
-    if op_name(node) in _REARRANGING:
-        return all(_reaches_back(trunk, item, core, outside) for item in node.all_input_nodes)
-    return any(_reaches_back(trunk, item, core, outside) for item in _alike(node))
-
-
-def _alike(node: fx.Node) -> list[fx.Node]:
-    """The operands of work between the blocks that have its result's shape: the streams that it changes."""
-    shape = shape_key(value(node)) if is_tensor(node) else None
-    return [item for item in node.all_input_nodes if is_tensor(item) and shape_key(value(item)) == shape]
-
-
-def _counterpart(trunk: Trunk, node: fx.Node, core: set[fx.Node], before: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Build the value that a node would have if blocks 2..N handed their streams on unchanged."""
-    if node not in core or node in made:
-        return made.get(node, node)
-    source = _rewritten_source(trunk, node)
-    if source is None and op_name(node) not in _REARRANGING:
-        source = next(item for item in _alike(node) if _reaches_back(trunk, item, core, set()))
-    if source is not None:
-        made[node] = _counterpart(trunk, source, core, before, made)
-        return made[node]
-    replaced = {item: _counterpart(trunk, item, core, before, made) for item in node.all_input_nodes}
-    with trunk.graph.inserting_before(before):
-        copied = trunk.graph.node_copy(node, lambda item: replaced[item])
-    copied.meta = provenance(node, FirstBlockCache.__name__, value(node))
-    made[node] = copied
-    return copied
-
-
-def _rewrite(trunk: Trunk, plan: _Plan, options: FirstBlockCache) -> None:
+def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     graph, tag = trunk.graph, FirstBlockCache.__name__
     core, anchor = set(plan.moved), plan.moved[-1].next
     main = value(plan.stream_out)
@@ -352,7 +185,7 @@ def _rewrite(trunk: Trunk, plan: _Plan, options: FirstBlockCache) -> None:
     trunk.observed |= {"reused": decided["reused"], "difference": decided["difference"]}
 
     made: dict[fx.Node, fx.Node] = {}
-    counterparts = [_counterpart(trunk, node, core, anchor, made) for node in plan.leaving]
+    counterparts = [counterpart(trunk, node, core, anchor, made, tag) for node in plan.leaving]
     external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
     bodies = {node for node in external if is_submodule(node)}
     states = [state.placeholder for state in (*residuals, first)]

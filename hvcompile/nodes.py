@@ -1,0 +1,116 @@
+"""Questions about single nodes of a captured graph, and walks along its edges."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from hvcompile.inductor import value
+
+_CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"}
+_IN_PLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+    operator.setitem,
+}
+_VIEWS = {
+    *("getitem", "view", "reshape", "transpose", "permute", "unflatten", "flatten", "squeeze", "unsqueeze", "chunk"),
+    *("split", "unbind", "expand", "narrow", "select", "view_as", "contiguous", "to", "detach"),
+}
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(value(node), torch.Tensor)
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether a node's value is a number, plain or symbolic: sizes and the arithmetic on them."""
+    return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def op_name(node: fx.Node) -> str:
+    """A node's operation without its namespace: ``linear``, ``getitem``, ``copy_``."""
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
+
+
+def is_context_switch(node: fx.Node) -> bool:
+    """Whether a node changes how the following ones run (autocast, grad mode) rather than computing a value."""
+    return node.op == "call_function" and op_name(node) in _CONTEXT_SWITCHES
+
+
+def mutated_operand(node: fx.Node) -> fx.Node | None:
+    """The operand that a node writes into, if it is an in-place operation."""
+    if node.op == "call_function":
+        in_place = node.target in _IN_PLACE_OPERATORS
+        in_place = in_place or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+        in_place = in_place or (op_name(node).endswith("_") and not op_name(node).endswith("__"))
+    else:
+        in_place = node.op == "call_method" and op_name(node).endswith("_") and not op_name(node).endswith("__")
+    if not in_place or is_context_switch(node) or is_scalar(node):
+        return None
+    return next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """Follow views back to the node whose storage this one may share."""
+    root = node
+    while node.op in {"call_function", "call_method"} and (
+        op_name(node) in _VIEWS or mutated_operand(node) is not None
+    ):
+        source = next((operand for operand in node.all_input_nodes if not is_scalar(operand)), None)
+        if source is None:
+            break
+        node = source
+        if is_tensor(node):
+            root = node  # else a tuple of results: views of one tensor if it is a split, tensors of their own if not
+    return root
+
+
+def settle(graph: fx.Graph) -> None:
+    """Move every node that stands before one of its inputs to just after it, keeping the order otherwise."""
+    placed: set[fx.Node] = set()
+    waiting: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if not placed.issuperset(node.all_input_nodes):
+            waiting.append(node)
+            continue
+        placed.add(node)
+        anchor, progress = node, True
+        while progress:
+            progress = False
+            for late in waiting:
+                if placed.issuperset(late.all_input_nodes):
+                    anchor.append(late)
+                    anchor = late
+                    placed.add(late)
+                    waiting.remove(late)
+                    progress = True
+                    break
+
+
+def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Everything that depends on these nodes."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Everything that these nodes depend on."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in found:
+                found.add(operand)
+                stack.append(operand)
+    return found

@@ -1,0 +1,266 @@
+"""Outlining: blocks that compute the same thing on other operands become calls of one shared body.
+
+A pass then edits a body once and Inductor compiles it once, however deep the model is. Sharing is structural: two
+blocks are alike if they run the same operations with the same literals on operands of the same layout.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvcompile import inductor
+from hvcompile.inductor import INVOKE_SUBGRAPH, TAG, layout_key, provenance, shape_key, value
+from hvcompile.nodes import is_context_switch, is_scalar, is_tensor, mutated_operand, op_name, settle, storage_root
+from hvcompile.slices import count_from_start
+from hvcompile.streams import find_streams
+from hvcompile.structure import Block, describe_lists, entering, find_trunk, leaving
+from hvcompile.trunk import BlockCall, Body, NoTrunk, Trunk, as_operands, contiguous_like, symbolic_sizes
+
+
+def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
+    """Find the repeated blocks of a graph captured by Dynamo and outline them; the captured graph is not changed."""
+    module = inductor.clone_graph_module(captured)
+    count_from_start(module.graph)
+    found, reason = find_trunk(module.graph)
+    if not found:
+        return NoTrunk(reason)
+    # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
+    sizes = symbolic_sizes(module.graph, before=found[0].nodes[0])
+    operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in found]
+    for block, reads in zip(found, operands, strict=True):
+        declined = _decline(block, reads)
+        if declined:
+            return NoTrunk(declined)
+
+    families = _families(found, operands)
+    bodies: dict[int, Body] = {}
+    outputs: dict[int, list[fx.Node | None]] = {}
+    for number, (first, members) in enumerate(families.items()):
+        read = {members[place][node] for place in members for node in leaving(found[place])}
+        positions = sorted(read)
+        body = Body(f"block_{number}", _build_body(module, found[first], operands[first], positions), {})
+        for place, numbers in members.items():
+            nodes = {row: node for node, row in numbers.items()}
+            bodies[place], outputs[place] = body, [nodes.get(position) for position in positions]
+    find_streams(found, operands, bodies, outputs)
+
+    trunk = Trunk(module, [], describe_lists(found))
+    renamed: dict[fx.Node, fx.Node] = {}
+    for place, block in enumerate(found):
+        current = [renamed.get(operand, operand) for operand in operands[place]]
+        trunk.blocks.append(_outline(module, block, bodies[place], current, outputs[place], renamed))
+    settle(module.graph)
+    _prepare_operands(trunk)
+    module.graph.lint()
+    module.recompile()
+    return trunk
+
+
+def _canonical(argument: Any, number: Callable[[fx.Node], Any]) -> Any:
+    if isinstance(argument, fx.Node):
+        return number(argument)
+    if isinstance(argument, (list, tuple)):
+        return (type(argument).__name__, *(_canonical(item, number) for item in argument))
+    if isinstance(argument, dict):
+        return tuple((key, _canonical(item, number)) for key, item in argument.items())
+    if isinstance(argument, slice):
+        return ("slice", *(_canonical(item, number) for item in (argument.start, argument.stop, argument.step)))
+    return (type(argument).__name__, repr(argument))
+
+
+def _value_key(node: fx.Node) -> Any:
+    held = value(node)
+    items = held if isinstance(held, (tuple, list)) else [held]
+    return tuple(layout_key(item) if isinstance(item, torch.Tensor) else repr(item) for item in items)
+
+
+def _row(node: fx.Node, numbers: dict[fx.Node, Any]) -> tuple[Any, ...]:
+    """What a node computes, comparable between blocks: operation, wiring and literals, operands given as numbers."""
+    # The text of a run-time assertion names symbols that Dynamo numbers anew in every block.
+    args = node.args[:1] if op_name(node).startswith("_assert_scalar") else node.args
+    return (node.op, node.target, _canonical(args, numbers.get), _canonical(node.kwargs, numbers.get))
+
+
+def _rows(block: Block, operands: Sequence[fx.Node]) -> Iterator[tuple[Any, ...]]:
+    numbers: dict[fx.Node, Any] = {operand: ("operand", place) for place, operand in enumerate(operands)}
+    for place, node in enumerate(block.nodes):
+        yield _row(node, numbers)
+        numbers[node] = ("node", place)
+
+
+def _embed(block: Block, operands: Sequence[fx.Node], rows: Sequence[tuple[Any, ...]]) -> dict[fx.Node, int] | None:
+    """Match a block's nodes to the rows of another; None unless all match in order.
+
+    Rows may be left over: Dynamo drops work whose result is not read, so that the last block of a trunk often lacks
+    the text stream's last nodes. Computing them after all costs less than compiling one more body.
+    """
+    numbers: dict[fx.Node, Any] = {operand: ("operand", place) for place, operand in enumerate(operands)}
+    matched: dict[fx.Node, int] = {}
+    place = 0
+    for node in block.nodes:
+        row = _row(node, numbers)
+        while place < len(rows) and rows[place] != row:
+            place += 1
+        if place == len(rows):
+            return None
+        matched[node] = place
+        numbers[node] = ("node", place)
+        place += 1
+    return matched
+
+
+def _families(
+    found: Sequence[Block], operands: Sequence[Sequence[fx.Node]]
+) -> dict[int, dict[int, dict[fx.Node, int]]]:
+    """Group the blocks that can share a body: first member -> member -> its nodes' numbers in the first member."""
+    families: dict[int, dict[int, dict[fx.Node, int]]] = {}
+    rows: dict[int, list[tuple[Any, ...]]] = {}
+    layouts = [tuple(map(_operand_key, reads)) for reads in operands]
+    for place, block in enumerate(found):
+        for first, members in families.items():
+            if layouts[place] != layouts[first]:
+                continue
+            matched = _embed(block, operands[place], rows[first])
+            if matched is not None:
+                members[place] = matched
+                break
+        else:
+            rows[place] = list(_rows(block, operands[place]))
+            families[place] = {place: {node: number for number, node in enumerate(block.nodes)}}
+    return families
+
+
+def _operand_key(operand: fx.Node) -> Any:
+    """An activation's strides do not matter: it is made contiguous before the call."""
+    held = value(operand)
+    if isinstance(held, torch.Tensor) and operand.op != "placeholder":
+        return ("activation", shape_key(held), str(held.dtype), str(held.device))
+    if operand.op == "get_attr":
+        return ("constant", _value_key(operand))
+    return ("input", _value_key(operand))
+
+
+def _decline(block: Block, operands: Sequence[fx.Node]) -> str:
+    """Why a block can't become a call of a subgraph; empty if it can."""
+    inside, depth = set(block.nodes), 0
+    for node in block.nodes:
+        mutated = mutated_operand(node)
+        if mutated is not None and storage_root(mutated) not in inside:
+            return f"{block.path} writes into a tensor from outside it ({node.format_node()})"
+        if is_context_switch(node):
+            depth += {"_enter_autocast": 1, "_exit_autocast": -1}.get(op_name(node), 0)
+        if op_name(node) in {"dropout", "alpha_dropout", "feature_dropout"} and _draws_random_numbers(node):
+            return f"{block.path} drops out activations: the model is in training mode, call .eval() on it"
+    if depth:
+        return f"{block.path} enters an autocast region that it does not leave"
+    unsupported = [operand for operand in operands if not is_tensor(operand) and not is_scalar(operand)]
+    if unsupported:
+        return f"{block.path} reads {unsupported[0].format_node()}, which is neither a tensor nor a number"
+    feedback = set(inside)
+    for node in _between(block):
+        if any(operand in feedback for operand in node.all_input_nodes):
+            feedback.add(node)
+            if any(user in inside for user in node.users):
+                return f"{block.path} reads back its own result through work outside it ({node.format_node()})"
+    return ""
+
+
+def _draws_random_numbers(dropout: fx.Node) -> bool:
+    arguments = (*dropout.args[1:], *dropout.kwargs.values())
+    training = any(argument is True for argument in arguments)
+    rates = [argument for argument in arguments if isinstance(argument, float)]
+    return training and any(rate > 0 for rate in rates)
+
+
+def _between(block: Block) -> Iterator[fx.Node]:
+    inside, node, last = set(block.nodes), block.nodes[0], block.nodes[-1]
+    while node is not last:
+        if node not in inside:
+            yield node
+        node = node.next
+
+
+def _placeholder_name(operand: fx.Node, block: Block, names: dict[str, str]) -> str:
+    if operand.op != "placeholder":
+        return operand.name
+    path = names.get(str(operand.target), "")
+    prefix = f"{block.path}."
+    return path[path.index(prefix) + len(prefix) :].replace(".", "_") if prefix in path else operand.name
+
+
+def _build_body(
+    root: fx.GraphModule, block: Block, operands: Sequence[fx.Node], outputs: Sequence[int]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    names = inductor.parameter_names(root)
+    for operand in operands:
+        env[operand] = graph.placeholder(_placeholder_name(operand, block, names))
+        env[operand].meta["example_value"] = value(operand)
+    for node in block.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta = copy.copy(node.meta)
+    # A body may not hand back one of its operands or a view of one, and its caller relies on contiguous streams.
+    results = []
+    for place in outputs:
+        result = env[block.nodes[place]]
+        cloned = graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
+        cloned.meta = provenance(result, "outline", contiguous_like(value(result)))
+        results.append(cloned)
+    graph.output(tuple(results))
+    body = fx.GraphModule(root, graph)
+    body.graph.lint()
+    return body
+
+
+def _outline(
+    module: fx.GraphModule,
+    block: Block,
+    body: Body,
+    operands: Sequence[fx.Node],
+    outputs: Sequence[fx.Node | None],
+    renamed: dict[fx.Node, fx.Node],
+) -> BlockCall:
+    """Replace a block's nodes by a call of its body; ``renamed`` gathers what stands for the nodes that were read."""
+    graph, inside, last = module.graph, set(block.nodes), block.nodes[-1]
+    setattr(module, body.name, body.module)
+    with graph.inserting_after(last):
+        reference = graph.get_attr(body.name)
+    with graph.inserting_after(reference):
+        call = graph.call_function(INVOKE_SUBGRAPH, (reference, body.name, *operands))
+    results: Any = body.module.graph.output_node().args[0]
+    call.meta = provenance(last, "outline", tuple(value(result) for result in results))
+    reference.meta = {TAG: "outline"}
+    anchor = call
+    for number, result in enumerate(outputs):
+        readers = [user for user in result.users if user not in inside] if result is not None else []
+        if result is None or not readers:
+            continue
+        with graph.inserting_after(anchor):
+            anchor = graph.call_function(operator.getitem, (call, number))
+        anchor.meta = provenance(result, "outline", call.meta["example_value"][number])
+        renamed[result] = anchor
+        for reader in readers:
+            reader.replace_input_with(result, anchor)
+    for node in reversed(block.nodes):
+        graph.erase_node(node)
+    return BlockCall(block.path, body, call)
+
+
+def _prepare_operands(trunk: Trunk) -> None:
+    """Make the operands of every call fit for a subgraph, each once where several blocks read it."""
+    results = [output for block in trunk.blocks for output in block.outputs.values()]
+    known: dict[tuple[fx.Node, ...], dict[fx.Node, fx.Node]] = {}
+    for block in trunk.blocks:
+        activations = tuple(node for node in block.operands if node.op != "placeholder" and node not in results)
+        if activations not in known:
+            with trunk.graph.inserting_before(block.call):
+                known[activations] = as_operands(trunk.graph, block.operands, "outline", results)
+        prepared = known[activations]
+        block.call.args = (*block.call.args[:2], *(prepared.get(node, node) for node in block.operands))

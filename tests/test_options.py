@@ -1,0 +1,80 @@
+"""Options: every mistake is an error that names the key and what is allowed, and costs no compile time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import Toy, toy_inputs
+
+from hvcompile.errors import OptionError
+from hvcompile.options import DUMP_VARIABLE, parse
+from hvcompile.passes import PASSES
+from hvcompile.passes.first_block_cache import FirstBlockCache
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"first_block_cash": True}, ["'first_block_cash'", "'first_block_cache'", "did you mean"]),
+        ({"first_block_cache": {"treshold": 0.1}}, ["'treshold'", "did you mean 'threshold'"]),
+        ({"first_block_cache": {"threshold": "high"}}, ["first_block_cache.threshold", "str", "float"]),
+        ({"first_block_cache": {"threshold": True}}, ["first_block_cache.threshold", "bool", "float"]),
+        ({"first_block_cache": {"threshold": -0.1}}, ["first_block_cache.threshold", "-0.1", "0 or more"]),
+        ({"first_block_cache": {"threshold": float("nan")}}, ["first_block_cache.threshold", "nan", "finite"]),
+        ({"first_block_cache": {"warmup_steps": -1}}, ["first_block_cache.warmup_steps", "-1", "0 or more"]),
+        ({"first_block_cache": {"warmup_steps": 1.5}}, ["first_block_cache.warmup_steps", "float", "int"]),
+        ({"first_block_cache": {"max_consecutive_hits": 0}}, ["max_consecutive_hits", "1 or more"]),
+        ({"first_block_cache": {"last_steps_computed": -2}}, ["last_steps_computed", "0 or more"]),
+        ({"first_block_cache": 0.06}, ["first_block_cache", "0.06", "threshold"]),
+        ({"lower": "tvm"}, ["lower", "'tvm'", "'inductor'", "'aot'", "'eager'"]),
+        ({"dump": 3}, ["dump", "3", "directory"]),
+        ({"dump": __file__}, ["dump", "is a file"]),
+        (["first_block_cache"], ["options", "list", "dict"]),
+    ],
+)
+def test_invalid_options(options: Any, says: list[str]) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse(PASSES, options, None)
+    assert all(part in str(caught.value) for part in says), str(caught.value)
+
+
+def test_invalid_modes() -> None:
+    with pytest.raises(OptionError, match=r"'fast'.*'default', 'exact'"):
+        parse(PASSES, None, "fast")
+    with pytest.raises(OptionError, match="first_block_cache"):
+        parse(PASSES, {"first_block_cache": True}, "exact")
+
+
+def test_defaults_and_modes() -> None:
+    settings = parse(PASSES, None, None)
+    assert settings.passes == ((FirstBlockCache(threshold=0.06), False),)
+    assert (settings.lower, settings.dump) == ("inductor", None)
+    assert parse(PASSES, {"first_block_cache": True}, None).passes == ((FirstBlockCache(), True),)
+    assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[0][0].threshold == 1  # type: ignore[attr-defined]
+    assert parse(PASSES, {"first_block_cache": False}, None).passes == ()
+    assert parse(PASSES, None, "exact").passes == ()
+    assert "numerics" in parse(PASSES, None, "exact").switched_off[0][1]
+
+
+def test_dump_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(DUMP_VARIABLE, str(tmp_path / "a"))
+    assert parse(PASSES, None, None).dump == tmp_path / "a"
+    assert parse(PASSES, {"dump": tmp_path / "b"}, None).dump == tmp_path / "b"
+    monkeypatch.setenv(DUMP_VARIABLE, __file__)
+    with pytest.raises(OptionError, match=DUMP_VARIABLE):
+        parse(PASSES, None, None)
+
+
+def test_error_reaches_the_user_before_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvcompile import inductor
+
+    def no_lowering(*_: object) -> Any:
+        raise AssertionError("lowered in spite of an invalid option")
+
+    monkeypatch.setitem(inductor.LOWERINGS, "inductor", no_lowering)  # type: ignore[arg-type]
+    compiled = torch.compile(Toy(), backend="hvfast", options={"first_block_cache": {"threshold": -1}})
+    with torch.no_grad(), pytest.raises(Exception, match=r"first_block_cache\.threshold is -1"):
+        compiled(**toy_inputs())

@@ -1,0 +1,118 @@
+"""The trunk is found in families that the engine has never heard of, and rewriting it changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from oracle import first, relative_error
+from torch import fx, nn
+
+import hvcompile
+from hvcompile.structure import describe_lists, find_trunk, module_path
+
+# Dynamo itself breaks these into several graphs (a branch or a size that depends on data).
+SEVERAL_GRAPHS = {"hunyuan_video15", "hunyuan_image_glyphs", "hidream", "lumina2", "omnigen"}
+# Only a part of what the zoo calls the trunk runs as one chain of blocks on the same tokens; the part that is taken.
+PARTIAL = {"bria_fibo": 3, "flux3": 3, "wan_vace": 4}
+FAMILIES = [name for name in zoo.FAMILIES if name not in SEVERAL_GRAPHS]
+
+
+def num_blocks(stats: hvcompile.Stats) -> int:
+    lists = stats.journal[0][0].report.matched[0].split(": ")[0]
+    return sum(int(part.rsplit(" x ", 1)[1]) for part in lists.split(", "))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_is_recovered_and_unchanged(name: str) -> None:
+    """All blocks found; a computed step equals eager to the last bit or nearly; an identical step is reused."""
+    family = zoo.FAMILIES[name]
+    model, inputs = family.build(), family.inputs(seed=3)
+    compiled = torch.compile(model, backend="hvfast", fullgraph=True, options={"lower": "eager"})
+    with torch.no_grad():
+        expected = first(model(**inputs, return_dict=False))
+        computed = first(compiled(**inputs, return_dict=False))
+        reused = first(compiled(**inputs, return_dict=False))
+    stats = hvcompile.stats(compiled)
+    assert num_blocks(stats) == PARTIAL.get(name, family.num_blocks)
+    assert [step.reused for step in stats.steps] == [False, True]
+    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert relative_error(computed, expected) < 1e-5
+    assert relative_error(reused, expected) < 1e-5
+
+
+def test_paths_of_both_torch_versions() -> None:
+    newer = "L['self'].__dict__['_modules']['blocks'].0.attn"
+    older = "L['self'].blocks.0.attn"
+    assert module_path(newer) == module_path(older) == ("blocks", "0", "attn")
+    assert module_path("L['self']._modules['towers']._modules['a-b'].3") == ("towers", "a-b", "3")
+
+
+def captured(model: nn.Module, *inputs: torch.Tensor) -> fx.Graph:
+    graphs: list[fx.Graph] = []
+
+    def keep(module: fx.GraphModule, _: object) -> object:
+        graphs.append(module.graph)
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(*inputs)
+    return graphs[0]
+
+
+class Stack(nn.Module):
+    """A small refiner of the text in front of the trunk, and a head made of a list behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.ModuleList([nn.Linear(8, 4), nn.Linear(4, 4)])
+
+    def forward(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        for layer in self.refiner:
+            text = text + layer(text)
+        for layer in self.layers:
+            video = video + layer(video) + text.mean(dim=1, keepdim=True)
+        for layer in self.head:
+            video = layer(video)
+        return video
+
+
+def test_refiners_and_heads_are_not_the_trunk() -> None:
+    found, reason = find_trunk(captured(Stack(), torch.randn(1, 20, 8), torch.randn(1, 3, 8)))
+    assert describe_lists(found) == "layers x 3", reason
+
+
+def test_a_block_called_twice_is_two_blocks() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(3):
+                x = x + self.layers[0](x).relu()
+            return x
+
+    found, reason = find_trunk(captured(Loop(), torch.randn(2, 8)))
+    assert describe_lists(found) == "layers x 3", reason
+
+
+def test_a_model_inside_a_list_is_looked_into() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.models = nn.ModuleList([Stack()])
+
+        def forward(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return self.models[0](video, text)  # type: ignore[no-any-return]
+
+    found, reason = find_trunk(captured(Wrapper(), torch.randn(1, 20, 8), torch.randn(1, 3, 8)))
+    assert describe_lists(found) == "models.0.layers x 3", reason
+
+
+def test_no_blocks_is_a_reason() -> None:
+    found, reason = find_trunk(captured(nn.Linear(4, 4), torch.randn(2, 4)))
+    assert found == []
+    assert "no module list" in reason
