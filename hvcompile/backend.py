@@ -13,8 +13,8 @@ from hvcompile import inductor, pipeline, runtime
 from hvcompile.dump import Dump
 from hvcompile.errors import RequestedPassError
 from hvcompile.graph_code import inline
-from hvcompile.inputs import classify, is_weight
-from hvcompile.nodes import is_tensor
+from hvcompile.inputs import classify
+from hvcompile.nodes import is_tensor, is_weight
 from hvcompile.options import Options, parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES

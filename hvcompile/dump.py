@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import operator
 import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import torch
 from torch import fx
 
 from hvcompile.errors import OptionError
-from hvcompile.inductor import TAG, size_hint, source_name, value
-from hvcompile.inputs import is_weight
+from hvcompile.inductor import TAG, numel_hint, size_hint, source_name, value
+from hvcompile.nodes import is_weight
 from hvcompile.pipeline import JournalRow
 from hvcompile.structure import module_path
+
+_WITH_TORCH = {"torch._C", "torch.functional", "torch.nn", "torch.nn.functional", "torch.ops"}  # import torch suffices
 
 _FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone.
 
 Run this file to compute it on random inputs of the recorded shapes, or import it:
-``build()(*example_inputs())``. An input of the same name has the same values in every file of this directory.
+``build()(*example_inputs())``. An input of the same name has the same values in every file of this folder.
 """
 
 import zlib
@@ -87,15 +89,13 @@ class Dump:
     """
 
     def __init__(self, directory: Path | None, compile_id: tuple[int, int]) -> None:
-        self._directory = directory
         self._compile_id = "{}/{}".format(*compile_id)
         self._count = 0
-        if directory is not None:
-            self._directory = self._write(directory, lambda: _fresh_folder(directory, "graph_{}_{}".format(*compile_id)))
+        self._folder = _fresh_folder(directory, "graph_{}_{}".format(*compile_id)) if directory is not None else None
 
     def journal(self, rows: Sequence[JournalRow]) -> None:
         """Write the journal: what each pass matched, what it declined and why, and how the op counts changed."""
-        if self._directory is None:
+        if self._folder is None:
             return
         passes = [
             {
@@ -107,12 +107,12 @@ class Dump:
             for row in rows
         ]
         content = {"torch": torch.__version__, "compile_id": self._compile_id, "passes": passes}
-        path = self._directory / "journal.json"
-        self._write(path, lambda: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8"))
+        with _writing(self._folder):
+            (self._folder / "journal.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
     def graph(self, name: str, module: fx.GraphModule) -> None:
         """Write a graph as the next numbered file, named after the pass that made it; its constants beside it."""
-        if self._directory is None:
+        if self._folder is None:
             return
         stem = f"{self._count:02d}_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()}"
         program = _Program(module)
@@ -121,40 +121,42 @@ class Dump:
             count=self._count,
             name=name,
             version=torch.__version__,
-            imports="\n".join(sorted(program.imports)),
+            imports="\n".join(sorted(program.imports, key=lambda line: (" = " in line, line))),
             classes="\n\n\n".join(program.classes),
             build=textwrap.indent("\n".join(program.build), " " * 4),
-            inputs=textwrap.indent("\n".join(map(_example, module.graph.find_nodes(op="placeholder"))), " " * 8),
+            inputs=textwrap.indent("\n".join(program.inputs), " " * 8),
         )
-        path, constants = self._directory / f"{stem}.py", self._directory / f"{stem}.pt"
-        self._write(path, lambda: path.write_text(text, "utf-8"))
-        if program.constants:
-            self._write(constants, lambda: torch.save(program.constants, constants))
+        with _writing(self._folder):
+            (self._folder / f"{stem}.py").write_text(text, "utf-8")
+            if program.constants:
+                torch.save(program.constants, self._folder / f"{stem}.pt")
         self._count += 1
 
-    def _write(self, path: Path, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError as error:
-            raise OptionError(
-                f"the dump can't be written to {str(path)!r}: {error.strerror or error}. Give a directory that this "
-                "process may write to, in options['dump'] or the environment variable HVCOMPILE_DUMP, or leave it out"
-            ) from error
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"can't write a dump into {str(directory)!r}: {error.strerror or error}. Give options['dump'] or the "
+            "environment variable HVCOMPILE_DUMP a directory that this process may write to, or leave them out"
+        ) from error
 
 
 def _fresh_folder(directory: Path, name: str) -> Path:
-    """Make a folder that no other compilation has: ``mkdir`` decides between processes and threads."""
-    number = 1
-    while True:
-        folder = directory / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not directory.is_dir():
-                raise
-            number += 1
-        else:
-            return folder
+    """Make a folder that no other compilation has; ``mkdir`` decides between processes and threads."""
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            folder = directory / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return folder
 
 
 class _Program:
@@ -166,7 +168,10 @@ class _Program:
         self.build: list[str] = []
         self.constants: dict[str, torch.Tensor] = {}
         self._names: dict[fx.GraphModule, str] = {}
+        placeholders = list(root.graph.find_nodes(op="placeholder"))
+        self._paths = {node.name: _weight_path(node) for node in placeholders if is_weight(node)}
         self._add(root, "root")
+        self.inputs = [f"{_example(node, self._paths.get(node.name, str(node.target)))}," for node in placeholders]
         if self.constants:
             self.build.insert(0, 'constants = torch.load(Path(__file__).with_suffix(".pt"), weights_only=True)')
         self.build.append("return root")
@@ -176,13 +181,17 @@ class _Program:
         if module in self._names:
             return self._names[module]
         held = _referenced(module)
-        children = {target: self._add(item, target) for target, item in held.items() if isinstance(item, fx.GraphModule)}
+        children = {
+            target: self._add(item, target) for target, item in held.items() if isinstance(item, fx.GraphModule)
+        }
         name = re.sub(r"\W", "_", hint)
         while name in self._names.values():
             name += "_"
         self._names[module] = name
 
         code, used = _forward(module.graph)
+        renamed = _short_names(module.graph, self._paths)
+        code = re.sub(r"\b[A-Za-z_]\w*", lambda match: renamed.get(match[0], match[0]), code)
         self.imports |= _torch_imports(code) | {_import_line(*item) for item in used.items()}
         class_name = re.sub(r"(?:^|_)([a-z0-9])", lambda match: match[1].upper(), name)
         self.classes.append(f"class {class_name}(torch.nn.Module):\n{textwrap.indent(code, ' ' * 4)}")
@@ -206,16 +215,45 @@ def _referenced(module: fx.GraphModule) -> dict[str, Any]:
     return {target: operator.attrgetter(target)(module) for target in targets}
 
 
+def _weight_path(placeholder: fx.Node) -> str:
+    path = [part for part in module_path(source_name(placeholder)) if part not in {"_parameters", "_buffers"}]
+    return ".".join(path) or placeholder.name
+
+
+def _short_names(graph: fx.Graph, paths: Mapping[str, str]) -> dict[str, str]:
+    """What to call a graph's inputs: weights by their path in the model, the others by the name of their node.
+
+    Dynamo's own name spells out every ``_modules`` on the way, and differs from the node's by its first letter.
+    """
+    taken = {node.name for node in graph.nodes}
+    renamed: dict[str, str] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        short = node.name
+        if node.name in paths:
+            short = re.sub(r"\W|^(?=\d)", "_", paths[node.name])
+            while short in taken:
+                short += "_"
+            taken.add(short)
+        renamed |= {node.name: short} | ({str(node.target): short} if _is_alias(node) else {})
+    return renamed
+
+
+def _is_alias(placeholder: fx.Node) -> bool:
+    return str(placeholder.target).lower() == placeholder.name.lower()
+
+
 def _forward(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     """A graph as the source of a method ``forward``, and the globals that it names."""
-    inputs = {name for node in graph.find_nodes(op="placeholder") for name in (node.name, str(node.target))}
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    inputs = {node.name for node in placeholders}
+    aliases = {f"{node.name} = {node.target}" for node in placeholders if _is_alias(node)}  # both get one name
     comments = _comments(graph)
 
     def annotate(lines: list[str]) -> list[str]:
         done: list[str] = []
         for line in lines:
-            if line.startswith("\n#"):
-                continue  # fx's own comment: the source line, with its absolute path, for nearly every statement
+            if line.startswith("\n#") or line.rstrip() in aliases:
+                continue  # fx's own comment gives the source line, with its absolute path, of nearly every statement
             counter = re.fullmatch(r"# COUNTER: (\d+)\n", line)
             if counter and int(counter[1]) in comments:
                 done.append(f"\n# {comments[int(counter[1])]}\n")
@@ -233,20 +271,24 @@ def _forward(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
 
 def _comments(graph: fx.Graph) -> dict[int, str]:
     """Where the module or the pass that the nodes come from changes: what to say there, by place in the graph."""
+    stacks = {node: node.meta["nn_module_stack"] for node in graph.nodes if node.meta.get("nn_module_stack")}
+    paths = {node: module_path(str([*stack.values()][-1][0])) for node, stack in stacks.items()}
+    inner = {path[:length] for path in paths.values() for length in range(len(path))}
     comments: dict[int, str] = {}
-    current, pending = "", None
+    current, start = "", None
     for place, node in enumerate(graph.nodes):
-        if node.op in {"get_attr", "placeholder"}:  # a reference belongs to the call after it
-            pending = pending if pending is not None or node.op == "placeholder" else place
+        if node.op == "get_attr":  # a reference belongs to the call after it
+            start = place if start is None else start
             continue
-        tag, stack = node.meta.get(TAG), node.meta.get("nn_module_stack")
-        is_part = node.target is operator.getitem and isinstance(value(node.args[0]), tuple)  # type: ignore[arg-type]
-        if (tag or stack) and not is_part:
-            path = ".".join(module_path(str(list(stack.values())[-1][0]))) or "the model itself" if stack else ""
-            said = f"{path} ({tag})" if path and tag else path or f"({tag})"
+        tag, path = node.meta.get(TAG), paths.get(node)
+        is_part = node.target is operator.getitem and isinstance(value(node.args[0]), tuple)
+        if node.op != "placeholder" and (tag or path is not None) and not is_part:
+            if path and path not in inner and path[:-1] in paths.values():
+                path = path[:-1]  # a module without modules, such as a linear, is named with what surrounds it
+            said = " ".join([".".join(path or ("the model",))] * (path is not None) + [f"({tag})"] * bool(tag))
             if said != current:
-                comments[place if pending is None else pending] = current = said
-        pending = None
+                comments[place if start is None else start] = current = said
+        start = None
     return comments
 
 
@@ -258,9 +300,9 @@ def _import_line(name: str, item: Any) -> str:
         return f'{name} = float("{item}")'
     if item is type(None):
         return f"{name} = type(None)"
-    module, path = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
-    if getattr(sys.modules.get(str(module)), path, None) is item:
-        return f"from {module} import {path}" + (f" as {name}" if name != path else "")
+    module, attribute = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
+    if getattr(sys.modules.get(str(module)), attribute, None) is item:
+        return f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")
     return f"{name} = None  # a {type(item).__name__} made at run time: what uses it can't run from this file"
 
 
@@ -269,34 +311,27 @@ def _torch_imports(code: str) -> set[str]:
     found = set()
     for path in set(re.findall(r"(?<![\w.])torch(?:\.\w+)+", code)):
         parts = path.split(".")
-        modules = [".".join(parts[:length]) for length in range(2, len(parts))]
-        found |= {f"import {name}" for name in modules if getattr(sys.modules.get(name), "__file__", None)}
+        names = {".".join(parts[:length]) for length in range(2, len(parts))} - _WITH_TORCH
+        found |= {f"import {name}" for name in names if getattr(sys.modules.get(name), "__file__", None)}
     return found
 
 
-def _example(placeholder: fx.Node) -> str:
-    """The expression for one example input, with what it is as a comment."""
-    held, source = value(placeholder), source_name(placeholder)
-    comment = f"  # {'.'.join(module_path(source))}" if module_path(source) else ""
+def _example(placeholder: fx.Node, name: str) -> str:
+    """The expression for one example input; a symbolic size has the value of the run that was captured."""
+    held = value(placeholder)
+    if isinstance(held, torch.SymInt):
+        return f"{size_hint(held)}"
     if not isinstance(held, torch.Tensor):
-        if isinstance(held, torch.SymInt):
-            return f"{size_hint(held)},{comment or '  #'} = {held}"
-        known = isinstance(held, (bool, int, float))
-        return f"{held if known else None},{comment if known else f'  # {placeholder.target}: nothing is recorded'}"
+        return repr(held if isinstance(held, (bool, int, float)) else None)
     shape = tuple(map(size_hint, held.shape))
-    if not source:  # no input of Dynamo's: state, which begins as zeros
-        return f'torch.zeros({shape}, dtype={held.dtype}, device="{held.device}"),  # {placeholder.target}'
-    arguments = [f'"{placeholder.target}"', str(shape), str(held.dtype)]
+    if not source_name(placeholder):  # none of Dynamo's inputs: state, which begins as zeros
+        return f'torch.zeros({shape}, dtype={held.dtype}, device="{held.device}")'
+    arguments = [f'"{name}"', str(shape), str(held.dtype)]
     if held.device.type != "cpu":
         arguments.append(f'device="{held.device}"')
     if is_weight(placeholder) and len(shape) > 1 and 0 not in shape:
-        arguments.append(f"scale={(shape[0] / math.prod(shape)) ** 0.5:.4g}")  # keeps activations of order one
-    stride = tuple(map(size_hint, held.stride())) if held.layout is torch.strided else None
-    if stride is not None and 0 not in shape and not _is_contiguous(shape, stride):
+        arguments.append(f"scale={(shape[0] / numel_hint(held)) ** 0.5:.4g}")  # keeps activations of order one
+    stride = tuple(map(size_hint, held.stride()))
+    if 0 not in shape and stride != torch.empty(shape, device="meta").stride():
         arguments.append(f"stride={stride}")
-    return f"draw({', '.join(arguments)}),{comment}"
-
-
-def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    expected = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
-    return all(size == 1 or step == wanted for size, step, wanted in zip(shape, stride, expected, strict=True))
+    return f"draw({', '.join(arguments)})"

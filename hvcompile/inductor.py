@@ -64,11 +64,6 @@ def source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
-def parameter_names(module: fx.GraphModule) -> dict[str, str]:
-    """Map each placeholder that holds a parameter or buffer to its name in the model, from Dynamo's own table."""
-    return dict(module.meta.get("dynamo_flat_name_to_original_fqn", {}))
-
-
 def value(node: fx.Node) -> Any:
     """The fake value that Dynamo recorded for a node: a tensor, a symbolic or plain number, or a tuple of these."""
     return node.meta.get("example_value")

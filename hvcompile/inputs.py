@@ -12,8 +12,8 @@ import dataclasses
 import torch
 from torch import fx
 
-from hvcompile.inductor import numel_hint, size_hint, source_name, value
-from hvcompile.nodes import is_tensor, op_name
+from hvcompile.inductor import numel_hint, size_hint, value
+from hvcompile.nodes import is_tensor, is_weight, op_name
 from hvcompile.trunk import Trunk
 
 # Operations that mix channels or tokens: past one of these a value is no longer a position or a time.
@@ -28,12 +28,6 @@ class InputRoles:
     sample: fx.Node | None
     clocks: tuple[fx.Node, ...]
     conditions: tuple[fx.Node, ...]
-
-
-def is_weight(placeholder: fx.Node) -> bool:
-    """Whether a placeholder is a parameter or buffer of the model."""
-    name = source_name(placeholder)
-    return "_parameters[" in name or "_buffers[" in name or isinstance(value(placeholder), torch.nn.Parameter)
 
 
 def _is_time_like(placeholder: fx.Node) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from hvcompile.inductor import value
+from hvcompile.inductor import source_name, value
 
-_CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode"}
+_CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
 _IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
@@ -32,14 +32,42 @@ def is_scalar(node: fx.Node) -> bool:
     return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node is a placeholder for a parameter or buffer of the model."""
+    if node.op != "placeholder":
+        return False
+    name = source_name(node)
+    return "_parameters[" in name or "_buffers[" in name or isinstance(value(node), torch.nn.Parameter)
+
+
 def op_name(node: fx.Node) -> str:
     """A node's operation without its namespace: ``linear``, ``getitem``, ``copy_``."""
     return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
 
 
 def is_context_switch(node: fx.Node) -> bool:
-    """Whether a node changes how the following ones run (autocast, grad mode) rather than computing a value."""
+    """Whether a node changes how the following ones run (autocast) rather than computing a value."""
     return node.op == "call_function" and op_name(node) in _CONTEXT_SWITCHES
+
+
+def drop_grad_switches(graph: fx.Graph) -> None:
+    """Erase the switches of grad mode: they change no value, and nothing here is differentiated."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "_set_grad_enabled":
+            graph.erase_node(node)
+
+
+def contexts(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node, the autocast regions that it stands in, outermost first."""
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    entered: tuple[fx.Node, ...] = ()
+    for node in graph.nodes:
+        if is_context_switch(node) and op_name(node) == "_exit_autocast":
+            entered = tuple(region for region in entered if region not in node.all_input_nodes)
+        found[node] = entered
+        if is_context_switch(node) and op_name(node) == "_enter_autocast":
+            entered = (*entered, node)
+    return found
 
 
 def mutated_operand(node: fx.Node) -> fx.Node | None:

@@ -16,25 +16,38 @@ from torch import fx
 
 from hvcompile import inductor
 from hvcompile.inductor import INVOKE_SUBGRAPH, TAG, layout_key, provenance, shape_key, value
-from hvcompile.nodes import is_context_switch, is_scalar, is_tensor, mutated_operand, op_name, settle, storage_root
+from hvcompile.nodes import (
+    contexts,
+    drop_grad_switches,
+    is_context_switch,
+    is_scalar,
+    is_tensor,
+    mutated_operand,
+    op_name,
+    settle,
+    storage_root,
+)
 from hvcompile.slices import count_from_start
 from hvcompile.streams import find_streams
-from hvcompile.structure import Block, describe_lists, entering, find_trunk, leaving
-from hvcompile.trunk import BlockCall, Body, NoTrunk, Trunk, as_operands, contiguous_like, symbolic_sizes
+from hvcompile.structure import Block, describe_lists, entering, find_trunk, leaving, module_path
+from hvcompile.trunk import BlockCall, Body, NoTrunk, Trunk, as_operands, contiguous_like, is_activation, symbolic_sizes
 
 
 def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
     """Find the repeated blocks of a graph captured by Dynamo and outline them; the captured graph is not changed."""
     module = inductor.clone_graph_module(captured)
+    drop_grad_switches(module.graph)
     count_from_start(module.graph)
     found, reason = find_trunk(module.graph)
     if not found:
         return NoTrunk(reason)
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
     sizes = symbolic_sizes(module.graph, before=found[0].nodes[0])
+    _adopt_context_switches(module.graph, found)
     operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in found]
+    within = contexts(module.graph)
     for block, reads in zip(found, operands, strict=True):
-        declined = _decline(block, reads)
+        declined = _decline(block, reads, within)
         if declined:
             return NoTrunk(declined)
 
@@ -60,6 +73,20 @@ def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
     module.graph.lint()
     module.recompile()
     return trunk
+
+
+def _adopt_context_switches(graph: fx.Graph, found: Sequence[Block]) -> None:
+    """Give a block the autocast regions that only its nodes stand in: Dynamo records no module for the switches."""
+    within = contexts(graph)
+    owners = {node: block for block in found for node in block.nodes}
+    for region in {region for regions in within.values() for region in regions}:
+        members = [node for node in graph.nodes if region in within[node] and not is_context_switch(node)]
+        holders = {id(owners[node]) if node in owners else None for node in members}
+        if len(holders) == 1 and None not in holders:
+            block = owners[members[0]]
+            switches = {region, *region.users} - set(block.nodes)
+            wanted = set(block.nodes) | switches
+            block.nodes = [node for node in graph.nodes if node in wanted]
 
 
 def _canonical(argument: Any, number: Callable[[fx.Node], Any]) -> Any:
@@ -137,28 +164,24 @@ def _families(
 
 
 def _operand_key(operand: fx.Node) -> Any:
-    """An activation's strides do not matter: it is made contiguous before the call."""
     held = value(operand)
-    if isinstance(held, torch.Tensor) and operand.op != "placeholder":
+    if is_activation(operand):  # made contiguous before the call, so its strides do not matter
         return ("activation", shape_key(held), str(held.dtype), str(held.device))
-    if operand.op == "get_attr":
-        return ("constant", _value_key(operand))
-    return ("input", _value_key(operand))
+    return ("constant" if operand.op == "get_attr" else "weight", _value_key(operand))
 
 
-def _decline(block: Block, operands: Sequence[fx.Node]) -> str:
+def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tuple[fx.Node, ...]]) -> str:
     """Why a block can't become a call of a subgraph; empty if it can."""
-    inside, depth = set(block.nodes), 0
+    inside = set(block.nodes)
+    regions = {tuple(region for region in within[node] if region not in inside) for node in block.nodes}
+    if len(regions) > 1:
+        return f"{block.path} stands partly in an autocast region that it shares with work outside it"
     for node in block.nodes:
         mutated = mutated_operand(node)
         if mutated is not None and storage_root(mutated) not in inside:
             return f"{block.path} writes into a tensor from outside it ({node.format_node()})"
-        if is_context_switch(node):
-            depth += {"_enter_autocast": 1, "_exit_autocast": -1}.get(op_name(node), 0)
         if op_name(node) in {"dropout", "alpha_dropout", "feature_dropout"} and _draws_random_numbers(node):
             return f"{block.path} drops out activations: the model is in training mode, call .eval() on it"
-    if depth:
-        return f"{block.path} enters an autocast region that it does not leave"
     unsupported = [operand for operand in operands if not is_tensor(operand) and not is_scalar(operand)]
     if unsupported:
         return f"{block.path} reads {unsupported[0].format_node()}, which is neither a tensor nor a number"
@@ -186,12 +209,12 @@ def _between(block: Block) -> Iterator[fx.Node]:
         node = node.next
 
 
-def _placeholder_name(operand: fx.Node, block: Block, names: dict[str, str]) -> str:
-    if operand.op != "placeholder":
-        return operand.name
-    path = names.get(str(operand.target), "")
+def _placeholder_name(operand: fx.Node, block: Block) -> str:
+    """A weight's path inside its block, such as ``attn_to_q_weight``; else the operand's own name."""
+    path = ".".join(module_path(inductor.source_name(operand)))
     prefix = f"{block.path}."
-    return path[path.index(prefix) + len(prefix) :].replace(".", "_") if prefix in path else operand.name
+    inside = operand.op == "placeholder" and path.startswith(prefix)
+    return path.removeprefix(prefix).replace(".", "_") if inside else operand.name
 
 
 def _build_body(
@@ -199,9 +222,8 @@ def _build_body(
 ) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    names = inductor.parameter_names(root)
     for operand in operands:
-        env[operand] = graph.placeholder(_placeholder_name(operand, block, names))
+        env[operand] = graph.placeholder(_placeholder_name(operand, block))
         env[operand].meta["example_value"] = value(operand)
     for node in block.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
@@ -258,7 +280,7 @@ def _prepare_operands(trunk: Trunk) -> None:
     results = [output for block in trunk.blocks for output in block.outputs.values()]
     known: dict[tuple[fx.Node, ...], dict[fx.Node, fx.Node]] = {}
     for block in trunk.blocks:
-        activations = tuple(node for node in block.operands if node.op != "placeholder" and node not in results)
+        activations = tuple(node for node in block.operands if is_activation(node) and node not in results)
         if activations not in known:
             with trunk.graph.inserting_before(block.call):
                 known[activations] = as_operands(trunk.graph, block.operands, "outline", results)

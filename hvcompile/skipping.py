@@ -9,7 +9,16 @@ from torch import fx
 
 from hvcompile.inductor import numel_hint, provenance, shape_key, value
 from hvcompile.inputs import InputRoles, classify
-from hvcompile.nodes import ancestors, descendants, is_context_switch, is_scalar, is_tensor, mutated_operand, op_name
+from hvcompile.nodes import (
+    ancestors,
+    contexts,
+    descendants,
+    is_context_switch,
+    is_scalar,
+    is_tensor,
+    mutated_operand,
+    op_name,
+)
 from hvcompile.trunk import BlockCall, Trunk
 
 # Operations that only rearrange tokens; replayed on block 1's outputs to find what a skipped trunk would hand on.
@@ -62,6 +71,9 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
         if not _reaches_back(trunk, node, core, outside):
             return f"{node.name} leaves the blocks and continues no stream of {first.path}"
     moved = _with_private_work(trunk.graph, core, outside)
+    within = contexts(trunk.graph)
+    if len({within[node] for node in moved}) > 1:
+        return "some of the blocks, but not all, stand in an autocast region"
     for node in moved:
         if is_context_switch(node) or mutated_operand(node) is not None:
             return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
@@ -98,8 +110,11 @@ def _rewritten_source(trunk: Trunk, node: fx.Node) -> fx.Node | None:
 def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node]) -> tuple[fx.Node, ...]:
     """The core in graph order, with the work before it whose results only it reads."""
     private: set[fx.Node] = set()
+    within = contexts(graph)
+    context = within[next(node for node in graph.nodes if node in core)]
     for node in reversed(graph.nodes):
         is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
+        is_work = is_work and within[node] == context
         if is_work and node.users and (core | private).issuperset(node.users):
             private.add(node)
     for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch

@@ -25,7 +25,7 @@ from hvcompile.nodes import is_scalar, is_tensor
 MINOR_LIST_SHARE = 0.1
 
 _PATH_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([^.\[\]]+)")
-_PLUMBING = {"__dict__", "_modules"}
+_PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers"}
 
 
 def module_path(expression: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from hvcompile import inductor
 from hvcompile.inductor import provenance, value
-from hvcompile.nodes import is_tensor, storage_root
+from hvcompile.nodes import is_tensor, is_weight, storage_root
 
 
 @dataclasses.dataclass(eq=False)
@@ -120,6 +120,11 @@ class NoTrunk:
     reason: str
 
 
+def is_activation(node: fx.Node) -> bool:
+    """Whether a node is a tensor that each step brings anew: an input or computed from inputs."""
+    return is_tensor(node) and node.op != "get_attr" and not is_weight(node)
+
+
 def contiguous_like(fake: torch.Tensor) -> torch.Tensor:
     """The fake value of a contiguous copy."""
     return torch.clone(fake, memory_format=torch.contiguous_format)
@@ -132,13 +137,10 @@ def as_operands(
 
     Activations are made contiguous: Inductor fails on a stride assertion at run time where an operand has a layout of
     its caller's choosing. Those that may share storage with another operand are copied, since operands of ``cond`` may
-    not alias. Inputs, numbers, constants and ``ready`` nodes (results of a body: contiguous and unshared) pass as they
-    are.
+    not alias. Weights, numbers, constants and ``ready`` nodes (contiguous and unshared) pass as they are.
     """
     as_is, ordered = set(ready), list(dict.fromkeys(nodes))
-    passed = {
-        node: node for node in ordered if node.op in {"placeholder", "get_attr"} or node in as_is or not is_tensor(node)
-    }
+    passed = {node: node for node in ordered if node in as_is or not is_activation(node)}
     roots = {storage_root(node) for node in passed}
     for node in ordered:
         if node in passed:

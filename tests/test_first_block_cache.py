@@ -1,0 +1,250 @@
+"""The pass: what it makes of a graph, what it decides, and why it declines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import relative_error, timesteps
+from torch import nn
+from toy import Toy, toy_inputs
+
+import hvcompile
+from hvcompile import pipeline
+from hvcompile.inductor import COND, INVOKE_SUBGRAPH, TAG
+from hvcompile.outline import recover
+from hvcompile.passes.first_block_cache import FirstBlockCache, steps_left
+from hvcompile.trunk import Trunk
+
+
+def recovered(model: nn.Module, **inputs: torch.Tensor) -> Trunk:
+    """The trunk of a model as the backend sees it."""
+    found: list[Trunk] = []
+
+    def backend(module: Any, _: object) -> Callable[..., Any]:
+        trunk = recover(module)
+        assert isinstance(trunk, Trunk), trunk
+        found.append(trunk)
+        return module.forward  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    return found[0]
+
+
+def compiled(model: nn.Module, **fields: Any) -> Callable[..., torch.Tensor]:
+    options = {"lower": "eager", "first_block_cache": fields}
+    return torch.compile(model, backend="hvfast", fullgraph=True, options=options)  # type: ignore[no-any-return]
+
+
+def run(model: Any, clock: list[float], drift: float = 0.0, **inputs: Any) -> list[bool]:
+    """Call once for each clock value, the sample moving a little each time, and return the decisions."""
+    inputs = toy_inputs() | inputs
+    with torch.no_grad():
+        for place, time in enumerate(clock):
+            sample = inputs["sample"] + drift * place
+            model(sample=sample, timestep=torch.full_like(inputs["timestep"], time), text=inputs["text"])
+    return [step.reused for step in hvcompile.stats(model).steps][-len(clock) :]
+
+
+DOWN = [900.0, 890.0, 880.0, 870.0, 860.0, 850.0]
+
+
+def test_graph() -> None:
+    """One cond at the top level, block 1 before it, the others inside its miss branch."""
+    trunk = recovered(Toy(), **toy_inputs())
+    rows = pipeline.run(trunk, [(FirstBlockCache(), True)], lambda *_: None)
+    names = {id(node.target): node for node in trunk.graph.nodes if node.op == "call_function"}
+    assert id(COND) in names
+    assert len(trunk.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)) == 1
+    miss, hit = trunk.module.cache_miss, trunk.module.cache_hit
+    assert len(miss.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)) == 3
+    assert [str(node.target) for node in hit.graph.nodes if node.op == "call_function" and "add" in str(node.target)]
+    assert not hit.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
+    assert [state.name for state in trunk.states] == [
+        *("first_residual", "residual_0", "counters", "direction", "last_clock", "last_sample"),
+    ]
+    assert rows[0].op_changes["cond"] == 1
+    assert "blocks.1 .. blocks.3" in rows[0].report.matched[0]
+    made = [node for node in trunk.graph.nodes if node.meta.get(TAG) == "FirstBlockCache"]
+    assert {"cond", "isfinite"} <= {getattr(node.target, "__name__", str(node.target)) for node in made}
+    assert all("nn_module_stack" in block.call.meta for block in trunk.blocks)
+
+
+def test_applied_twice_changes_nothing() -> None:
+    trunk = recovered(Toy(), **toy_inputs())
+    FirstBlockCache().apply(trunk)
+    before = str(trunk.graph)
+    report = FirstBlockCache().apply(trunk)
+    assert not report.applied
+    assert "already" in report.declined[0][1]
+    assert str(trunk.graph) == before
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot"])
+def test_reuses_the_last_computed_residual(lower: str) -> None:
+    """A reused step is block 1 of now plus the change over blocks 2..N of the last computed step, to 1e-6 in fp32."""
+    model, inputs = Toy(), toy_inputs()
+    later = {**inputs, "timestep": inputs["timestep"] - 50, "sample": inputs["sample"] + 0.01}
+    fast = torch.compile(model, backend="hvfast", options={"lower": lower, "first_block_cache": {"threshold": 0.5}})
+    taken: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        hooks = [block.register_forward_hook(lambda _m, _i, o, n=n: taken.update({n: o})) for n, block in enumerate(model.blocks)]  # type: ignore[misc]
+        model(**inputs)
+        change = taken[3] - taken[0]
+        model(**later)
+        expected = model.head(taken[0] + change)
+        for hook in hooks:
+            hook.remove()
+        fast(**inputs)
+        actual = fast(**later)
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
+    assert relative_error(actual, expected) < 1e-6
+    assert relative_error(actual, model(**later)) > 1e-5  # it did skip something
+
+
+def test_the_difference_is_against_the_last_computed_step() -> None:
+    model = compiled(Toy(), threshold=0.05)
+    decisions = run(model, [900.0 - 10 * place for place in range(30)], drift=0.05)
+    assert True in decisions
+    assert decisions.count(False) > 1  # small steps add up: the reference is not the step before
+
+
+def test_threshold_zero_reuses_only_repeats() -> None:
+    model = compiled(Toy(), threshold=0.0)
+    assert run(model, DOWN, drift=0.01) == [False] * 6
+    hvcompile.reset(model)  # type: ignore[arg-type]
+    assert run(model, [900.0, 900.0]) == [False, True]
+
+
+def test_warmup() -> None:
+    assert run(compiled(Toy(), threshold=1e9, warmup_steps=3), DOWN) == [False] * 3 + [True] * 3
+
+
+def test_max_consecutive_hits() -> None:
+    model = compiled(Toy(), threshold=1e9, max_consecutive_hits=2)
+    assert run(model, DOWN) == [False, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0, 12.0])
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize(("steps", "last"), [(30, 1), (30, 4), (7, 2), (50, 3), (4, 2)])
+def test_last_steps_are_computed(shift: float, inverted: bool, steps: int, last: int) -> None:
+    clock = [float(t) for t in timesteps(steps, shift, inverted).timesteps]
+    if inverted:
+        clock = [min(t, 999.0) for t in clock]
+    decisions = run(compiled(Toy(), threshold=1e9, last_steps_computed=last), clock)
+    expected = [place >= 2 and place < steps - last for place in range(steps)]
+    assert decisions == expected
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_last_steps_of_evenly_spaced_schedules(spacing: str) -> None:
+    """The last steps are always computed; at most one step more than asked for is."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(20)
+    decisions = run(compiled(Toy(), threshold=1e9, last_steps_computed=3), [float(t) for t in scheduler.timesteps])
+    assert decisions[-3:] == [False] * 3
+    assert decisions[2:-4] == [True] * 14
+
+
+def test_steps_left_of_a_constant_clock_is_infinite() -> None:
+    guidance, falling = [6.0, 6.0, 6.0], [300.0, 200.0, 100.0]
+    values = [torch.tensor(pair, dtype=torch.float64) for pair in zip(guidance, falling, strict=True)]
+    assert steps_left(*values).tolist() == [math.inf, pytest.approx(1.0)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_never_reuses(bad: float) -> None:
+    model, inputs = compiled(Toy(), threshold=1e30), toy_inputs()
+    broken = torch.full_like(inputs["sample"], bad)
+    with torch.no_grad():
+        for place, sample in enumerate([inputs["sample"], broken, broken, inputs["sample"], inputs["sample"]]):
+            model(**inputs | {"sample": sample, "timestep": inputs["timestep"] - place})
+    # The step after a broken one compares with a broken residual: it is computed, and mends the cache.
+    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, False, False, True]  # type: ignore[arg-type]
+
+
+def test_new_generation_when_the_clock_turns_back() -> None:
+    model = compiled(Toy(), threshold=1e9)
+    assert run(model, [*DOWN, *DOWN]) == [False, *[True] * 5, False, *[True] * 5]
+    hvcompile.reset(model)  # type: ignore[arg-type]
+    rising = [1000.0 - time for time in DOWN]
+    assert run(model, [*rising, *rising]) == [False, *[True] * 5, False, *[True] * 5]
+
+
+def test_one_step_generations_do_not_share() -> None:
+    """The clock stands still where every generation has one step; another sample then means another generation."""
+    model, inputs = compiled(Toy(), threshold=1e9), toy_inputs()
+    with torch.no_grad():
+        for seed in (0, 1, 1, 2):
+            model(**inputs | {"sample": toy_inputs(seed)["sample"]})
+    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, True, False]  # type: ignore[arg-type]
+
+
+def test_repeated_timesteps_within_a_generation_go_on() -> None:
+    """A second-order solver calls twice at one timestep."""
+    assert run(compiled(Toy(), threshold=1e9), [900.0, 800.0, 800.0, 700.0, 700.0], drift=0.01) == [False, *[True] * 4]
+
+
+def test_every_stream_that_leaves_is_cached() -> None:
+    import zoo
+
+    family = zoo.FAMILIES["ltx2"]  # video and audio
+    model = torch.compile(family.build(), backend="hvfast", options={"lower": "eager"})
+    with torch.no_grad():
+        model(**family.inputs())
+    (row,) = [row for row in hvcompile.stats(model).journal[0] if row.name == "FirstBlockCache"]
+    assert row.report.matched[0].count("getitem") == 2, row.line()
+
+
+class TwoWays(nn.Module):
+    """Blocks without a residual: block 1 hands on a tensor of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_declines_with_a_reason() -> None:
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        model = torch.compile(TwoWays(), backend="hvfast", options={"lower": "eager"})
+        assert torch.equal(model(x), model._orig_mod(x))
+        row = hvcompile.stats(model).journal[0][-1]
+        assert "no residual" in row.report.declined[0][1]
+        asked = torch.compile(TwoWays(), backend="hvfast", options={"lower": "eager", "first_block_cache": True})
+        with pytest.raises(Exception, match="first_block_cache.*no residual"):
+            asked(x)
+
+
+def test_intermediate_results_leave_too() -> None:
+    """A model that returns the outputs of all its blocks gets each of them from the cache."""
+
+    class Deep(Toy):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> Any:
+            hidden, kept = self.embed(sample), []
+            for block in self.blocks:
+                hidden = block(hidden, text, self.time(timestep[:, None].expand(-1, 16)))
+                kept.append(hidden)
+            return self.head(hidden), kept
+
+    model, inputs = Deep(), toy_inputs()
+    fast = torch.compile(model, backend="hvfast", options={"lower": "eager"})
+    with torch.no_grad():
+        expected, expected_kept = model(**inputs)
+        for _ in range(2):
+            output, kept = fast(**inputs)
+            assert relative_error(output, expected) < 1e-6
+            assert all(relative_error(a, b) < 1e-6 for a, b in zip(kept, expected_kept, strict=True))
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]

@@ -1,0 +1,163 @@
+"""Compiled by Inductor, against eager diffusers and diffusers' own first-block cache.
+
+Slow, because it compiles: every compilation is shared by all that a test can ask of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from oracle import STEPS, denoise, diffusers_cached, first, relative_error, timesteps
+
+import hvcompile
+from hvcompile import inductor
+
+SEEDS = (0, 1, 2)
+
+
+def last_reused(model: Any) -> bool:
+    return hvcompile.stats(model).steps[-1].reused
+
+
+@pytest.fixture
+def lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls of Inductor."""
+    calls: list[int] = []
+    original = inductor.LOWERINGS["inductor"]
+
+    def counted(module: Any, inputs: Any) -> Any:
+        calls.append(len(inputs))
+        return original(module, inputs)
+
+    monkeypatch.setitem(inductor.LOWERINGS, "inductor", counted)  # type: ignore[arg-type]
+    return calls
+
+
+@pytest.fixture(scope="module")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from hvcompile import pipelines, tiny
+
+    directory: Path = tmp_path_factory.mktemp("tiny")
+    tiny.write(directory)
+    yield pipelines.load(str(directory)).pipe
+
+
+def prompt_inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
+    """What the pipeline hands its transformer for this prompt, with noise of this seed."""
+    with torch.no_grad():
+        embeds, pooled, mask = pipe.encode_prompt(prompt=prompt)
+    noise = torch.randn(1, pipe.transformer.config.in_channels, 3, 8, 10, generator=torch.Generator().manual_seed(seed))
+    return {
+        "hidden_states": noise,
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": embeds,
+        "encoder_attention_mask": mask,
+        "pooled_projections": pooled,
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.08, 0.15])
+def test_tiny_pipeline_decides_as_diffusers_does(tiny_pipeline: Any, threshold: float, lowerings: list[int]) -> None:
+    """30 steps, three seeds with a prompt each: equal hit/miss sequences, outputs to 1e-3 relative."""
+    model = copy.deepcopy(tiny_pipeline.transformer)
+    fast = torch.compile(model, backend="hvfast", fullgraph=True, options={"first_block_cache": {"threshold": threshold}})
+    prompts = ["a red circle moves to the left", "snow", "two cats cross a very long bridge at night, slowly"]
+    for seed, prompt in zip(SEEDS, prompts, strict=True):
+        inputs = prompt_inputs(tiny_pipeline, prompt, seed)
+        blocks = ("transformer_blocks", "single_transformer_blocks")
+        expected = diffusers_cached(copy.deepcopy(tiny_pipeline.transformer), inputs, threshold, blocks=blocks)
+        actual = denoise(fast, inputs, was_reused=lambda: last_reused(fast))
+        assert actual.reused == expected.reused
+        assert 0 < sum(actual.reused) < STEPS
+        assert relative_error(actual.sample, expected.sample) < 1e-3
+    stats = hvcompile.stats(fast)
+    # One graph and one call of Inductor for computed and reused steps; prompts of other lengths recompile nothing.
+    assert (stats.graphs, stats.recompiles, len(lowerings)) == (1, 0, 1)
+    assert stats.hits + stats.misses == len(SEEDS) * STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold", "inverted"), [("cogvideox", 0.3, False), ("mochi", 0.3, True)], ids=["cogvideox", "mochi"]
+)
+def test_other_families_decide_as_diffusers_does(
+    name: str, threshold: float, inverted: bool, lowerings: list[int]
+) -> None:
+    family = zoo.FAMILIES[name]
+    fast = torch.compile(
+        family.build(), backend="hvfast", fullgraph=True, options={"first_block_cache": {"threshold": threshold}}
+    )
+    scheduler = timesteps(inverted=inverted)
+    for seed in SEEDS:
+        inputs = family.inputs(seed)
+        expected = diffusers_cached(family.build(), inputs, threshold, blocks=family.blocks, scheduler=scheduler)
+        actual = denoise(fast, inputs, scheduler=scheduler, was_reused=lambda: last_reused(fast))
+        assert actual.reused == expected.reused
+        assert 0 < sum(actual.reused) < STEPS
+        assert relative_error(actual.sample, expected.sample) < 1e-3
+    stats = hvcompile.stats(fast)
+    assert (stats.graphs, stats.recompiles, len(lowerings)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video_i2v_concat", "hunyuan_video_i2v_replace", "hunyuan_video_framepack"])
+def test_image_to_video_kinds(name: str, lowerings: list[int]) -> None:
+    """One graph, one call of Inductor, computed and reused steps equal to eager to 1e-4 relative."""
+    family = zoo.FAMILIES[name]
+    model, inputs = family.build(), family.inputs(5)
+    fast = torch.compile(model, backend="hvfast", fullgraph=True)
+    with torch.no_grad():
+        expected = first(model(**inputs, return_dict=False))
+        for _ in range(2):
+            assert relative_error(first(fast(**inputs, return_dict=False)), expected) < 1e-4
+    stats = hvcompile.stats(fast)
+    assert [step.reused for step in stats.steps] == [False, True]
+    assert (stats.graphs, stats.recompiles, len(lowerings)) == (1, 0, 1)
+
+
+def test_full_depth_equals_eager_with_the_cache_off() -> None:
+    """20 dual and 40 single blocks of tiny width, fp32, to 1e-4 relative."""
+    family = zoo.FAMILIES["hunyuan_video"]
+    model = family.build(num_layers=20, num_single_layers=40)
+    fast = torch.compile(model, backend="hvfast", fullgraph=True, options={"first_block_cache": False})
+    with torch.no_grad():
+        for seed in (0, 7):
+            inputs = family.inputs(seed)
+            expected = first(model(**inputs, return_dict=False))
+            assert relative_error(first(fast(**inputs, return_dict=False)), expected) < 1e-4
+    row = hvcompile.stats(fast).journal[0][0]
+    assert row.report.matched == (
+        "transformer_blocks x 20, single_transformer_blocks x 40: 60 blocks share 2 bodies",
+    )
+
+
+def test_shapes_masks_and_batches_in_one_model(lowerings: list[int]) -> None:
+    """A new shape costs one capture with dynamic sizes; after it, further sizes and any mask cost none."""
+    family = zoo.FAMILIES["hunyuan_video"]
+    model = family.build()
+    fast = torch.compile(model, backend="hvfast", fullgraph=True)
+
+    def check(frames: int, valid: int, seed: int) -> None:
+        inputs = family.inputs(seed)
+        shape = list(inputs["hidden_states"].shape)
+        shape[2] = frames
+        inputs["hidden_states"] = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        length = inputs["encoder_attention_mask"].shape[1]
+        inputs["encoder_attention_mask"] = zoo.partial_mask(length, valid)
+        with torch.no_grad():
+            expected = first(model(**inputs, return_dict=False))
+            for reused in (False, True):
+                assert relative_error(first(fast(**inputs, return_dict=False)), expected) < 1e-4
+                assert last_reused(fast) is reused
+
+    for frames in (3, 5, 7, 3):
+        check(frames, valid=2, seed=frames)
+    assert (hvcompile.stats(fast).recompiles, len(lowerings)) == (1, 2)
+    for valid in range(1, 7):
+        check(5, valid, seed=20 + valid)
+    assert (hvcompile.stats(fast).recompiles, len(lowerings)) == (1, 2)

@@ -1,0 +1,238 @@
+"""Outlining: which blocks share a body, what the graph looks like then, and when it declines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import relative_error
+from torch import nn
+from toy import Toy, toy_inputs
+
+from hvcompile.inductor import INVOKE_SUBGRAPH
+from hvcompile.outline import recover
+from hvcompile.trunk import NoTrunk, Trunk
+
+
+def outlined(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Trunk | NoTrunk, str]:
+    """What recovery makes of a model, and the captured graph's text after it."""
+    found: list[tuple[Trunk | NoTrunk, str]] = []
+
+    def backend(module: Any, _: object) -> Callable[..., Any]:
+        before = str(module.graph)
+        found.append((recover(module), str(module.graph)))
+        assert found[0][1] == before, "Dynamo still reads the captured graph; it must not change"
+        result = found[0][0]
+        return (result.module if isinstance(result, Trunk) else module).forward  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        actual = torch.compile(model, backend=backend, fullgraph=True)(*inputs, **named)
+        expected = model(*inputs, **named)
+    assert relative_error(actual, expected) < 1e-6
+    return found[0]
+
+
+def test_golden_graph() -> None:
+    trunk, _ = outlined(Toy(blocks=3), **toy_inputs())
+    assert isinstance(trunk, Trunk)
+    (body,) = trunk.bodies
+    calls = trunk.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
+    assert [block.path for block in trunk.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [block.call for block in trunk.blocks] == list(calls)
+    assert {block.body for block in trunk.blocks} == {body}
+    assert body.streams == {0: 0}
+    lines = [
+        f"{node.name} = {getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.all_input_nodes))})"
+        for node in body.module.graph.nodes
+        if node.op.startswith("call")
+    ]
+    assert lines == [
+        "linear_2 = linear(hidden, attend_weight, attend_bias)",
+        "linear_3 = linear(l_text_, text_weight, text_bias)",
+        "joint = cat(linear_2, linear_3)",
+        "getitem = getitem(hidden)",
+        "getitem_1 = getitem(joint)",
+        "getitem_2 = getitem(joint)",
+        "scaled_dot_product_attention = scaled_dot_product_attention(getitem, getitem_1, getitem_2)",
+        "mixed = getitem(scaled_dot_product_attention)",
+        "getitem_4 = getitem(time)",
+        "add = add(mixed, getitem_4)",
+        "linear_4 = linear(add, out_weight, out_bias)",
+        "mul = mul(linear_4)",
+        "hidden_1 = add(hidden, mul)",
+        "clone = clone(hidden_1)",
+    ]
+
+
+class Varied(nn.Module):
+    """Blocks of one class that differ in a literal, in a shape, in wiring, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.scales = [1.0, 1.0, 2.0, 1.0, 1.0, 1.0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            x = x + block(x)
+            x = x * scale
+        return x
+
+
+def test_blocks_alike_share_and_others_do_not() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, scale: float, late: bool) -> None:
+            super().__init__()
+            self.linear, self.scale, self.late = nn.Linear(8, 8), scale, late
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale + self.linear(x) if self.late else x + self.linear(x) * self.scale
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kinds = [(1.0, False), (1.0, False), (2.0, False), (1.0, True), (1.0, False)]
+            self.blocks = nn.ModuleList(Scaled(*kind) for kind in kinds)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    trunk, _ = outlined(Model(), torch.randn(2, 3, 8))
+    assert isinstance(trunk, Trunk)
+    assert [block.body.name for block in trunk.blocks] == ["block_0", "block_0", "block_1", "block_2", "block_0"]
+    assert all(body.streams == {0: 0} for body in trunk.bodies)
+
+
+def test_work_between_blocks_stays_where_it_was() -> None:
+    trunk, _ = outlined(Varied(), torch.randn(2, 3, 8))
+    assert isinstance(trunk, Trunk)
+    assert len(trunk.bodies) == 1
+    assert len([node for node in trunk.graph.nodes if getattr(node.target, "__name__", "") == "mul"]) == 6
+
+
+class Twins(nn.Module):
+    """Two streams of one shape that each block updates; the last block's second output is not read."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            joint = torch.cat([a, b], dim=1)
+            joint = joint + self.one(joint)
+            return joint[:, :3], joint[:, 3:] + self.two(b)
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(blocks))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            a, b = block(a, b)
+        return a * 2
+
+
+def test_last_block_with_dead_work_shares_its_siblings_body() -> None:
+    trunk, _ = outlined(Twins(3), torch.randn(2, 3, 8), torch.randn(2, 3, 8))
+    assert isinstance(trunk, Trunk)
+    assert len(trunk.bodies) == 1
+    assert sorted(trunk.bodies[0].streams.values()) == [0, 1] or len(trunk.bodies[0].streams) == 2
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_operands_of_any_layout(strided: bool) -> None:
+    class Model(Varied):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.transpose(1, 2) if strided else x.expand(2, 8, 8))
+
+    outlined(Model(), torch.randn(2, 8, 3) if strided else torch.randn(1, 8, 8))
+
+
+def refused(forward: Callable[..., Any]) -> str:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, *args: torch.Tensor) -> Any:
+            return forward(self, *args)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x, y = x * 1, x * 2
+            for block in self.blocks:
+                x = block(x, y)
+            return x + y
+
+    result, _ = outlined(Model(), torch.randn(2, 8))
+    assert isinstance(result, NoTrunk)
+    return result.reason
+
+
+def test_a_block_that_writes_into_its_input_is_refused() -> None:
+    def forward(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y.add_(1)
+        return x + self.linear(y)  # type: ignore[no-any-return]
+
+    def through_a_view(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y[:, :4] = x[:, 4:]
+        return x + self.linear(y)  # type: ignore[no-any-return]
+
+    assert "blocks.0 writes into a tensor from outside it" in refused(forward)
+    assert "blocks.0 writes into a tensor from outside it" in refused(through_a_view)
+
+
+def test_writing_into_a_tensor_of_its_own_is_fine() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            y += 1
+            y[:, :4] = x[:, 4:]
+            return x + y
+
+    trunk, _ = outlined(nn.Sequential(Block(), Block()), torch.randn(2, 8))
+    assert isinstance(trunk, Trunk)
+    assert len(trunk.bodies) == 1
+
+
+def test_dropout_in_training_mode_is_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop = nn.Linear(8, 8), nn.Dropout(0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.drop(self.linear(x)) * 0
+
+    result, _ = outlined(nn.Sequential(Block(), Block()).train(), torch.randn(2, 8))
+    assert isinstance(result, NoTrunk)
+    assert "training mode, call .eval()" in result.reason
+    assert isinstance(outlined(nn.Sequential(Block(), Block()).eval(), torch.randn(2, 8))[0], Trunk)
+
+
+def test_autocast_inside_a_block() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.linear(x)
+            return x + y.float()
+
+    trunk, _ = outlined(nn.Sequential(Block(), Block()), torch.randn(2, 8))
+    assert isinstance(trunk, Trunk)

@@ -1,0 +1,251 @@
+"""State between calls: whose it is, which generation's, and when it goes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
+
+import hvcompile
+from hvcompile import runtime
+
+SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
+
+
+def compiled(model: Toy, threshold: float = 0.2, **fields: Any) -> Any:
+    options = {"lower": "eager", "first_block_cache": {"threshold": threshold, **fields}}
+    return torch.compile(model, backend="hvfast", fullgraph=True, options=options)
+
+
+class Generation:
+    """One denoising run, a step at a time."""
+
+    def __init__(self, model: Any, seed: int, tokens: int = TOKENS) -> None:
+        self.model, self.inputs, self.place = model, toy_inputs(seed, tokens), 0
+        self.reused: list[bool] = []
+
+    def step(self) -> None:
+        time = torch.full((1,), SCHEDULE[self.place])
+        with torch.no_grad():
+            velocity = self.model(**self.inputs | {"timestep": time})
+        self.inputs["sample"] = self.inputs["sample"] - 0.05 * velocity
+        self.reused.append(hvcompile.stats(self.model).steps[-1].reused)
+        self.place += 1
+
+    def run(self) -> Generation:
+        while self.place < len(SCHEDULE):
+            self.step()
+        return self
+
+
+def alone(seed: int, tokens: int = TOKENS) -> Generation:
+    """The same run in a fresh model."""
+    torch._dynamo.reset()
+    return Generation(compiled(Toy()), seed, tokens).run()
+
+
+def same(one: Generation, other: Generation) -> bool:
+    return one.reused == other.reused and torch.equal(one.inputs["sample"], other.inputs["sample"])
+
+
+def test_the_runs_decide_differently() -> None:
+    """What the other tests rest on: both decisions occur, and another prompt decides otherwise."""
+    decisions = [alone(seed).reused for seed in range(6)]
+    assert all(True in row and False in row for row in decisions)
+    assert len({tuple(row) for row in decisions}) > 1
+
+
+def test_guidance_halves_decide_apart() -> None:
+    expected = [alone(seed) for seed in (0, 4)]
+    model = compiled(Toy())
+    halves = [Generation(model, 0), Generation(model, 4)]
+    for _ in SCHEDULE:
+        for half in halves:
+            half.step()
+    assert all(same(half, lonely) for half, lonely in zip(halves, expected, strict=True))
+    assert hvcompile.stats(model).slots == 2
+
+
+def test_one_prompt_after_another_and_again() -> None:
+    expected = [alone(seed) for seed in (0, 4, 0)]
+    model = compiled(Toy())
+    assert all(same(Generation(model, seed).run(), lonely) for seed, lonely in zip((0, 4, 0), expected, strict=True))
+    assert hvcompile.stats(model).graphs == 1
+
+
+def test_same_prompt_other_noise_begins_anew() -> None:
+    model = compiled(Toy(), threshold=1e9)
+    first = Generation(model, 0).run()
+    second = Generation(model, 0)
+    second.inputs["sample"] = toy_inputs(9)["sample"]
+    second.run()
+    assert first.reused == second.reused == [False] + [True] * (len(SCHEDULE) - 1)
+
+
+def test_another_shape_has_its_own_state() -> None:
+    expected = [alone(0), alone(4, tokens=20), alone(4, tokens=28), alone(0)]
+    model = compiled(Toy())
+    runs = [Generation(model, seed, tokens).run() for seed, tokens in ((0, 12), (4, 20), (4, 28), (0, 12))]
+    assert [run.reused for run in runs] == [lonely.reused for lonely in expected]
+    for run, lonely in zip(runs, expected, strict=True):
+        torch.testing.assert_close(run.inputs["sample"], lonely.inputs["sample"], rtol=1e-5, atol=1e-5)
+    stats = hvcompile.stats(model)
+    assert (stats.graphs, stats.recompiles) == (1, 1)  # Dynamo makes the length dynamic at the second one
+
+
+def test_shapes_interleaved() -> None:
+    expected = [alone(0), alone(4, tokens=20)]
+    model = compiled(Toy())
+    runs = [Generation(model, 0), Generation(model, 4, tokens=20)]
+    for _ in SCHEDULE:
+        for run in runs:
+            run.step()
+    assert [run.reused for run in runs] == [lonely.reused for lonely in expected]
+
+
+def test_two_models_share_code_but_no_state() -> None:
+    """Dynamo runs one compiled graph for all models of a class; state goes by the model."""
+    expected = alone(0)
+    one, other = Toy(), copy.deepcopy(Toy())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    fast = [compiled(one), compiled(other)]
+    runs = [Generation(model, 0) for model in fast]
+    for _ in SCHEDULE:
+        for run in runs:
+            run.step()
+    assert same(runs[0], expected)
+    assert [hvcompile.stats(model).slots for model in fast] == [1, 1]
+    assert not torch.equal(runs[0].inputs["sample"], runs[1].inputs["sample"])
+
+
+def test_two_threads_with_one_prompt() -> None:
+    expected = alone(0)
+    model = compiled(Toy())
+    Generation(model, 4).step()  # compiled before the threads start
+    barrier, finished = threading.Barrier(2), []
+
+    def work() -> None:
+        inputs, reused = toy_inputs(0), []
+        for time in SCHEDULE:
+            barrier.wait(timeout=60)
+            with torch.no_grad():
+                velocity = model(**inputs | {"timestep": torch.full((1,), time)})
+            inputs["sample"] = inputs["sample"] - 0.05 * velocity
+            reused.append(0)
+        finished.append(inputs["sample"])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(finished) == 2
+    assert all(torch.equal(sample, expected.inputs["sample"]) for sample in finished)
+    Generation(model, 4).step()
+    assert hvcompile.stats(model).slots == 1  # those of finished threads are freed at the next call
+
+
+def test_conditions_rebuilt_every_step_are_recognised() -> None:
+    model, inputs = compiled(Toy(), threshold=1e9), toy_inputs()
+    with torch.no_grad():
+        for time in SCHEDULE:
+            model(**inputs | {"timestep": torch.full((1,), time), "text": inputs["text"].clone()})
+    stats = hvcompile.stats(model)
+    assert (stats.hits, stats.misses, stats.slots) == (len(SCHEDULE) - 1, 1, 1)
+
+
+def test_conditions_changed_in_place_are_noticed() -> None:
+    model, inputs = compiled(Toy(), threshold=1e9), toy_inputs()
+    with torch.no_grad():
+        model(**inputs)
+        inputs["text"].add_(1.0)
+        model(**inputs | {"timestep": inputs["timestep"] - 10})
+    assert hvcompile.stats(model).misses == 2
+
+
+def test_inference_mode() -> None:
+    model = compiled(Toy(), threshold=1e9)
+    with torch.inference_mode():
+        inputs = toy_inputs()
+        for time in SCHEDULE:
+            model(**inputs | {"timestep": torch.full((1,), time)})
+    assert hvcompile.stats(model).hits == len(SCHEDULE) - 1
+
+
+def test_reset_and_stats() -> None:
+    model = compiled(Toy(), threshold=1e9)
+    Generation(model, 0).run()
+    stats = hvcompile.stats(model)
+    assert (stats.hits, stats.misses, stats.slots) == (len(SCHEDULE) - 1, 1, 1)
+    tensors = 2 * TOKENS * WIDTH * 4 + TOKENS * WIDTH * 4  # first residual, cached residual, last sample
+    assert tensors <= stats.bytes <= tensors + 64
+    assert stats.steps[0].difference == float("inf")
+    assert all(step.slot == 0 and step.difference >= 0 for step in stats.steps)
+    hvcompile.reset(model)
+    stats = hvcompile.stats(model._orig_mod)  # the module itself will do
+    assert (stats.hits, stats.misses, stats.slots, stats.bytes, stats.steps) == (0, 0, 0, 0, [])
+    assert stats.graphs == 1
+    run = Generation(model, 0)
+    run.step()
+    assert run.reused == [False]
+
+
+def test_stale_slots_are_freed() -> None:
+    model = compiled(Toy(), threshold=1e9)
+    with torch.no_grad():
+        model(**toy_inputs(1))
+        for place in range(runtime.STALE_AFTER_CALLS + 1):
+            model(**toy_inputs(0) | {"timestep": torch.full((1,), 900.0 - place)})
+    assert hvcompile.stats(model).slots == 1
+
+
+def test_state_dies_with_the_model() -> None:
+    model = Toy()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(**toy_inputs())
+    (state,) = runtime._states_of(model)
+    alive = [weakref.ref(tensor) for slot in state.slots.values() for tensor in slot.tensors]
+    weak_model = weakref.ref(model)
+    del state, fast, model
+    gc.collect()
+    assert weak_model() is None
+    assert not [reference for reference in alive if reference() is not None]
+
+
+def test_a_model_that_never_ran() -> None:
+    for call in (hvcompile.stats, hvcompile.reset):
+        with pytest.raises(hvcompile.UncompiledModelError, match="compile it with"):
+            call(Toy())
+    with pytest.raises(TypeError, match="str"):
+        hvcompile.stats("model")  # type: ignore[arg-type]
+
+
+def test_many_steps_are_counted_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "KEPT_STEPS", 5)
+    model = compiled(Toy(), threshold=1e9)
+    for _ in range(2):
+        Generation(model, 0).run()
+    stats = hvcompile.stats(model)
+    assert stats.hits + stats.misses == 2 * len(SCHEDULE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float16])
+def test_fingerprints(dtype: torch.dtype) -> None:
+    tensor = (torch.randn(TEXT, WIDTH) > 0).to(dtype) if dtype == torch.bool else torch.randn(TEXT, WIDTH).mul(9).to(dtype)
+    assert runtime.fingerprint(tensor) == runtime.fingerprint(tensor.clone())
+    assert runtime.fingerprint(tensor) == runtime.fingerprint(tensor.t().contiguous().t())
+    seen = {runtime.fingerprint(tensor.roll(shift, 0)) for shift in range(TEXT)}
+    assert len(seen) == TEXT
+    changed = tensor.clone()
+    changed[0, 0] = ~changed[0, 0] if dtype == torch.bool else changed[0, 0] + 1
+    assert runtime.fingerprint(changed) not in seen
+    assert isinstance(runtime.fingerprint(tensor[:0]), int)
