@@ -18,7 +18,7 @@ from torch import fx
 
 from hvcompile.errors import OptionError
 from hvcompile.inductor import TAG, numel_hint, size_hint, source_name, value
-from hvcompile.nodes import is_weight
+from hvcompile.nodes import is_weight, op_name
 from hvcompile.pipeline import JournalRow
 from hvcompile.structure import module_path
 
@@ -171,7 +171,9 @@ class _Program:
         placeholders = list(root.graph.find_nodes(op="placeholder"))
         self._paths = {node.name: _weight_path(node) for node in placeholders if is_weight(node)}
         self._add(root, "root")
-        self.inputs = [f"{_example(node, self._paths.get(node.name, str(node.target)))}," for node in placeholders]
+        fixed = _fixed_values(root)
+        names = [self._paths.get(node.name, str(node.target)) for node in placeholders]
+        self.inputs = [f"{_example(*item, fixed)}," for item in zip(placeholders, names, strict=True)]
         if self.constants:
             self.build.insert(0, 'constants = torch.load(Path(__file__).with_suffix(".pt"), weights_only=True)')
         self.build.append("return root")
@@ -192,7 +194,7 @@ class _Program:
         code, used = _forward(module.graph)
         renamed = _short_names(module.graph, self._paths)
         code = re.sub(r"\b[A-Za-z_]\w*", lambda match: renamed.get(match[0], match[0]), code)
-        self.imports |= _torch_imports(code) | {_import_line(*item) for item in used.items()}
+        self.imports |= _torch_imports(code).union(*(_import_lines(*item) for item in used.items()))
         class_name = re.sub(r"(?:^|_)([a-z0-9])", lambda match: match[1].upper(), name)
         self.classes.append(f"class {class_name}(torch.nn.Module):\n{textwrap.indent(code, ' ' * 4)}")
         self.build.append(f"{name} = {class_name}()")
@@ -292,18 +294,22 @@ def _comments(graph: fx.Graph) -> dict[int, str]:
     return comments
 
 
-def _import_line(name: str, item: Any) -> str:
-    """The statement that gives a global of the code its value."""
+def _import_lines(name: str, item: Any) -> set[str]:
+    """The statements that give a global of the code its value."""
     if isinstance(item, types.ModuleType):
-        return f"import {item.__name__}" + (f" as {name}" if name != item.__name__ else "")
+        return {f"import {item.__name__}" + (f" as {name}" if name != item.__name__ else "")}
     if isinstance(item, float):
-        return f'{name} = float("{item}")'
+        return {f'{name} = float("{item}")'}
     if item is type(None):
-        return f"{name} = type(None)"
+        return {f"{name} = type(None)"}
     module, attribute = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
     if getattr(sys.modules.get(str(module)), attribute, None) is item:
-        return f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")
-    return f"{name} = None  # a {type(item).__name__} made at run time: what uses it can't run from this file"
+        return {f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")}
+    wrapped = getattr(item, "f", None)  # Dynamo's wrapper of a NumPy function
+    if callable(wrapped):
+        makes = {f"{name} = {name}_type({name}_f)"}
+        return makes | _import_lines(f"{name}_type", type(item)) | _import_lines(f"{name}_f", wrapped)
+    return {f"{name} = None  # a {type(item).__name__} made at run time: what uses it can't run from this file"}
 
 
 def _torch_imports(code: str) -> set[str]:
@@ -316,7 +322,21 @@ def _torch_imports(code: str) -> set[str]:
     return found
 
 
-def _example(placeholder: fx.Node, name: str) -> str:
+def _fixed_values(root: fx.GraphModule) -> dict[str, float]:
+    """Inputs for which not every number is legal, by name: Python numbers that Dynamo made tensors, and indices."""
+    fixed: dict[str, float] = {}
+    for module in root.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else []:
+            reads = node.all_input_nodes[0].name if node.all_input_nodes else ""
+            if op_name(node) == "embedding":
+                fixed[reads] = 0  # a table may have a single row
+            elif op_name(node) == "item" and isinstance(value(node), torch.SymFloat):
+                hint = value(node).node.hint  # None where it depends on data
+                fixed |= {reads: hint} if hint is not None else {}
+    return fixed
+
+
+def _example(placeholder: fx.Node, name: str, fixed: Mapping[str, float]) -> str:
     """The expression for one example input; a symbolic size has the value of the run that was captured."""
     held = value(placeholder)
     if isinstance(held, torch.SymInt):
@@ -324,8 +344,9 @@ def _example(placeholder: fx.Node, name: str) -> str:
     if not isinstance(held, torch.Tensor):
         return repr(held if isinstance(held, (bool, int, float)) else None)
     shape = tuple(map(size_hint, held.shape))
-    if not source_name(placeholder):  # none of Dynamo's inputs: state, which begins as zeros
-        return f'torch.zeros({shape}, dtype={held.dtype}, device="{held.device}")'
+    number = fixed.get(placeholder.name) if source_name(placeholder) else 0  # state is no input of Dynamo's
+    if number is not None:
+        return f'torch.full({shape}, {number}, dtype={held.dtype}, device="{held.device}")'
     arguments = [f'"{name}"', str(shape), str(held.dtype)]
     if held.device.type != "cpu":
         arguments.append(f'device="{held.device}"')

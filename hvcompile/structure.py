@@ -227,7 +227,10 @@ def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
         if candidates:
             best = max(candidates, key=lambda chain: sum(run.arithmetic() for run in chain))
             return [block for run in best for block in run.blocks], ""
-    return [], "no module list with two or more members is called in this graph"
+    return [], (
+        "no module list with two or more members is called in this graph"
+        " (if Dynamo broke the model into several graphs, fullgraph=True keeps it whole or says where it breaks)"
+    )
 
 
 def describe_lists(blocks: Iterable[Block]) -> str:

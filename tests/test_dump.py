@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -166,6 +167,26 @@ def test_symbolic_sizes_have_the_value_of_the_captured_run(tmp_path: Path, dynam
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5)
     assert f"(1, {tokens}, 16)" in run_alone(folder / FILES[2])
+
+
+class Numbers(torch.nn.Module):
+    """A number of Python's that becomes an input, a table of one row, and a function of NumPy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(1, 4)
+
+    def forward(self, sample: torch.Tensor, index: torch.Tensor, rate: float) -> torch.Tensor:
+        kept = torch.nn.functional.dropout(sample * float(np.sqrt(1.0 / 4)), rate, training=False)
+        return kept + self.table(index)
+
+
+def test_inputs_that_not_every_number_suits_get_one_that_does(tmp_path: Path) -> None:
+    inputs = {"sample": torch.ones(2, 4), "index": torch.tensor([0, 0]), "rate": 0.25}
+    compile_and_run(Numbers(), inputs, dynamic=True, dump=tmp_path)
+    path = only_folder(tmp_path) / FILES[0]
+    assert "torch.full((), 0.25, dtype=torch.float64" in path.read_text()
+    assert evaluate(path)[0].isfinite().all()
 
 
 def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
@@ -353,7 +374,7 @@ def build():
         """
         draw("L_x_", (2, 3), torch.float32),
         draw("proj.weight", (4, 3), torch.float32, scale=0.5774),
-        torch.zeros((2, 3), dtype=torch.float32, device="cpu"),
+        torch.full((2, 3), 0, dtype=torch.float32, device="cpu"),
 """
         in text
     )

@@ -1,0 +1,37 @@
+# make video: an environment of its own, then a video.  make test: the environment, then all tests.
+#  make check: everything a change needs before it is sent.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+PROMPT ?= A cat walks on the grass, realistic
+
+.PHONY: setup video test check bench clean
+
+setup: $(VENV)/.done
+
+# torch comes first and pinned: asked for by a range, pip would take the newest build with gigabytes of CUDA packages.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+video: setup
+	$(BIN)/hvcompile generate "$(PROMPT)" --output out.mp4
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+bench: setup
+	$(BIN)/python benchmarks/core.py --json docs/measurements/core_cpu.json
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
