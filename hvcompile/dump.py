@@ -91,6 +91,7 @@ class Dump:
     def __init__(self, directory: Path | None, compile_id: tuple[int, int]) -> None:
         self._compile_id = "{}/{}".format(*compile_id)
         self._count = 0
+        self._fixed: dict[str, float] = {}
         self._folder = _fresh_folder(directory, "graph_{}_{}".format(*compile_id)) if directory is not None else None
 
     def journal(self, rows: Sequence[JournalRow]) -> None:
@@ -115,7 +116,8 @@ class Dump:
         if self._folder is None:
             return
         stem = f"{self._count:02d}_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()}"
-        program = _Program(module)
+        self._fixed = _fixed_values(module) | self._fixed  # the captured graph names every input
+        program = _Program(module, self._fixed)
         text = _FILE.format(
             compile_id=self._compile_id,
             count=self._count,
@@ -162,7 +164,7 @@ def _fresh_folder(directory: Path, name: str) -> Path:
 class _Program:
     """A module and those that it refers to as source text, each once, callees first."""
 
-    def __init__(self, root: fx.GraphModule) -> None:
+    def __init__(self, root: fx.GraphModule, fixed: Mapping[str, float]) -> None:
         self.imports = {"import torch"}
         self.classes: list[str] = []
         self.build: list[str] = []
@@ -171,7 +173,6 @@ class _Program:
         placeholders = list(root.graph.find_nodes(op="placeholder"))
         self._paths = {node.name: _weight_path(node) for node in placeholders if is_weight(node)}
         self._add(root, "root")
-        fixed = _fixed_values(root)
         names = [self._paths.get(node.name, str(node.target)) for node in placeholders]
         self.inputs = [f"{_example(*item, fixed)}," for item in zip(placeholders, names, strict=True)]
         if self.constants:
@@ -305,10 +306,12 @@ def _import_lines(name: str, item: Any) -> set[str]:
     module, attribute = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
     if getattr(sys.modules.get(str(module)), attribute, None) is item:
         return {f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")}
-    wrapped = getattr(item, "f", None)  # Dynamo's wrapper of a NumPy function
-    if callable(wrapped):
-        makes = {f"{name} = {name}_type({name}_f)"}
-        return makes | _import_lines(f"{name}_type", type(item)) | _import_lines(f"{name}_f", wrapped)
+    for held in (getattr(item, name, None) for name in ("f", "op", "method")):  # Dynamo's wrappers of NumPy functions
+        if isinstance(held, str):
+            return {f"{name} = {name}_type({held!r})"} | _import_lines(f"{name}_type", type(item))
+        if callable(held):
+            made = _import_lines(f"{name}_type", type(item)) | _import_lines(f"{name}_of", held)
+            return {f"{name} = {name}_type({name}_of)"} | made
     return {f"{name} = None  # a {type(item).__name__} made at run time: what uses it can't run from this file"}
 
 

@@ -178,7 +178,8 @@ class Numbers(torch.nn.Module):
 
     def forward(self, sample: torch.Tensor, index: torch.Tensor, rate: float) -> torch.Tensor:
         kept = torch.nn.functional.dropout(sample * float(np.sqrt(1.0 / 4)), rate, training=False)
-        return kept + self.table(index)
+        shifted: torch.Tensor = kept + self.table(index)
+        return shifted
 
 
 def test_inputs_that_not_every_number_suits_get_one_that_does(tmp_path: Path) -> None:
