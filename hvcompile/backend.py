@@ -57,10 +57,11 @@ def hvfast(
     journal = [_outline_row(trunk), *_off_rows(settings)]
     dump.graph("outlined", trunk.module)
     try:
-        journal += pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module))
+        pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
     finally:
         dump.journal(journal)
     calling = seal(trunk)
+    dump.graph("sealed", trunk.module)
     inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
     compiled = inductor.LOWERINGS[settings.lower](trunk.module, inputs)
     return runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id())

@@ -86,6 +86,12 @@ def size_hint(size: int | torch.SymInt) -> int:
     return int(size)
 
 
+def number_hint(number: Any) -> float | None:
+    """A symbolic number's value in the run that was captured; None where it depends on data."""
+    hint = number.node.hint
+    return None if hint is None else float(hint)
+
+
 def numel_hint(tensor: torch.Tensor) -> int:
     """Number of elements of a fake tensor, with symbolic sizes replaced by their hints."""
     total = 1

@@ -101,20 +101,21 @@ def run(
     trunk: Trunk,
     passes: Sequence[tuple[Pass, bool]],
     observe: Callable[[str, Trunk], None],
-) -> list[JournalRow]:
-    """Run the passes in order and return the journal.
+    journal: list[JournalRow],
+) -> None:
+    """Run the passes in order.
 
     Args:
         trunk: rewritten in place.
         passes: each with whether the user asked for it by name.
         observe: called with the pass's name and the trunk after each pass (dumps).
+        journal: gains a row a pass, also where one raises.
 
     Raises:
         RequestedPassError: a pass that was asked for by name could not apply.
         InvalidRewriteError: a pass broke a postcondition.
 
     """
-    journal = []
     for item, requested in passes:
         name, signature, counts = type(item).__name__, _signature(trunk), op_counts(trunk)
         report = item.apply(trunk)
@@ -131,4 +132,3 @@ def run(
                 f"options ask for {item.section!r}, but {name} can't apply to this graph ({reasons}). "
                 f"Drop {item.section!r} from options to run without it."
             )
-    return journal

@@ -115,7 +115,7 @@ def model_state(anchor: torch.Tensor) -> ModelState:
         return state  # type: ignore[no-any-return]
 
 
-def _states_of(model: torch.nn.Module) -> list[ModelState]:
+def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
     module = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps; model.compile() does not
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected the compiled torch.nn.Module, got {type(model).__name__}")
@@ -129,7 +129,7 @@ def _states_of(model: torch.nn.Module) -> list[ModelState]:
     return states
 
 
-def stats(model: torch.nn.Module) -> Stats:
+def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
     """What a compiled model did so far; waits for the device.
 
     Args:
@@ -157,7 +157,7 @@ def stats(model: torch.nn.Module) -> Stats:
     )
 
 
-def reset(model: torch.nn.Module) -> None:
+def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
     """Forget all cached state and statistics of a model, so that its next step is computed.
 
     Never needed for a new prompt, schedule or shape: those are found from the inputs.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import relative_error
+from oracle import hvfast, relative_error
 from torch import nn
 from toy import Toy, toy_inputs
 
@@ -21,20 +21,22 @@ from hvcompile import inductor
 def test_registered_by_the_entry_point_without_an_import() -> None:
     (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="hvfast")
     assert entry.value == "hvcompile.backend:hvfast"
-    code = "import torch; assert 'hvfast' in torch.compiler.list_backends(); import sys; assert 'hvcompile' not in sys.modules"
+    code = "import sys, torch; assert 'hvfast' in torch.compiler.list_backends(); assert 'hvcompile' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_passes_have_one_identity() -> None:
     code = "import passes"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=sys.path[0] + "/..")
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=sys.path[0] + "/.."
+    )
     assert "hvcompile.passes" in ran.stderr
 
 
 @pytest.mark.parametrize("lower", ["eager", "aot"])
 def test_all_lowerings_agree(lower: str) -> None:
     model, inputs = Toy(), toy_inputs()
-    fast = torch.compile(model, backend="hvfast", fullgraph=True, options={"lower": lower})
+    fast = hvfast(model, fullgraph=True, options={"lower": lower})
     with torch.no_grad():
         assert relative_error(fast(**inputs), model(**inputs)) < 1e-6
 
@@ -47,13 +49,13 @@ def count_lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(inputs))
         return original(module, inputs)
 
-    monkeypatch.setitem(inductor.LOWERINGS, "eager", counted)  # type: ignore[arg-type]
+    monkeypatch.setitem(inductor.LOWERINGS, "eager", counted)
     return calls
 
 
 def test_one_lowering_for_computed_and_reused_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_lowerings(monkeypatch)
-    model = torch.compile(Toy(), backend="hvfast", fullgraph=True, options={"lower": "eager"})
+    model = hvfast(Toy(), fullgraph=True, options={"lower": "eager"})
     with torch.no_grad():
         for _ in range(3):
             model(**toy_inputs())
@@ -62,9 +64,9 @@ def test_one_lowering_for_computed_and_reused_steps(monkeypatch: pytest.MonkeyPa
 
 
 def test_exact_mode_computes_every_step() -> None:
-    model = torch.compile(Toy(), backend="hvfast", mode="exact")
+    model = hvfast(Toy(), mode="exact")
     module = Toy()
-    inductor_free = torch.compile(module, backend="hvfast", options={"lower": "eager", "first_block_cache": False})
+    inductor_free = hvfast(module, options={"lower": "eager", "first_block_cache": False})
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(inductor_free(**toy_inputs()), module(**toy_inputs()))
@@ -76,7 +78,7 @@ def test_exact_mode_computes_every_step() -> None:
 
 def test_gradients_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = Toy(), toy_inputs()
-    fast = torch.compile(model, backend="hvfast", options={"lower": "aot"})
+    fast = hvfast(model, options={"lower": "aot"})
     with caplog.at_level(logging.WARNING, logger="hvcompile"):
         loss = fast(**inputs).sum()
     assert "gradients are enabled" in caplog.text
@@ -85,14 +87,14 @@ def test_gradients_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) -> Non
     expected = torch.autograd.grad(model(**inputs).sum(), model.head.weight)[0]
     assert relative_error(model.head.weight.grad, expected) < 1e-6  # type: ignore[arg-type]
     assert "gradients" in hvcompile.stats(fast).journal[0][0].report.declined[0][1]
-    asked = torch.compile(Toy(), backend="hvfast", options={"lower": "aot", "first_block_cache": True})
-    with pytest.raises(Exception, match="first_block_cache.*gradients are enabled"):
+    asked = hvfast(Toy(), options={"lower": "aot", "first_block_cache": True})
+    with pytest.raises(Exception, match=r"first_block_cache.*gradients are enabled"):
         asked(**inputs)
 
 
 def test_gradients_then_none(caplog: pytest.LogCaptureFixture) -> None:
     """A first call without no_grad costs a capture, not the model's later calls."""
-    fast = torch.compile(Toy(), backend="hvfast", options={"lower": "eager"})
+    fast = hvfast(Toy(), options={"lower": "eager"})
     fast(**toy_inputs())
     with torch.no_grad():
         for _ in range(2):
@@ -102,19 +104,19 @@ def test_gradients_then_none(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_no_blocks(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(4, 4)
-    fast = torch.compile(model, backend="hvfast", options={"lower": "eager"})
+    fast = hvfast(model, options={"lower": "eager"})
     x = torch.randn(2, 4)
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="hvcompile"):
         assert torch.equal(fast(x), model(x))
     assert "no module list" in caplog.text
     assert "no module list" in hvcompile.stats(fast).journal[0][0].report.declined[0][1]
-    asked = torch.compile(nn.Linear(4, 4), backend="hvfast", options={"lower": "eager", "first_block_cache": True})
-    with torch.no_grad(), pytest.raises(Exception, match="first_block_cache.*no module list"):
+    asked = hvfast(nn.Linear(4, 4), options={"lower": "eager", "first_block_cache": True})
+    with torch.no_grad(), pytest.raises(Exception, match=r"first_block_cache.*no module list"):
         asked(x)
 
 
 def test_no_parameters() -> None:
-    fast = torch.compile(lambda x: x.sin() + 1, backend="hvfast", options={"lower": "eager"})
+    fast = hvfast(lambda x: x.sin() + 1, options={"lower": "eager"})
     x = torch.randn(3)
     with torch.no_grad():
         assert torch.equal(fast(x), x.sin() + 1)
@@ -127,7 +129,7 @@ def test_a_function_around_the_model() -> None:
     def guided(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return 2 * model(sample, timestep, text) - model(sample, timestep, other)
 
-    fast = torch.compile(guided, backend="hvfast", fullgraph=True, options={"lower": "eager"})
+    fast = hvfast(guided, fullgraph=True, options={"lower": "eager"})
     inputs = toy_inputs() | {"other": toy_inputs(1)["text"]}
     with torch.no_grad():
         for _ in range(2):
@@ -137,7 +139,7 @@ def test_a_function_around_the_model() -> None:
 def test_a_changed_weight_is_seen() -> None:
     """Nothing of the weights is baked into the compiled graph."""
     model = Toy()
-    fast = torch.compile(model, backend="hvfast", options={"lower": "eager", "first_block_cache": False})
+    fast = hvfast(model, options={"lower": "eager", "first_block_cache": False})
     with torch.no_grad():
         fast(**toy_inputs())
         for parameter in model.parameters():
@@ -147,7 +149,7 @@ def test_a_changed_weight_is_seen() -> None:
 
 def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hvcompile"), torch.no_grad():
-        torch.compile(Toy(), backend="hvfast", options={"lower": "eager"})(**toy_inputs())
+        hvfast(Toy(), options={"lower": "eager"})(**toy_inputs())
     lines = [record.message for record in caplog.records if record.name.startswith("hvcompile")]
     assert len(lines) == 2
     assert lines[0] == "outline: blocks x 4: 4 blocks share 1 bodies"

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from oracle import hvfast
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from toy import Toy, toy_inputs
@@ -29,7 +30,7 @@ from hvcompile.dump import Dump
 from hvcompile.errors import OptionError
 from hvcompile.pipeline import JournalRow, PassReport
 
-FILES = ["00_captured.py", "01_outlined.py", "02_first_block_cache.py"]
+FILES = ["00_captured.py", "01_outlined.py", "02_first_block_cache.py", "03_sealed.py"]
 FAMILIES = ("hunyuan_video", "mochi", "hunyuan_video_framepack")
 
 
@@ -37,7 +38,7 @@ def compile_and_run(
     model: torch.nn.Module, inputs: dict[str, Any], *, dynamic: bool | None = None, **options: Any
 ) -> Any:
     settings: dict[str, Any] = {"lower": "eager", **options}
-    compiled = torch.compile(model.eval(), backend="hvfast", fullgraph=True, dynamic=dynamic, options=settings)
+    compiled = hvfast(model.eval(), fullgraph=True, dynamic=dynamic, options=settings)
     with torch.no_grad():
         return compiled(**inputs)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import relative_error, timesteps
+from oracle import hvfast, relative_error, timesteps
 from torch import nn
 from toy import Toy, toy_inputs
 
@@ -35,9 +35,9 @@ def recovered(model: nn.Module, **inputs: torch.Tensor) -> Trunk:
     return found[0]
 
 
-def compiled(model: nn.Module, **fields: Any) -> Callable[..., torch.Tensor]:
+def compiled(model: nn.Module, **fields: Any) -> Any:
     options = {"lower": "eager", "first_block_cache": fields}
-    return torch.compile(model, backend="hvfast", fullgraph=True, options=options)  # type: ignore[no-any-return]
+    return hvfast(model, fullgraph=True, options=options)
 
 
 def run(model: Any, clock: list[float], drift: float = 0.0, **inputs: Any) -> list[bool]:
@@ -56,11 +56,13 @@ DOWN = [900.0, 890.0, 880.0, 870.0, 860.0, 850.0]
 def test_graph() -> None:
     """One cond at the top level, block 1 before it, the others inside its miss branch."""
     trunk = recovered(Toy(), **toy_inputs())
-    rows = pipeline.run(trunk, [(FirstBlockCache(), True)], lambda *_: None)
+    rows: list[pipeline.JournalRow] = []
+    pipeline.run(trunk, [(FirstBlockCache(), True)], lambda *_: None, rows)
     names = {id(node.target): node for node in trunk.graph.nodes if node.op == "call_function"}
     assert id(COND) in names
     assert len(trunk.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)) == 1
-    miss, hit = trunk.module.cache_miss, trunk.module.cache_hit
+    miss: Any = trunk.module.cache_miss
+    hit: Any = trunk.module.cache_hit
     assert len(miss.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)) == 3
     assert [str(node.target) for node in hit.graph.nodes if node.op == "call_function" and "add" in str(node.target)]
     assert not hit.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
@@ -89,10 +91,13 @@ def test_reuses_the_last_computed_residual(lower: str) -> None:
     """A reused step is block 1 of now plus the change over blocks 2..N of the last computed step, to 1e-6 in fp32."""
     model, inputs = Toy(), toy_inputs()
     later = {**inputs, "timestep": inputs["timestep"] - 50, "sample": inputs["sample"] + 0.01}
-    fast = torch.compile(model, backend="hvfast", options={"lower": lower, "first_block_cache": {"threshold": 0.5}})
+    fast = hvfast(model, options={"lower": lower, "first_block_cache": {"threshold": 0.5}})
     taken: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        hooks = [block.register_forward_hook(lambda _m, _i, o, n=n: taken.update({n: o})) for n, block in enumerate(model.blocks)]  # type: ignore[misc]
+        hooks = [
+            block.register_forward_hook(lambda _m, _i, o, n=n: taken.update({n: o}))
+            for n, block in enumerate(model.blocks)
+        ]
         model(**inputs)
         change = taken[3] - taken[0]
         model(**later)
@@ -116,7 +121,7 @@ def test_the_difference_is_against_the_last_computed_step() -> None:
 def test_threshold_zero_reuses_only_repeats() -> None:
     model = compiled(Toy(), threshold=0.0)
     assert run(model, DOWN, drift=0.01) == [False] * 6
-    hvcompile.reset(model)  # type: ignore[arg-type]
+    hvcompile.reset(model)
     assert run(model, [900.0, 900.0]) == [False, True]
 
 
@@ -167,13 +172,13 @@ def test_non_finite_never_reuses(bad: float) -> None:
         for place, sample in enumerate([inputs["sample"], broken, broken, inputs["sample"], inputs["sample"]]):
             model(**inputs | {"sample": sample, "timestep": inputs["timestep"] - place})
     # The step after a broken one compares with a broken residual: it is computed, and mends the cache.
-    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, False, False, True]  # type: ignore[arg-type]
+    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, False, False, True]
 
 
 def test_new_generation_when_the_clock_turns_back() -> None:
     model = compiled(Toy(), threshold=1e9)
     assert run(model, [*DOWN, *DOWN]) == [False, *[True] * 5, False, *[True] * 5]
-    hvcompile.reset(model)  # type: ignore[arg-type]
+    hvcompile.reset(model)
     rising = [1000.0 - time for time in DOWN]
     assert run(model, [*rising, *rising]) == [False, *[True] * 5, False, *[True] * 5]
 
@@ -184,7 +189,7 @@ def test_one_step_generations_do_not_share() -> None:
     with torch.no_grad():
         for seed in (0, 1, 1, 2):
             model(**inputs | {"sample": toy_inputs(seed)["sample"]})
-    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, True, False]  # type: ignore[arg-type]
+    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, True, False]
 
 
 def test_repeated_timesteps_within_a_generation_go_on() -> None:
@@ -196,7 +201,7 @@ def test_every_stream_that_leaves_is_cached() -> None:
     import zoo
 
     family = zoo.FAMILIES["ltx2"]  # video and audio
-    model = torch.compile(family.build(), backend="hvfast", options={"lower": "eager"})
+    model = hvfast(family.build(), options={"lower": "eager"})
     with torch.no_grad():
         model(**family.inputs())
     (row,) = [row for row in hvcompile.stats(model).journal[0] if row.name == "FirstBlockCache"]
@@ -219,12 +224,12 @@ class TwoWays(nn.Module):
 def test_declines_with_a_reason() -> None:
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
-        model = torch.compile(TwoWays(), backend="hvfast", options={"lower": "eager"})
+        model = hvfast(TwoWays(), options={"lower": "eager"})
         assert torch.equal(model(x), model._orig_mod(x))
         row = hvcompile.stats(model).journal[0][-1]
         assert "no residual" in row.report.declined[0][1]
-        asked = torch.compile(TwoWays(), backend="hvfast", options={"lower": "eager", "first_block_cache": True})
-        with pytest.raises(Exception, match="first_block_cache.*no residual"):
+        asked = hvfast(TwoWays(), options={"lower": "eager", "first_block_cache": True})
+        with pytest.raises(Exception, match=r"first_block_cache.*no residual"):
             asked(x)
 
 
@@ -240,7 +245,7 @@ def test_intermediate_results_leave_too() -> None:
             return self.head(hidden), kept
 
     model, inputs = Deep(), toy_inputs()
-    fast = torch.compile(model, backend="hvfast", options={"lower": "eager"})
+    fast = hvfast(model, options={"lower": "eager"})
     with torch.no_grad():
         expected, expected_kept = model(**inputs)
         for _ in range(2):

@@ -273,7 +273,7 @@ def test_a_pipeline_that_makes_no_video_from_text_alone_is_refused() -> None:
         def __call__(self, prompt: str, num_frames: int = 9) -> None: ...
 
     class FromImage:
-        def __call__(  # noqa: PLR0917
+        def __call__(
             self,
             image: object,
             prompt: str,

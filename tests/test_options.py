@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import hvfast
 from toy import Toy, toy_inputs
 
 from hvcompile.errors import OptionError
@@ -74,7 +75,7 @@ def test_error_reaches_the_user_before_lowering(monkeypatch: pytest.MonkeyPatch)
     def no_lowering(*_: object) -> Any:
         raise AssertionError("lowered in spite of an invalid option")
 
-    monkeypatch.setitem(inductor.LOWERINGS, "inductor", no_lowering)  # type: ignore[arg-type]
-    compiled = torch.compile(Toy(), backend="hvfast", options={"first_block_cache": {"threshold": -1}})
+    monkeypatch.setitem(inductor.LOWERINGS, "inductor", no_lowering)
+    compiled = hvfast(Toy(), options={"first_block_cache": {"threshold": -1}})
     with torch.no_grad(), pytest.raises(Exception, match=r"first_block_cache\.threshold is -1"):
         compiled(**toy_inputs())

@@ -6,14 +6,13 @@ Slow, because it compiles: every compilation is shared by all that a test can as
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from oracle import STEPS, denoise, diffusers_cached, first, relative_error, timesteps
+from oracle import STEPS, denoise, diffusers_cached, first, hvfast, relative_error, timesteps
 
 import hvcompile
 from hvcompile import inductor
@@ -35,17 +34,17 @@ def lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(inputs))
         return original(module, inputs)
 
-    monkeypatch.setitem(inductor.LOWERINGS, "inductor", counted)  # type: ignore[arg-type]
+    monkeypatch.setitem(inductor.LOWERINGS, "inductor", counted)
     return calls
 
 
 @pytest.fixture(scope="module")
-def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from hvcompile import pipelines, tiny
 
     directory: Path = tmp_path_factory.mktemp("tiny")
     tiny.write(directory)
-    yield pipelines.load(str(directory)).pipe
+    return pipelines.load(str(directory)).pipe
 
 
 def prompt_inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def prompt_inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
 def test_tiny_pipeline_decides_as_diffusers_does(tiny_pipeline: Any, threshold: float, lowerings: list[int]) -> None:
     """30 steps, three seeds with a prompt each: equal hit/miss sequences, outputs to 1e-3 relative."""
     model = copy.deepcopy(tiny_pipeline.transformer)
-    fast = torch.compile(model, backend="hvfast", fullgraph=True, options={"first_block_cache": {"threshold": threshold}})
+    fast = hvfast(model, fullgraph=True, options={"first_block_cache": {"threshold": threshold}})
     prompts = ["a red circle moves to the left", "snow", "two cats cross a very long bridge at night, slowly"]
     for seed, prompt in zip(SEEDS, prompts, strict=True):
         inputs = prompt_inputs(tiny_pipeline, prompt, seed)
@@ -90,9 +89,7 @@ def test_other_families_decide_as_diffusers_does(
     name: str, threshold: float, inverted: bool, lowerings: list[int]
 ) -> None:
     family = zoo.FAMILIES[name]
-    fast = torch.compile(
-        family.build(), backend="hvfast", fullgraph=True, options={"first_block_cache": {"threshold": threshold}}
-    )
+    fast = hvfast(family.build(), fullgraph=True, options={"first_block_cache": {"threshold": threshold}})
     scheduler = timesteps(inverted=inverted)
     for seed in SEEDS:
         inputs = family.inputs(seed)
@@ -110,7 +107,7 @@ def test_image_to_video_kinds(name: str, lowerings: list[int]) -> None:
     """One graph, one call of Inductor, computed and reused steps equal to eager to 1e-4 relative."""
     family = zoo.FAMILIES[name]
     model, inputs = family.build(), family.inputs(5)
-    fast = torch.compile(model, backend="hvfast", fullgraph=True)
+    fast = hvfast(model, fullgraph=True)
     with torch.no_grad():
         expected = first(model(**inputs, return_dict=False))
         for _ in range(2):
@@ -124,23 +121,21 @@ def test_full_depth_equals_eager_with_the_cache_off() -> None:
     """20 dual and 40 single blocks of tiny width, fp32, to 1e-4 relative."""
     family = zoo.FAMILIES["hunyuan_video"]
     model = family.build(num_layers=20, num_single_layers=40)
-    fast = torch.compile(model, backend="hvfast", fullgraph=True, options={"first_block_cache": False})
+    fast = hvfast(model, fullgraph=True, options={"first_block_cache": False})
     with torch.no_grad():
         for seed in (0, 7):
             inputs = family.inputs(seed)
             expected = first(model(**inputs, return_dict=False))
             assert relative_error(first(fast(**inputs, return_dict=False)), expected) < 1e-4
     row = hvcompile.stats(fast).journal[0][0]
-    assert row.report.matched == (
-        "transformer_blocks x 20, single_transformer_blocks x 40: 60 blocks share 2 bodies",
-    )
+    assert row.report.matched == ("transformer_blocks x 20, single_transformer_blocks x 40: 60 blocks share 2 bodies",)
 
 
 def test_shapes_masks_and_batches_in_one_model(lowerings: list[int]) -> None:
     """A new shape costs one capture with dynamic sizes; after it, further sizes and any mask cost none."""
     family = zoo.FAMILIES["hunyuan_video"]
     model = family.build()
-    fast = torch.compile(model, backend="hvfast", fullgraph=True)
+    fast = hvfast(model, fullgraph=True)
 
     def check(frames: int, valid: int, seed: int) -> None:
         inputs = family.inputs(seed)

@@ -12,6 +12,7 @@ from torch import nn
 from toy import Toy, toy_inputs
 
 from hvcompile.inductor import INVOKE_SUBGRAPH
+from hvcompile.nodes import op_name
 from hvcompile.outline import recover
 from hvcompile.trunk import NoTrunk, Trunk
 
@@ -25,7 +26,7 @@ def outlined(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Trunk | NoTr
         found.append((recover(module), str(module.graph)))
         assert found[0][1] == before, "Dynamo still reads the captured graph; it must not change"
         result = found[0][0]
-        return (result.module if isinstance(result, Trunk) else module).forward  # type: ignore[no-any-return]
+        return (result.module if isinstance(result, Trunk) else module).forward
 
     with torch.no_grad():
         actual = torch.compile(model, backend=backend, fullgraph=True)(*inputs, **named)
@@ -48,8 +49,7 @@ def test_golden_graph() -> None:
     names = {node: node.name for node in body.module.graph.find_nodes(op="placeholder")}
     names |= {node: f"%{place}" for place, node in enumerate(calls_of_body)}
     lines = [
-        f"{getattr(node.target, '__name__', node.target)}({', '.join(names[operand] for operand in node.all_input_nodes)})"
-        for node in calls_of_body
+        f"{op_name(node)}({', '.join(names[operand] for operand in node.all_input_nodes)})" for node in calls_of_body
     ]
     assert lines == [
         "linear(hidden, attend_weight, attend_bias)",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import hvfast
 from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
@@ -20,7 +21,7 @@ SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
 
 def compiled(model: Toy, threshold: float = 0.2, **fields: Any) -> Any:
     options = {"lower": "eager", "first_block_cache": {"threshold": threshold, **fields}}
-    return torch.compile(model, backend="hvfast", fullgraph=True, options=options)
+    return hvfast(model, fullgraph=True, options=options)
 
 
 class Generation:
@@ -238,9 +239,13 @@ def test_many_steps_are_counted_beyond_what_is_kept(monkeypatch: pytest.MonkeyPa
     assert stats.hits + stats.misses == 2 * len(SCHEDULE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float16]
+)
 def test_fingerprints(dtype: torch.dtype) -> None:
-    tensor = (torch.randn(TEXT, WIDTH) > 0).to(dtype) if dtype == torch.bool else torch.randn(TEXT, WIDTH).mul(9).to(dtype)
+    tensor = (
+        (torch.randn(TEXT, WIDTH) > 0).to(dtype) if dtype == torch.bool else torch.randn(TEXT, WIDTH).mul(9).to(dtype)
+    )
     assert runtime.fingerprint(tensor) == runtime.fingerprint(tensor.clone())
     assert runtime.fingerprint(tensor) == runtime.fingerprint(tensor.t().contiguous().t())
     seen = {runtime.fingerprint(tensor.roll(shift, 0)) for shift in range(TEXT)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from oracle import first, relative_error
+from oracle import first, hvfast, relative_error
 from torch import fx, nn
 
 import hvcompile
@@ -28,7 +28,7 @@ def test_family_is_recovered_and_unchanged(name: str) -> None:
     """All blocks found; a computed step equals eager to the last bit or nearly; an identical step is reused."""
     family = zoo.FAMILIES[name]
     model, inputs = family.build(), family.inputs(seed=3)
-    compiled = torch.compile(model, backend="hvfast", fullgraph=True, options={"lower": "eager"})
+    compiled = hvfast(model, fullgraph=True, options={"lower": "eager"})
     with torch.no_grad():
         expected = first(model(**inputs, return_dict=False))
         computed = first(compiled(**inputs, return_dict=False))
