@@ -82,6 +82,56 @@ def test_tiny_pipeline_decides_as_diffusers_does(tiny_pipeline: Any, threshold: 
     assert stats.hits + stats.misses == len(SEEDS) * STEPS
 
 
+def test_guidance_halves_decide_as_on_their_own(tiny_pipeline: Any) -> None:
+    """A pipeline run with true_cfg_scale; each half's calls, replayed alone in a fresh model, decide alike."""
+    pipe = copy.copy(tiny_pipeline)
+    how = {"fullgraph": True, "options": {"lower": "eager", "first_block_cache": {"threshold": 0.1}}}
+    model = copy.deepcopy(tiny_pipeline.transformer)
+    calls: list[dict[str, Any]] = []
+    reused: list[bool] = []
+
+    class Recorded:
+        """Stands in the pipeline for its transformer and keeps what each call was given and decided."""
+
+        def __init__(self) -> None:
+            self.fast = hvfast(model, **how)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def __call__(self, **inputs: Any) -> Any:
+            calls.append(
+                {name: held.clone() if isinstance(held, torch.Tensor) else held for name, held in inputs.items()}
+            )
+            result = self.fast(**inputs)
+            reused.append(last_reused(self.fast))
+            return result
+
+    recorded = Recorded()
+    pipe.transformer = recorded
+    size = {"height": 64, "width": 64, "num_frames": 9}
+    pipe(
+        "a red circle",
+        negative_prompt="snow at night",
+        true_cfg_scale=4.0,
+        num_inference_steps=12,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+        **size,
+    )
+    assert len(calls) == 24
+    assert hvcompile.stats(recorded.fast).slots == 2
+    for half in (0, 1):
+        torch._dynamo.reset()
+        alone = hvfast(copy.deepcopy(model), **how)
+        with torch.no_grad():
+            for inputs in calls[half::2]:
+                alone(**inputs)
+        decisions = [step.reused for step in hvcompile.stats(alone).steps]
+        assert decisions == reused[half::2]
+        assert 0 < sum(decisions) < 12
+
+
 @pytest.mark.parametrize(
     ("name", "threshold", "inverted"), [("cogvideox", 0.8, False), ("mochi", 0.9, True)], ids=["cogvideox", "mochi"]
 )

@@ -1,0 +1,31 @@
+"""The main job from the command line, compiled by Inductor: a prompt in, a video that plays out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def test_generate_makes_a_video(tmp_path: Path) -> None:
+    output = tmp_path / "clip.mp4"
+    size = ["--steps", "8", "--frames", "9", "--height", "48", "--width", "80", "--threshold", "0.1"]
+    command = [sys.executable, "-m", "hvcompile", "generate", "a red circle moves to the left", *size]
+    ran = subprocess.run(
+        [*command, "--output", str(output), "--dump", str(tmp_path / "dump")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr
+    with av.open(str(output)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(48, 80, 3)] * 9
+    assert float(np.std(np.stack(frames))) > 5  # not one flat colour
+    assert "reused" in ran.stdout
+    (folder,) = (tmp_path / "dump").iterdir()
+    assert {path.name for path in folder.iterdir()} >= {"00_captured.py", "02_first_block_cache.py", "journal.json"}
