@@ -2,7 +2,7 @@
 
 ``python benchmarks/core.py`` prints both and writes them as JSON. A missed bound is printed and recorded, and is no
 error of this command. Seconds are wall clock: run it on a machine that does nothing else. At its defaults it takes
-about a quarter of an hour on two cores; ``--dual 4 --single 6 --repeats 10`` shows in minutes that it works.
+about half an hour on two cores; ``--dual 3 --single 5 --width 64 --tokens 256 --json FILE`` tries it out in less.
 """
 
 from __future__ import annotations
@@ -339,10 +339,10 @@ def compile_times(shallow: Depth, deep: Depth, width: int, tokens: int, repeats:
     }
 
 
-def step_times(depth: Depth, width: int, tokens: int, repeats: int) -> dict[str, Any]:
+def step_times(depth: Depth, width: int, tokens: int, repeats: int, computed_repeats: int) -> dict[str, Any]:
     """Measure the steps of one size, print the figures, and return them."""
     reused = cold(measure_reused, depth, width, tokens, repeats)
-    computed = cold(measure_computed, depth, width, tokens, max(3, repeats // 5))
+    computed = cold(measure_computed, depth, width, tokens, computed_repeats)
     count = math.prod(token_grid(tokens))
 
     median = {name: statistics.median(taken) for name, taken in (reused | computed).items()}
@@ -360,6 +360,8 @@ def step_times(depth: Depth, width: int, tokens: int, repeats: int) -> dict[str,
         Bound(claim=f"{REUSED} / {base}", ratio=median[REUSED] / median[base], at_most=STEP_BOUND)
         for base in (CUT, CUT_INDUCTOR)
     ]
+    overhead = median[REUSED] - median[CUT]
+    out.print(f"a reused step takes {1e3 * overhead:.2f} ms more than the model cut to one block")
     print_bounds(bounds)
     paired = statistics.median(one / other for one, other in zip(reused[REUSED], reused[CUT], strict=True))
     return {
@@ -368,6 +370,7 @@ def step_times(depth: Depth, width: int, tokens: int, repeats: int) -> dict[str,
         "video_tokens": count,
         "bounds": [bound.record() for bound in bounds],
         "reused_over_cut_median_of_pairs": paired,
+        "reused_minus_cut_s": overhead,
         "computed_over_inductor": median[COMPUTED] / median[WHOLE],
         "computed_over_eager": median[COMPUTED] / median[EAGER],
         "computed_over_reused": median[COMPUTED] / median[REUSED],
@@ -405,9 +408,14 @@ def print_bounds(bounds: Iterable[Bound]) -> None:
 def main(
     dual: Annotated[int, typer.Option(min=1, help="Dual-stream blocks of the deep model.")] = 20,
     single: Annotated[int, typer.Option(min=1, help="Single-stream blocks of the deep model.")] = 40,
-    width: Annotated[list[int] | None, typer.Option(help="Widths of the model whose steps are timed, each.")] = None,
-    tokens: Annotated[int, typer.Option(min=4, help="Video tokens of the model whose steps are timed, about.")] = 1024,
-    repeats: Annotated[int, typer.Option(min=1, help="Reused steps; of computed ones, a fifth.")] = 60,
+    width: Annotated[
+        list[int] | None, typer.Option(help="Width of the model whose steps are timed; give several for several sizes.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=4, help="Its video tokens, about: one for each --width, or one for all.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Reused steps at each size.")] = 60,
+    computed_repeats: Annotated[int, typer.Option(min=1, help="Computed steps at each size.")] = 5,
     compile_width: Annotated[int, typer.Option(help="Width of the model whose compilation is timed.")] = 32,
     compile_tokens: Annotated[int, typer.Option(min=4, help="Its video tokens, about.")] = 64,
     compile_repeats: Annotated[int, typer.Option(min=1, help="Cold compilations of each kind; medians count.")] = 1,
@@ -418,6 +426,11 @@ def main(
     ),
 ) -> None:
     """Measure, print and record what compiling costs and what a reused step costs, on the CPU."""
+    widths, lengths = width or [128, 256], tokens or [1024, 2048]
+    if len(lengths) == 1:
+        lengths *= len(widths)
+    if len(lengths) != len(widths):
+        raise typer.BadParameter(f"{len(widths)} widths but {len(lengths)} of --tokens: give one for each, or one")
     shallow, deep = Depth(dual=2, single=4), Depth(dual=dual, single=single)
     packages = ("torch", "diffusers", "hvcompile")
     record: dict[str, Any] = {
@@ -435,7 +448,8 @@ def main(
     if compilation:
         record["compilation"] = compile_times(shallow, deep, compile_width, compile_tokens, compile_repeats)
     if steps:
-        record["steps"] = [step_times(deep, each, tokens, repeats) for each in width or [128, 256]]
+        sizes = zip(widths, lengths, strict=True)
+        record["steps"] = [step_times(deep, *size, repeats, computed_repeats) for size in sizes]
     record["load_average_after"] = os.getloadavg()
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(record, indent=2) + "\n")

@@ -29,8 +29,11 @@ from hvcompile.nodes import (
 )
 from hvcompile.slices import count_from_start
 from hvcompile.streams import find_streams
-from hvcompile.structure import Block, describe_lists, entering, find_trunk, leaving, module_path
+from hvcompile.structure import Block, arithmetic, describe_lists, entering, find_trunk, leaving, module_path
 from hvcompile.trunk import BlockCall, Body, NoTrunk, Trunk, as_operands, contiguous_like, is_activation, symbolic_sizes
+
+# Of a block's arithmetic, what its body may compute beyond it so that no body of its own is needed.
+MOST_WASTE = 0.1
 
 
 def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
@@ -121,11 +124,13 @@ def _rows(block: Block, operands: Sequence[fx.Node]) -> Iterator[tuple[Any, ...]
         numbers[node] = ("node", place)
 
 
-def _embed(block: Block, operands: Sequence[fx.Node], rows: Sequence[tuple[Any, ...]]) -> dict[fx.Node, int] | None:
-    """Match a block's nodes to the rows of another; None unless all match in order.
+def _embed(
+    block: Block, operands: Sequence[fx.Node], other: Block, rows: Sequence[tuple[Any, ...]]
+) -> dict[fx.Node, int] | None:
+    """Match a block's nodes in order to those of another, given with its rows; None unless all match.
 
-    Rows may be left over: Dynamo drops work whose result is not read, so that the last block of a trunk often lacks
-    the text stream's last nodes. Computing them after all costs less than compiling one more body.
+    A little of the other may be left over: Dynamo drops work whose result is not read, so that the last block of a
+    trunk often lacks the text stream's last nodes. Computing them after all costs less than compiling one more body.
     """
     numbers: dict[fx.Node, Any] = {operand: ("operand", place) for place, operand in enumerate(operands)}
     matched: dict[fx.Node, int] = {}
@@ -139,7 +144,12 @@ def _embed(block: Block, operands: Sequence[fx.Node], rows: Sequence[tuple[Any, 
         matched[node] = place
         numbers[node] = ("node", place)
         place += 1
-    return matched
+    taken = set(matched.values())
+    left_over = [node for place, node in enumerate(other.nodes) if place not in taken]
+    if any(mutated_operand(node) is not None or is_context_switch(node) for node in left_over):
+        return None  # that acts on what the matched nodes compute
+    wasted, useful = (sum(map(arithmetic, nodes)) for nodes in (left_over, block.nodes))
+    return matched if wasted <= MOST_WASTE * useful else None
 
 
 def _families(
@@ -153,7 +163,7 @@ def _families(
         for first, members in families.items():
             if layouts[place] != layouts[first]:
                 continue
-            matched = _embed(block, operands[place], rows[first])
+            matched = _embed(block, operands[place], found[first], rows[first])
             if matched is not None:
                 members[place] = matched
                 break

@@ -147,6 +147,23 @@ def test_last_block_with_dead_work_shares_its_siblings_body() -> None:
     assert sorted(trunk.bodies[0].streams.values()) == [0, 1] or len(trunk.bodies[0].streams) == 2
 
 
+def test_a_block_without_a_write_does_not_share_with_one_that_writes() -> None:
+    class Block(nn.Module):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            self.linear, self.writes = nn.Linear(8, 8), writes
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            if self.writes:
+                y[:, :2] = 0
+            return x + y
+
+    trunk, _ = outlined(nn.Sequential(Block(True), Block(False), Block(True)), torch.randn(2, 8))
+    assert isinstance(trunk, Trunk)
+    assert [block.body.name for block in trunk.blocks] == ["block_0", "block_1", "block_0"]
+
+
 @pytest.mark.parametrize("strided", [True, False])
 def test_operands_of_any_layout(strided: bool) -> None:
     class Model(Varied):
