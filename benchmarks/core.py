@@ -37,7 +37,7 @@ STEP_BOUND = 1.10
 TOKEN_FRAMES = 4
 CHANNELS = 4
 
-DYNAMO, REGIONAL, INDUCTOR = "Dynamo alone", "diffusers compile_repeated_blocks", "Inductor, whole model"
+DYNAMO, REGIONAL, INDUCTOR = "Dynamo alone", "compile_repeated_blocks", "Inductor, whole model"
 HVFAST, HVFAST_OFF = "hvfast", "hvfast, cache off"
 COMPILERS = (HVFAST, HVFAST_OFF, INDUCTOR, REGIONAL, DYNAMO)
 
@@ -294,7 +294,7 @@ def compile_times(shallow: Depth, deep: Depth, width: int, tokens: int, repeats:
 
     table = Table(title=f"Cold compile time in seconds, width {width}, first and second call")
     for heading in ("", f"{shallow} blocks", f"{deep} blocks", "ratio", "ratio without tracing", f"of {HVFAST}"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     rows: list[dict[str, Any]] = []
     for compiler in COMPILERS:
         low, high = seconds[compiler, str(shallow)], seconds[compiler, str(deep)]
@@ -348,7 +348,7 @@ def step_times(depth: Depth, width: int, tokens: int, repeats: int, computed_rep
     median = {name: statistics.median(taken) for name, taken in (reused | computed).items()}
     table = Table(title=f"Steps at {depth} blocks, width {width}, {count} video tokens, in milliseconds")
     for heading in ("", "steps", "min", "median", "max", "ratio of medians"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for base, group in ((CUT, reused), (WHOLE, computed)):
         for name, taken in group.items():
             times = [1e3 * item for item in (min(taken), median[name], max(taken))]

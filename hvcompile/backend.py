@@ -95,7 +95,13 @@ def _plain(
     dump.journal(journal)
     weights = [place for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")) if is_weight(node)]
     calling = runtime.Calling(
-        anchor=weights[0] if weights else None, conditions=(), symbols={}, num_outputs=0, states=(), has_record=False
+        anchor=weights[0] if weights else None,
+        weights=(),
+        conditions=(),
+        symbols={},
+        num_outputs=0,
+        states=(),
+        has_record=False,
     )
     compiled = inductor.LOWERINGS[settings.lower](graph_module, inputs)
     return runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id())
@@ -121,6 +127,7 @@ def _off_rows(settings: Options) -> list[JournalRow]:
 def seal(trunk: Trunk) -> runtime.Calling:
     """Add the next state and the decision to the graph's outputs, and say how the runtime must call it."""
     roles = classify(trunk)
+    weights = set(roles.weights)
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
     results: Any = trunk.output.args[0]
     extra = [state.next_value for state in trunk.states]
@@ -132,6 +139,7 @@ def seal(trunk: Trunk) -> runtime.Calling:
     anchors = [node for node in trunk.blocks[0].operands if node in roles.weights] or list(roles.weights)
     return runtime.Calling(
         anchor=placeholders.index(anchors[0]) if anchors else None,
+        weights=tuple(place for place, node in enumerate(placeholders) if node in weights),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
         symbols=inductor.symbols_of(trunk.graph),
         num_outputs=len(results),

@@ -92,6 +92,11 @@ def number_hint(number: Any) -> float | None:
     return None if hint is None else float(hint)
 
 
+def is_data_dependent(tensor: torch.Tensor) -> bool:
+    """Whether a size of a fake tensor is known only when the graph runs."""
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in tensor.shape)
+
+
 def numel_hint(tensor: torch.Tensor) -> int:
     """Number of elements of a fake tensor, with symbolic sizes replaced by their hints."""
     total = 1

@@ -12,22 +12,29 @@ import dataclasses
 import torch
 from torch import fx
 
-from hvcompile.inductor import numel_hint, size_hint, value
-from hvcompile.nodes import is_tensor, is_weight, op_name
+from hvcompile.inductor import numel_hint, size_hint, source_name, value
+from hvcompile.nodes import is_scalar, is_tensor, is_weight, op_name
 from hvcompile.trunk import Trunk
 
-# Operations that mix channels or tokens: past one of these a value is no longer a position or a time.
-_MIXING = {"linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention", "layer_norm", "embedding", "einsum"}
+# Operations that mix channels or tokens, or take a number for a size: past one of these a value is no longer a time.
+_MIXING = {
+    *("arange", "linspace", "full", "ones", "zeros", "linear", "matmul", "bmm", "addmm", "layer_norm", "embedding"),
+    *("scaled_dot_product_attention", "einsum"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputRoles:
-    """Placeholders of a captured graph by role; ``sample`` is None where no input has the rank of the output."""
+    """Placeholders of a captured graph by role; ``sample`` is None where no input has the rank of the output.
+
+    ``python_time`` names a timestep that came as a Python number, which the graph can't keep state of.
+    """
 
     weights: tuple[fx.Node, ...]
     sample: fx.Node | None
     clocks: tuple[fx.Node, ...]
     conditions: tuple[fx.Node, ...]
+    python_time: str | None
 
 
 def _is_time_like(placeholder: fx.Node) -> bool:
@@ -66,12 +73,23 @@ def classify(trunk: Trunk) -> InputRoles:
         sample = max(alike, key=lambda node: _likeness(node, output), default=None)
     batch = size_hint(value(sample).shape[0]) if sample is not None else 1
 
-    def is_clock(node: fx.Node) -> bool:
+    def is_small(node: fx.Node) -> bool:
         tensor: torch.Tensor = value(node)
-        if node is sample or tensor.dtype == torch.bool or tensor.is_complex():
+        if "_modules" in source_name(node):  # a Python number that is an attribute of the model
             return False
-        return (tensor.ndim <= 1 and numel_hint(tensor) <= max(1, batch)) or _is_time_like(node)
+        return tensor.is_floating_point() and tensor.ndim <= 1 and numel_hint(tensor) <= max(1, batch)
 
-    clocks = [node for node in inputs if is_clock(node)]
+    others = [node for node in inputs if node is not sample and value(node).dtype != torch.bool]
+    others = [node for node in others if not value(node).is_complex()]
+    # A timestep that is embedded by other means than sines is at least a number for each sample.
+    clocks = [node for node in others if _is_time_like(node)] or [node for node in others if is_small(node)]
+    numbers = [node for node in trunk.inputs if is_scalar(node) and ".size()" not in source_name(node)]
+    python_time = next((source_name(node) or node.name for node in numbers if _is_time_like(node)), None)
     conditions = [node for node in inputs if node is not sample and node not in clocks]
-    return InputRoles(weights=tuple(weights), sample=sample, clocks=tuple(clocks), conditions=tuple(conditions))
+    return InputRoles(
+        weights=tuple(weights),
+        sample=sample,
+        clocks=tuple(clocks),
+        python_time=python_time,
+        conditions=tuple(conditions),
+    )

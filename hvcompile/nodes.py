@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+import types
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,11 +73,28 @@ def contexts(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     return found
 
 
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument of a call by name, however it was passed; None where the function does not declare it."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if not isinstance(node.target, types.FunctionType):
+        return None
+    return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments.get(name)
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node drops out or jitters activations, as in training mode."""
+    arguments = (*node.args[1:], *node.kwargs.values())
+    rates = [argument for argument in arguments if isinstance(argument, float)]
+    is_random = "dropout" in op_name(node) or op_name(node) == "rrelu"
+    return is_random and any(argument is True for argument in arguments) and any(rate > 0 for rate in rates)
+
+
 def mutated_operand(node: fx.Node) -> fx.Node | None:
     """The operand that a node writes into, if it is an in-place operation."""
     if node.op == "call_function":
         in_place = node.target in _IN_PLACE_OPERATORS
-        in_place = in_place or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+        in_place = in_place or _argument(node, "inplace") is True or node.kwargs.get("out") is not None
         in_place = in_place or (op_name(node).endswith("_") and not op_name(node).endswith("__"))
     else:
         in_place = node.op == "call_method" and op_name(node).endswith("_") and not op_name(node).endswith("__")

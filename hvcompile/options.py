@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import os
 import types
 import typing
@@ -67,7 +68,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         elif setting is False:
             switched_off.append((item.__name__, f"options[{item.section!r}] is False"))
         else:
-            passes.append((_configure(item, setting), asked))
+            passes.append((_configure(item, setting) if asked else item(), asked))
     return Options(
         passes=tuple(passes),
         switched_off=tuple(switched_off),
@@ -77,7 +78,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
 
 
 def _configure(item: type[Pass], setting: Any) -> Pass:
-    if setting is None or setting is True:
+    if setting is True:
         return item()
     if not isinstance(setting, Mapping):
         raise OptionError(
@@ -104,7 +105,7 @@ def _require_type(held: Any, hint: Any, name: str) -> None:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in allowed:
         exact = isinstance(held, kind) and (kind is bool or not isinstance(held, bool))
-        if exact or (kind is float and isinstance(held, int) and not isinstance(held, bool)):
+        if exact or (kind is float and isinstance(held, numbers.Real) and not isinstance(held, bool)):
             return
     wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
     raise OptionError(f"{name} is {held!r}, a {type(held).__name__}; allowed is {wanted}")

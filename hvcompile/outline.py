@@ -18,6 +18,7 @@ from hvcompile import inductor
 from hvcompile.inductor import INVOKE_SUBGRAPH, TAG, layout_key, provenance, shape_key, value
 from hvcompile.nodes import (
     contexts,
+    draws_random_numbers,
     drop_grad_switches,
     is_context_switch,
     is_scalar,
@@ -30,7 +31,18 @@ from hvcompile.nodes import (
 from hvcompile.slices import count_from_start
 from hvcompile.streams import find_streams
 from hvcompile.structure import Block, arithmetic, describe_lists, entering, find_trunk, leaving, module_path
-from hvcompile.trunk import BlockCall, Body, NoTrunk, Trunk, as_operands, contiguous_like, is_activation, symbolic_sizes
+from hvcompile.trunk import (
+    BlockCall,
+    Body,
+    NoTrunk,
+    Trunk,
+    as_operands,
+    contiguous_like,
+    is_activation,
+    restore_order,
+    stride_order,
+    symbolic_sizes,
+)
 
 # Of a block's arithmetic, what its body may compute beyond it so that no body of its own is needed.
 MOST_WASTE = 0.1
@@ -48,6 +60,9 @@ def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
     sizes = symbolic_sizes(module.graph, before=found[0].nodes[0])
     _adopt_context_switches(module.graph, found)
     operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in found]
+    declined = _decline_graph(module.graph, found)
+    if declined:
+        return NoTrunk(declined)
     within = contexts(module.graph)
     for block, reads in zip(found, operands, strict=True):
         declined = _decline(block, reads, within)
@@ -175,9 +190,25 @@ def _families(
 
 def _operand_key(operand: fx.Node) -> Any:
     held = value(operand)
-    if is_activation(operand):  # made contiguous before the call, so its strides do not matter
-        return ("activation", shape_key(held), str(held.dtype), str(held.device))
+    if is_activation(operand):  # made contiguous before the call, so only the order of its strides matters
+        return ("activation", shape_key(held), stride_order(held), str(held.dtype), str(held.device))
     return ("constant" if operand.op == "get_attr" else "weight", _value_key(operand))
+
+
+def _decline_graph(graph: fx.Graph, found: Sequence[Block]) -> str:
+    """Why no block of a graph can be outlined; empty if some can."""
+    owned = {node for block in found for node in block.nodes}
+    first, last = found[0].nodes[0], found[-1].nodes[-1]
+    reached = False
+    for node in graph.nodes:
+        reached = reached or node is first
+        if draws_random_numbers(node):
+            return f"{node.name} drops out activations: the model is in training mode, call .eval() on it"
+        if reached and node not in owned and mutated_operand(node) is not None:
+            return f"between the blocks stands {node.format_node()}, which writes into a tensor that they may read"
+        if node is last:
+            break
+    return ""
 
 
 def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tuple[fx.Node, ...]]) -> str:
@@ -190,8 +221,6 @@ def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tu
         mutated = mutated_operand(node)
         if mutated is not None and storage_root(mutated) not in inside:
             return f"{block.path} writes into a tensor from outside it ({node.format_node()})"
-        if op_name(node) in {"dropout", "alpha_dropout", "feature_dropout"} and _draws_random_numbers(node):
-            return f"{block.path} drops out activations: the model is in training mode, call .eval() on it"
     unsupported = [operand for operand in operands if not is_tensor(operand) and not is_scalar(operand)]
     if unsupported:
         return f"{block.path} reads {unsupported[0].format_node()}, which is neither a tensor nor a number"
@@ -202,13 +231,6 @@ def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tu
             if any(user in inside for user in node.users):
                 return f"{block.path} reads back its own result through work outside it ({node.format_node()})"
     return ""
-
-
-def _draws_random_numbers(dropout: fx.Node) -> bool:
-    arguments = (*dropout.args[1:], *dropout.kwargs.values())
-    training = any(argument is True for argument in arguments)
-    rates = [argument for argument in arguments if isinstance(argument, float)]
-    return training and any(rate > 0 for rate in rates)
 
 
 def _between(block: Block) -> Iterator[fx.Node]:
@@ -235,6 +257,9 @@ def _build_body(
     for operand in operands:
         env[operand] = graph.placeholder(_placeholder_name(operand, block))
         env[operand].meta["example_value"] = value(operand)
+    for operand in operands:
+        if is_activation(operand):
+            env[operand] = restore_order(graph, env[operand], value(operand))
     for node in block.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = copy.copy(node.meta)
@@ -277,6 +302,8 @@ def _outline(
         with graph.inserting_after(anchor):
             anchor = graph.call_function(operator.getitem, (call, number))
         anchor.meta = provenance(result, "outline", call.meta["example_value"][number])
+        with graph.inserting_after(anchor):
+            anchor = restore_order(graph, anchor, value(result))
         renamed[result] = anchor
         for reader in readers:
             reader.replace_input_with(result, anchor)

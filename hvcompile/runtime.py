@@ -1,10 +1,11 @@
 """State between calls of a compiled graph: whose it is, which generation's, and when it goes.
 
 A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledTrunk`` owns
-the exchange. State is kept in slots. A slot belongs to one model, one thread, one compiled graph, one set of shapes and
-one set of conditions (text embeddings, masks ...), so the two halves of classifier-free guidance, two prompts, two
-pipelines and two threads each have their own. Nothing is read back from the device to find a slot as long as a
-pipeline hands in the same, unmodified condition tensors step after step; for a new tensor, one number is.
+the exchange. State is kept in slots. A slot belongs to one model with its weights as they are, one thread, one compiled
+graph, one set of shapes and one set of conditions (text embeddings, masks ...), so the two halves of classifier-free
+guidance, two prompts, two pipelines and two threads each have their own. Nothing is read back from the device to find a
+slot as long as a pipeline hands in the same, unmodified condition tensors step after step; for a new tensor, one number
+is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +26,12 @@ from hvcompile import inductor
 from hvcompile.errors import UncompiledModelError
 from hvcompile.pipeline import JournalRow
 
+log = logging.getLogger(__name__)
+
 # A slot that was not used in this many calls of its model belongs to a generation that is over.
 STALE_AFTER_CALLS = 32
+# Generations (or guidance halves) that run at the same time in one model at most; each holds two or more activations.
+MOST_SLOTS = 8
 # Steps whose decision is kept for ``stats``; counts go on beyond it.
 KEPT_STEPS = 10_000
 
@@ -81,7 +87,7 @@ class ModelState:
     """Everything that is kept for one model; dies with the model."""
 
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    graphs: dict[tuple[int, int], list[JournalRow]] = dataclasses.field(default_factory=dict)
+    graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
     slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
     numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
     calls: int = 0
@@ -100,6 +106,9 @@ class ModelState:
                 self.hits += int(reused)
                 self.misses += int(not reused)
 
+
+# Tells compiled graphs apart.
+_NUMBERS = itertools.count()
 
 # An index, not a store: it maps a model's first parameter to what is kept for it, and lets go when the model does.
 _MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -142,9 +151,13 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
     states = _states_of(model)
     for state in states:
         state.read_pending()
-    captured = [key for state in states for key in state.graphs]
-    graphs = len({frame for frame, _ in captured})
-    slots = [slot for state in states for slot in state.slots.values()]
+    captured, slots, steps = [], [], []
+    for state in states:
+        with state.lock:
+            captured += list(state.graphs.values())
+            slots += list(state.slots.values())
+            steps += list(state.steps)
+    graphs = len({frame for (frame, _), _ in captured})
     return Stats(
         graphs=graphs,
         recompiles=len(captured) - graphs,
@@ -152,15 +165,18 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
         misses=sum(state.misses for state in states),
         slots=len(slots),
         bytes=sum(tensor.untyped_storage().nbytes() for slot in slots for tensor in slot.tensors),
-        steps=[step for state in states for step in state.steps],
-        journal=[journal for state in states for journal in state.graphs.values()],
+        steps=steps,
+        journal=[journal for _, journal in captured],
     )
 
 
 def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
     """Forget all cached state and statistics of a model, so that its next step is computed.
 
-    Never needed for a new prompt, schedule or shape: those are found from the inputs.
+    Not needed for a new prompt, shape or schedule: those are found from the inputs. It is needed where the inputs
+    can't tell: before a generation with the same conditions as one that was broken off at a *later* timestep than the
+    new one begins at, between generations with the same conditions that run step by step in turn in one thread, and
+    after conditions or weights were written through ``.data`` or another view that PyTorch does not track.
 
     Raises:
         UncompiledModelError: the model has not run under this backend.
@@ -189,6 +205,15 @@ def fingerprint(tensor: torch.Tensor) -> int:
     weight = place * -7046029254386353131  # 2**64 divided by the golden ratio, as a signed number
     weight = (weight ^ (weight >> 29)) * -4658895280553007687
     return int(((flat + 1) * (weight | 1)).sum().item())
+
+
+def _revision(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Changes when a weight is written to in place (a fused LoRA, ``load_state_dict``) or is another tensor.
+
+    Read on the host alone. A write through ``.data`` leaves no trace, and is not seen.
+    """
+    versions = 0 if weights and weights[0].is_inference() else sum(weight._version for weight in weights)
+    return versions, sum(map(id, weights))
 
 
 class _Fingerprints:
@@ -226,6 +251,7 @@ class Calling:
     """
 
     anchor: int | None
+    weights: tuple[int, ...]
     conditions: tuple[int, ...]
     symbols: Mapping[int, Any]
     num_outputs: int
@@ -240,7 +266,11 @@ class CompiledTrunk:
         self, compiled: Callable[..., Any], calling: Calling, journal: list[JournalRow], compile_id: tuple[int, int]
     ) -> None:
         self._compiled, self._calling, self._journal, self._compile_id = compiled, calling, journal, compile_id
+        # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
+        self._number = next(_NUMBERS)
         self._fingerprints = _Fingerprints()
+        self._lock = threading.Lock()
+        self._has_warned = False
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
@@ -248,9 +278,9 @@ class CompiledTrunk:
         if calling.anchor is None:
             return self._compiled(*args)  # type: ignore[no-any-return]
         model = model_state(args[calling.anchor])
-        if self._compile_id not in model.graphs:
+        if self._number not in model.graphs:
             with model.lock:
-                model.graphs[self._compile_id] = self._journal
+                model.graphs[self._number] = (self._compile_id, self._journal)
         if not calling.states:
             return self._compiled(*args)  # type: ignore[no-any-return]
         slot = self._slot(model, args)
@@ -267,10 +297,12 @@ class CompiledTrunk:
     def _slot(self, model: ModelState, args: Sequence[Any]) -> Slot:
         calling = self._calling
         numbers = tuple(arg for arg in args if not isinstance(arg, torch.Tensor))
-        with model.lock:
+        with self._lock:
             conditions = tuple(self._fingerprints.of(args[place]) for place in calling.conditions)
+        weights = _revision([args[place] for place in calling.weights])
+        with model.lock:
             thread = weakref.ref(threading.current_thread())
-            key = (thread, self._compile_id, numbers, conditions)
+            key = (thread, self._number, weights, numbers, conditions)
             model.calls += 1
             for other, slot in list(model.slots.items()):
                 owner = other[0]()
@@ -278,9 +310,23 @@ class CompiledTrunk:
                     del model.slots[other]
             found = model.slots.get(key)
             if found is None:
+                if len(model.slots) >= MOST_SLOTS:
+                    oldest = min(model.slots, key=lambda other: model.slots[other].last_call)
+                    del model.slots[oldest]
+                    self._warn_of_churn()
                 found = model.slots[key] = Slot(next(model.numbers), self._fresh(args), 0)
             found.last_call = model.calls
             return found
+
+    def _warn_of_churn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "hvfast keeps state for %d sets of conditions at most and has dropped the oldest: an input beside the "
+                "sample and the timestep changes at every step, or more generations than that run at once. Steps whose "
+                "state was dropped are computed",
+                MOST_SLOTS,
+            )
 
     def _fresh(self, args: Sequence[Any]) -> list[torch.Tensor]:
         symbols = {symbol: args[place] for place, symbol in self._calling.symbols.items()}

@@ -7,7 +7,7 @@ import operator
 
 from torch import fx
 
-from hvcompile.inductor import numel_hint, provenance, shape_key, value
+from hvcompile.inductor import is_data_dependent, numel_hint, provenance, shape_key, value
 from hvcompile.inputs import InputRoles, classify
 from hvcompile.nodes import (
     ancestors,
@@ -18,6 +18,7 @@ from hvcompile.nodes import (
     is_tensor,
     mutated_operand,
     op_name,
+    storage_root,
 )
 from hvcompile.trunk import BlockCall, Trunk
 
@@ -38,7 +39,6 @@ class SkipPlan:
     moved: tuple[fx.Node, ...]
     leaving: tuple[fx.Node, ...]
     roles: InputRoles
-    remarks: tuple[tuple[str, str], ...]
 
 
 def plan_skip(trunk: Trunk) -> SkipPlan | str:
@@ -58,11 +58,18 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
     if any(not is_tensor(node) for node in leaving):
         return f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
 
+    if any(is_data_dependent(value(node)) for node in leaving):
+        return "what leaves the blocks has a length that depends on data, so no state can be made for it"
+
     roles = classify(trunk)
     if not roles.weights:
         return "the graph takes no parameters as inputs, so its state can't be tied to a model"
     if roles.sample is None:
         return "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
+    if roles.python_time is not None:
+        return f"{roles.python_time} is a Python number; pass the timestep as a tensor"
+    if not roles.clocks:
+        return "no input is a timestep, so one generation can't be told from the next"
     stream = _main_stream(first, roles.sample)
     if stream is None:
         return f"no output of {first.path} continues one of its inputs, so it has no residual"
@@ -77,7 +84,6 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
     for node in moved:
         if is_context_switch(node) or mutated_operand(node) is not None:
             return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
-    remarks = () if roles.clocks else (("clock", "no input is a timestep: call hvcompile.reset between generations"),)
     return SkipPlan(
         first=first,
         stream_in=stream[0],
@@ -85,7 +91,6 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
         moved=moved,
         leaving=tuple(leaving),
         roles=roles,
-        remarks=remarks,
     )
 
 
@@ -112,9 +117,11 @@ def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node
     private: set[fx.Node] = set()
     within = contexts(graph)
     context = within[next(node for node in graph.nodes if node in core)]
+    written = {storage_root(mutated) for node in graph.nodes if (mutated := mutated_operand(node)) is not None}
     for node in reversed(graph.nodes):
         is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
         is_work = is_work and within[node] == context
+        is_work = is_work and written.isdisjoint(storage_root(item) for item in (node, *node.all_input_nodes))
         if is_work and node.users and (core | private).issuperset(node.users):
             private.add(node)
     for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from hvcompile.inductor import numel_hint, shape_key, size_hint, value
-from hvcompile.nodes import is_scalar, is_tensor
+from hvcompile.nodes import is_scalar, is_tensor, op_name
 
 # Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
 # with them are work between the blocks (an adapter, a projection), not blocks.
@@ -208,6 +208,11 @@ def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block])
     return 0 < sum(map(numel_hint, results)) <= tokens_in == tokens_out
 
 
+def _has_repeats(run: _ListRun) -> bool:
+    programs = [tuple(op_name(node) for node in block.nodes) for block in run.blocks]
+    return len(set(programs)) < len(programs)
+
+
 def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
     """The trunk's blocks in order of execution, or none and the reason.
 
@@ -224,6 +229,8 @@ def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
             else:
                 chains.append([run])
         candidates = [chain for chain in chains if sum(len(run.blocks) for run in chain) > 1]
+        if depth:  # inside a block stand lists too, such as the layers of its MLP; only alike members are blocks
+            candidates = [chain for chain in candidates if any(map(_has_repeats, chain))]
         if candidates:
             best = max(candidates, key=lambda chain: sum(run.arithmetic() for run in chain))
             return [block for run in best for block in run.blocks], ""

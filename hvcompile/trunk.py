@@ -130,6 +130,36 @@ def contiguous_like(fake: torch.Tensor) -> torch.Tensor:
     return torch.clone(fake, memory_format=torch.contiguous_format)
 
 
+def stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the largest stride to the smallest; in their own order where the tensor is contiguous."""
+    order = range(tensor.ndim)
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return tuple(order)
+    strides = [inductor.size_hint(stride) for stride in tensor.stride()]
+    return tuple(sorted(order, key=lambda dim: -strides[dim]))
+
+
+def restore_order(graph: fx.Graph, node: fx.Node, original: torch.Tensor) -> fx.Node:
+    """Give a contiguous tensor the stride order that it had before outlining, where a ``view`` may rely on it.
+
+    Stands after the node; returns the last node made, or the node itself where the order is the usual one.
+    """
+    order = stride_order(original)
+    if order == tuple(range(original.ndim)):
+        return node
+    inverse = tuple(order.index(dim) for dim in range(len(order)))
+    made = node
+    steps: list[tuple[str, tuple[Any, ...]]] = [("permute", order), ("contiguous", ()), ("permute", inverse)]
+    fake = value(node)
+    for method, arguments in steps:
+        fake = getattr(fake, method)(*arguments)
+        after = made
+        with graph.inserting_after(after):
+            made = graph.call_method(method, (after, *arguments))
+        made.meta = provenance(node, "outline", fake)
+    return made
+
+
 def as_operands(
     graph: fx.Graph, nodes: Iterable[fx.Node], tag: str, ready: Iterable[fx.Node] = ()
 ) -> dict[fx.Node, fx.Node]:

@@ -19,6 +19,9 @@ from hvcompile.pipeline import Pass, PassReport
 from hvcompile.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.trunk import Trunk, as_operands, symbolic_sizes
 
+# Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
+MOST = 1e9
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstBlockCache(Pass):
@@ -67,12 +70,13 @@ class FirstBlockCache(Pass):
     last_steps_computed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+        if not 0 <= self.threshold <= MOST:
             raise OptionError(f"first_block_cache.threshold is {self.threshold}; allowed is a finite number, 0 or more")
         for name, least in (("warmup_steps", 0), ("last_steps_computed", 0), ("max_consecutive_hits", 1)):
             number = getattr(self, name)
-            if number is not None and number < least:
-                raise OptionError(f"first_block_cache.{name} is {number}; allowed is a whole number, {least} or more")
+            if number is not None and not least <= number <= MOST:
+                allowed = f"a whole number, {least} or more, up to {MOST:g}"
+                raise OptionError(f"first_block_cache.{name} is {number}; allowed is {allowed}")
 
     def apply(self, trunk: Trunk) -> PassReport:
         """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
@@ -83,7 +87,6 @@ class FirstBlockCache(Pass):
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
         return PassReport(
             matched=(f"{trunk.blocks[1].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}",),
-            declined=plan.remarks,
         )
 
     def decide(

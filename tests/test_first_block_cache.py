@@ -166,7 +166,7 @@ def test_steps_left_of_a_constant_clock_is_infinite() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_never_reuses(bad: float) -> None:
-    model, inputs = compiled(Toy(), threshold=1e30), toy_inputs()
+    model, inputs = compiled(Toy(), threshold=1e9), toy_inputs()
     broken = torch.full_like(inputs["sample"], bad)
     with torch.no_grad():
         for place, sample in enumerate([inputs["sample"], broken, broken, inputs["sample"], inputs["sample"]]):
@@ -215,22 +215,97 @@ class TwoWays(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 8)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = x + timestep.sin()[:, None, None]
         for block in self.blocks:
             x = block(x)
         return x
 
 
 def test_declines_with_a_reason() -> None:
-    x = torch.randn(2, 3, 8)
+    x = torch.randn(2, 3, 8), torch.tensor([5.0, 5.0])
     with torch.no_grad():
         model = hvfast(TwoWays(), options={"lower": "eager"})
-        assert torch.equal(model(x), model._orig_mod(x))
+        assert torch.equal(model(*x), model._orig_mod(*x))
         row = hvcompile.stats(model).journal[0][-1]
         assert "no residual" in row.report.declined[0][1]
         asked = hvfast(TwoWays(), options={"lower": "eager", "first_block_cache": True})
         with pytest.raises(Exception, match=r"first_block_cache.*no residual"):
-            asked(x)
+            asked(*x)
+
+
+class Written(Toy):
+    """Writes in place between, before or inside the blocks, as ``where`` says."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        hidden, text = self.embed(sample), self.time(text)
+        time = self.time(timestep[:, None].sin().expand(-1, 16))
+        late = text * 2
+        if self.where == "before":
+            text.mul_(0.3)
+        for place, block in enumerate(self.blocks):
+            if self.where == "strided":
+                text = text.transpose(1, 2).contiguous().transpose(1, 2)
+            hidden = block(hidden, late if place and self.where == "before" else text, time)
+            if self.where in {"between", "strided"}:
+                text.mul_(0.5)
+            if self.where == "activation":
+                self.act(hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("where", ["before", "between", "strided", "activation"])
+def test_writes_in_place_around_the_blocks(where: str) -> None:
+    """Either the pass declines or the result is right, computed and reused."""
+    model = Written(where)
+    fast = hvfast(model, options={"lower": "eager"})
+    with torch.no_grad():
+        for _ in range(2):
+            assert relative_error(fast(**toy_inputs()), model(**toy_inputs())) < 1e-6
+
+
+def test_no_timestep_no_cache() -> None:
+    class Timeless(Toy):
+        def forward(self, sample: torch.Tensor, timestep: Any, text: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(sample)
+            time = sample.mean(dim=1) if timestep is None else (timestep * torch.ones(1, 16)).sin()
+            for block in self.blocks:
+                hidden = block(hidden, text, time)
+            return self.head(hidden)
+
+    fast = hvfast(Timeless(), options={"lower": "eager"}, dynamic=True)
+    inputs = toy_inputs()
+    with torch.no_grad():
+        fast(**inputs | {"timestep": None})
+        for number in (900, 870):
+            fast(**inputs | {"timestep": number})
+    stats = hvcompile.stats(fast)
+    assert stats.steps == []
+    reasons = [journal[-1].report.declined[0][1] for journal in stats.journal]
+    assert "no input is a timestep" in reasons[0]
+    assert "is a Python number; pass the timestep as a tensor" in reasons[1]
+
+
+def test_small_conditions_are_not_clocks() -> None:
+    """Calls that differ in a class label or a length have state of their own."""
+
+    class Labelled(Toy):
+        def forward(self, sample: Any, timestep: Any, text: Any, label: Any) -> Any:  # type: ignore[override]
+            return super().forward(sample, timestep, text + label[:, None, None])
+
+    fast = compiled(Labelled(), threshold=1e9)
+    with torch.no_grad():
+        for time in DOWN:
+            for label in (1.0, 5.0):
+                inputs = toy_inputs(timestep=time)
+                fast(**inputs, label=torch.tensor([label]))
+    stats = hvcompile.stats(fast)
+    assert (stats.slots, stats.misses, stats.hits) == (2, 2, 2 * len(DOWN) - 2)
 
 
 def test_intermediate_results_leave_too() -> None:

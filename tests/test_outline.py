@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import relative_error
+from oracle import hvfast, relative_error
 from torch import nn
 from toy import Toy, toy_inputs
 
@@ -171,6 +171,39 @@ def test_operands_of_any_layout(strided: bool) -> None:
             return super().forward(x.transpose(1, 2) if strided else x.expand(2, 8, 8))
 
     outlined(Model(), torch.randn(2, 8, 3) if strided else torch.randn(1, 8, 8))
+
+
+def test_views_that_rely_on_a_transposed_layout() -> None:
+    """Inside a block, between blocks and in the caller, and the caller sees the strides that eager gives."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            x = h.transpose(1, 2)
+            batch, tokens, channels = x.shape
+            x = x + self.linear(x.view(batch * tokens, channels)).view(batch, tokens, channels)
+            return x.transpose(1, 2)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = (x * 2).transpose(1, 2)
+            for block in self.blocks:
+                h = block(h)
+            return h.transpose(1, 2).view(-1, 8), h
+
+    model, x = Model(), torch.randn(2, 5, 8)
+    fast = hvfast(model, options={"lower": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        for actual, expected in zip(fast(x), model(x), strict=True):
+            assert relative_error(actual, expected) < 1e-6
+            assert actual.stride() == expected.stride()
 
 
 def refused(forward: Callable[..., Any]) -> str:

@@ -222,6 +222,48 @@ def test_state_dies_with_the_model() -> None:
     assert not [reference for reference in alive if reference() is not None]
 
 
+def test_dynamo_reset_begins_with_fresh_state() -> None:
+    """Dynamo numbers its graphs from 0 again; the state of the old ones must not be taken for theirs."""
+    model = Toy()
+    with torch.no_grad():
+        compiled(model, threshold=1e9)(**toy_inputs())
+        torch._dynamo.reset()
+        fast = compiled(model, threshold=1e9, last_steps_computed=1)
+        fast(**toy_inputs(timestep=700.0))
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, False]
+
+
+def test_weights_changed_in_place_are_noticed() -> None:
+    """A LoRA fused between two calls, or a checkpoint loaded into the model, makes the cache another model's."""
+    model = Toy()
+    fast = compiled(model, threshold=1e9)
+    with torch.no_grad():
+        fast(**toy_inputs())
+        model.blocks[2].out.weight.add_(0.1)  # type: ignore[union-attr, operator]
+        assert torch.equal(fast(**toy_inputs()), model(**toy_inputs()))
+        model.load_state_dict({name: held * 1.1 for name, held in model.state_dict().items()})
+        assert torch.equal(fast(**toy_inputs()), model(**toy_inputs()))
+    assert hvcompile.stats(fast).misses == 3
+
+
+def test_models_that_share_a_block_share_no_state() -> None:
+    one, other = Toy(), Toy()
+    other.blocks[0] = one.blocks[0]
+    with torch.no_grad():
+        other.blocks[2].out.weight.mul_(-3)  # type: ignore[union-attr, operator]
+        compiled(one, threshold=1e9)(**toy_inputs())
+        assert torch.equal(compiled(other, threshold=1e9)(**toy_inputs()), other(**toy_inputs()))
+
+
+def test_slots_are_bounded_and_churn_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = compiled(Toy(), threshold=1e9)
+    with torch.no_grad():
+        for seed in range(runtime.MOST_SLOTS + 3):
+            model(**toy_inputs(seed))
+    assert hvcompile.stats(model).slots == runtime.MOST_SLOTS
+    assert caplog.text.count("changes at every step") == 1
+
+
 def test_a_model_that_never_ran() -> None:
     for call in (hvcompile.stats, hvcompile.reset):
         with pytest.raises(hvcompile.UncompiledModelError, match="compile it with"):
