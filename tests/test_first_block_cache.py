@@ -28,7 +28,7 @@ def recovered(model: nn.Module, **inputs: torch.Tensor) -> Trunk:
         trunk = recover(module)
         assert isinstance(trunk, Trunk), trunk
         found.append(trunk)
-        return module.forward  # type: ignore[no-any-return]
+        return module.forward
 
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True)(**inputs)
