@@ -283,5 +283,10 @@ def _check_output(output: Path) -> None:
         raise InputError(f"output {str(output)!r} is no video file: give a name that ends in {', '.join(CONTAINERS)}")
     if not output.parent.is_dir():
         raise InputError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}: make it first")
-    if not os.access(output.parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
-        raise InputError(f"output {str(output)!r} can't be written: give a place where you may write")
+    try:  # asking for permission says yes to root where the file system says no
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"output {str(output)!r} can't be written ({reason}): give a place where you may") from error
+    if output.exists() and not os.access(output, os.W_OK):
+        raise InputError(f"output {str(output)!r} is write-protected: give another name")

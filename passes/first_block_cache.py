@@ -36,16 +36,18 @@ class FirstBlockCache(Pass):
       whose first step is computed.
 
     Args:
-        threshold: relative difference, 0 or more; 0 reuses only where block 1 repeats itself exactly.
+        threshold: relative difference, taken in fp32, 0 or more; 0 reuses only where block 1 repeats itself exactly.
         warmup_steps: steps at the start of a generation that are always computed, 0 or more.
         max_consecutive_hits: steps reused in a row at most, 1 or more; None for no limit.
         last_steps_computed: steps at the end of a generation that are always computed, 0 or more. The end is where the
             clock will reach 0 (or 1 or 1000, where it rises), extrapolated through its last three values by the
-            projective map that is exact for evenly spaced and for shifted flow-matching schedules; a generation's
-            first two steps, before there are three values, are computed.
+            projective map that is exact for evenly spaced and for shifted flow-matching schedules. A generation's first
+            two steps, before there are three values, are computed; timesteps rounded to whole numbers or bf16 blur the
+            map, so that some steps in the middle are computed as well.
 
     Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108);
-    decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses.
+    decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses and that means are taken there
+    in the model's dtype.
 
     Before::
 
