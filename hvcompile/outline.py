@@ -47,6 +47,10 @@ from hvcompile.trunk import (
 # Of a block's arithmetic, what its body may compute beyond it so that no body of its own is needed.
 MOST_WASTE = 0.1
 
+# Operations that succeed or fail by their input's strides, and those whose result does not inherit its input's.
+_BY_STRIDES = {"view", "view_as", "as_strided", "stride"}
+_NEW_LAYOUT = {"linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention", "layer_norm", "cat", "contiguous"}
+
 
 def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
     """Find the repeated blocks of a graph captured by Dynamo and outline them; the captured graph is not changed."""
@@ -173,7 +177,11 @@ def _families(
     """Group the blocks that can share a body: first member -> member -> its nodes' numbers in the first member."""
     families: dict[int, dict[int, dict[fx.Node, int]]] = {}
     rows: dict[int, list[tuple[Any, ...]]] = {}
-    layouts = [tuple(map(_operand_key, reads)) for reads in operands]
+    viewed = [_viewed(block, reads) for block, reads in zip(found, operands, strict=True)]
+    layouts = [
+        tuple(_operand_key(operand, operand in among) for operand in reads)
+        for reads, among in zip(operands, viewed, strict=True)
+    ]
     for place, block in enumerate(found):
         for first, members in families.items():
             if layouts[place] != layouts[first]:
@@ -188,11 +196,30 @@ def _families(
     return families
 
 
-def _operand_key(operand: fx.Node) -> Any:
+def _operand_key(operand: fx.Node, is_viewed: bool) -> Any:
     held = value(operand)
-    if is_activation(operand):  # made contiguous before the call, so only the order of its strides matters
-        return ("activation", shape_key(held), stride_order(held), str(held.dtype), str(held.device))
+    if is_activation(operand):  # made contiguous before the call
+        order = stride_order(held) if is_viewed else ()
+        return ("activation", shape_key(held), order, str(held.dtype), str(held.device))
     return ("constant" if operand.op == "get_attr" else "weight", _value_key(operand))
+
+
+def _viewed(block: Block, operands: Sequence[fx.Node]) -> set[fx.Node]:
+    """The operands whose strides reach a ``view``, which fails or not by them."""
+    inside, wanted = set(block.nodes), set(operands)
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node for node in block.nodes if op_name(node) in _BY_STRIDES]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in seen:
+                continue
+            seen.add(source)
+            if source in wanted:
+                found.add(source)
+            elif source in inside and op_name(source) not in _NEW_LAYOUT:
+                stack.append(source)
+    return found
 
 
 def _decline_graph(graph: fx.Graph, found: Sequence[Block]) -> str:
@@ -257,7 +284,7 @@ def _build_body(
     for operand in operands:
         env[operand] = graph.placeholder(_placeholder_name(operand, block))
         env[operand].meta["example_value"] = value(operand)
-    for operand in operands:
+    for operand in _viewed(block, operands):
         if is_activation(operand):
             env[operand] = restore_order(graph, env[operand], value(operand))
     for node in block.nodes:

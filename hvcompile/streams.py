@@ -14,9 +14,20 @@ from hvcompile.structure import Block
 from hvcompile.trunk import Body
 
 # Operations through which a residual stream passes unchanged but for what is added to it.
-_CARRIERS = {"add", "sub", "getitem", "cat", "clone", "contiguous", "to", "type_as", "dropout", "where", "concat"} | {
-    f"{kind}{name}" for kind in ("", "un") for name in ("squeeze", "flatten")
-}
+_CARRIERS = {
+    "add",
+    "sub",
+    "permute",
+    "getitem",
+    "cat",
+    "clone",
+    "contiguous",
+    "to",
+    "type_as",
+    "dropout",
+    "where",
+    "concat",
+} | {f"{kind}{name}" for kind in ("", "un") for name in ("squeeze", "flatten")}
 
 
 def find_streams(
