@@ -11,6 +11,7 @@ from torch import fx
 
 from hvcompile.inductor import COND, TAG, value
 from hvcompile.nodes import is_tensor
+from hvcompile.trunk import contiguous_like
 
 
 class Branch:
@@ -54,8 +55,7 @@ class Branch:
         """Return these nodes, each as a contiguous tensor of its own."""
         for result in results:
             copied = self.graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
-            fake = torch.clone(value(result), memory_format=torch.contiguous_format)
-            copied.meta = {TAG: self.tag, "example_value": fake}
+            copied.meta = {TAG: self.tag, "example_value": contiguous_like(value(result))}
             self.results.append(copied)
         self.graph.output(tuple(self.results))
         return fx.GraphModule(self.root, self.graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -140,25 +140,22 @@ def settle(graph: fx.Graph) -> None:
                     break
 
 
-def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def _closure(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for reached in step(stack.pop()):
+            if reached not in found:
+                found.add(reached)
+                stack.append(reached)
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Everything that depends on these nodes."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
+    return _closure(nodes, lambda node: node.users)
 
 
-def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Everything that these nodes depend on."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in found:
-                found.add(operand)
-                stack.append(operand)
-    return found
+    return _closure(nodes, lambda node: node.all_input_nodes)
