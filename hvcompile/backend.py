@@ -98,6 +98,7 @@ def _plain(
         anchor=weights[0] if weights else None,
         weights=(),
         conditions=(),
+        numbers=(),
         symbols={},
         num_outputs=0,
         states=(),
@@ -141,6 +142,7 @@ def seal(trunk: Trunk) -> runtime.Calling:
         anchor=placeholders.index(anchors[0]) if anchors else None,
         weights=tuple(place for place, node in enumerate(placeholders) if node in weights),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
+        numbers=tuple(place for place, node in enumerate(placeholders[: len(trunk.inputs)]) if not is_tensor(node)),
         symbols=inductor.symbols_of(trunk.graph),
         num_outputs=len(results),
         states=tuple(

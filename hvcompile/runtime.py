@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,17 @@ class ModelState:
                 self.steps.append(Step(slot, bool(reused), difference))
                 self.hits += int(reused)
                 self.misses += int(not reused)
+
+
+# There are over a thousand weights to look at in every step: what runs for each of them runs in C.
+_VERSION = operator.attrgetter("_version")
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the items at these places out of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda items: tuple(items[place] for place in places)
 
 
 # Tells compiled graphs apart.
@@ -212,7 +224,7 @@ def _revision(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
 
     Read on the host alone. A write through ``.data`` leaves no trace, and is not seen.
     """
-    versions = 0 if weights and weights[0].is_inference() else sum(weight._version for weight in weights)
+    versions = 0 if weights and weights[0].is_inference() else sum(map(_VERSION, weights))
     return versions, sum(map(id, weights))
 
 
@@ -247,12 +259,14 @@ class StateLayout:
 class Calling:
     """Positions of the inputs that the runtime looks at, and what the graph returns beyond its own outputs.
 
-    ``anchor`` is a parameter that stands for the model; None where the graph has no parameters.
+    ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
+    inputs that are no tensors: sizes, and Python numbers given to the model.
     """
 
     anchor: int | None
     weights: tuple[int, ...]
     conditions: tuple[int, ...]
+    numbers: tuple[int, ...]
     symbols: Mapping[int, Any]
     num_outputs: int
     states: tuple[StateLayout, ...]
@@ -266,6 +280,7 @@ class CompiledTrunk:
         self, compiled: Callable[..., Any], calling: Calling, journal: list[JournalRow], compile_id: tuple[int, int]
     ) -> None:
         self._compiled, self._calling, self._journal, self._compile_id = compiled, calling, journal, compile_id
+        self._weights, self._numbers = _picker(calling.weights), _picker(calling.numbers)
         # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
         self._number = next(_NUMBERS)
         self._fingerprints = _Fingerprints()
@@ -296,10 +311,10 @@ class CompiledTrunk:
 
     def _slot(self, model: ModelState, args: Sequence[Any]) -> Slot:
         calling = self._calling
-        numbers = tuple(arg for arg in args if not isinstance(arg, torch.Tensor))
+        numbers = self._numbers(args)
         with self._lock:
             conditions = tuple(self._fingerprints.of(args[place]) for place in calling.conditions)
-        weights = _revision([args[place] for place in calling.weights])
+        weights = _revision(self._weights(args))
         with model.lock:
             thread = weakref.ref(threading.current_thread())
             key = (thread, self._number, weights, numbers, conditions)

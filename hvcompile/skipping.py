@@ -8,7 +8,7 @@ import operator
 from torch import fx
 
 from hvcompile.inductor import is_data_dependent, numel_hint, provenance, shape_key, value
-from hvcompile.inputs import InputRoles, classify
+from hvcompile.inputs import classify
 from hvcompile.nodes import (
     ancestors,
     contexts,
@@ -31,14 +31,15 @@ _REARRANGING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkipPlan:
-    """What moves into the branch and what it hands on."""
+    """What moves into the branch, what it hands on, and the inputs by which the graph follows a generation."""
 
     first: BlockCall
     stream_in: fx.Node
     stream_out: fx.Node
     moved: tuple[fx.Node, ...]
     leaving: tuple[fx.Node, ...]
-    roles: InputRoles
+    sample: fx.Node
+    clocks: tuple[fx.Node, ...]
 
 
 def plan_skip(trunk: Trunk) -> SkipPlan | str:
@@ -90,7 +91,8 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
         stream_out=stream[1],
         moved=moved,
         leaving=tuple(leaving),
-        roles=roles,
+        sample=roles.sample,
+        clocks=roles.clocks,
     )
 
 

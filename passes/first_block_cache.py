@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,6 @@ from hvcompile.branch import Branch, add_cond, is_submodule
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
 from hvcompile.inductor import value
-from hvcompile.inputs import InputRoles
 from hvcompile.nodes import settle
 from hvcompile.pipeline import Pass, PassReport
 from hvcompile.skipping import SkipPlan, counterpart, plan_skip
@@ -98,7 +98,12 @@ class FirstBlockCache(Pass):
         after: torch.Tensor,
         first: torch.Tensor,
         counters: torch.Tensor,
-        **history: torch.Tensor,
+        clock: torch.Tensor,
+        last_clock: torch.Tensor,
+        direction: torch.Tensor,
+        sample: torch.Tensor,
+        last_sample: torch.Tensor,
+        earlier_clock: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """The decision of one step, as graph code.
 
@@ -107,8 +112,12 @@ class FirstBlockCache(Pass):
             after: block 1's output stream, same shape.
             first: block 1's residual in the last computed step, same shape.
             counters: int64 ``[steps done in this generation, hits in a row]``.
-            history: ``clock``, ``last_clock``, ``earlier_clock``, ``direction``, float64 of one shape ``[K]``, and
-                ``sample``, ``last_sample`` of one shape; absent where the graph has no clock.
+            clock: this step's timesteps, float64 ``[K]``.
+            last_clock: those of the step before, same shape.
+            direction: sign of the clock's movement in this generation, 0 where it has not moved yet, same shape.
+            sample: what is denoised, any shape.
+            last_sample: that of the step before, same shape.
+            earlier_clock: timesteps of two steps before; given where ``last_steps_computed`` is.
 
         Returns:
             ``reused`` (bool scalar), ``difference`` (float32 scalar), ``residual``, and the next values of the state.
@@ -117,30 +126,25 @@ class FirstBlockCache(Pass):
         steps, streak = counters[0], counters[1]
         residual = after - before
         change = (residual.float() - first.float()).abs().mean() / first.float().abs().mean()
-        is_new = steps == 0
-        follow: dict[str, Any] = {}
-        is_near_end = None
-        if history:
-            clock, direction = history["clock"], history["direction"]
-            moved = (clock - history["last_clock"]).sign()
-            turned_back = (moved * direction < 0).any()
-            stands_still = (direction == 0).all() & (moved == 0).all()
-            is_new = is_new | turned_back | (stands_still & (history["sample"] != history["last_sample"]).any())
-            moved = torch.where(moved == 0, direction, moved)
-            follow["direction"] = torch.where(is_new, torch.zeros_like(moved), moved)
-            follow["last_clock"] = clock.clone()
-            follow["last_sample"] = history["sample"].clone()
-            if self.last_steps_computed:
-                earlier, last = history["earlier_clock"], history["last_clock"]
-                is_near_end = (steps_left(earlier, last, clock) < self.last_steps_computed + 0.5).any()
-                follow["earlier_clock"] = last.clone()
+        moved = (clock - last_clock).sign()
+        turned_back = (moved * direction < 0).any()
+        stands_still = (direction == 0).all() & (moved == 0).all()
+        is_new = (steps == 0) | turned_back | (stands_still & (sample != last_sample).any())
+        moved = torch.where(moved == 0, direction, moved)
+        follow = {
+            "direction": torch.where(is_new, torch.zeros_like(moved), moved),
+            "last_clock": clock.clone(),
+            "last_sample": sample.clone(),
+        }
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         steps = torch.where(is_new, torch.zeros_like(steps), steps)
         reused = difference.isfinite() & (difference <= self.threshold) & (steps >= self.warmup_steps)
         if self.max_consecutive_hits is not None:
             reused = reused & (streak < self.max_consecutive_hits)
-        if is_near_end is not None:
+        if earlier_clock is not None:
+            is_near_end = (steps_left(earlier_clock, last_clock, clock) < self.last_steps_computed + 0.5).any()
             reused = reused & (steps >= 2) & is_near_end.logical_not()
+            follow["earlier_clock"] = last_clock.clone()
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, "residual": residual, **follow}
 
@@ -167,23 +171,18 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
         trunk.add_state(f"residual_{place}", value(node).shape, value(node).dtype, value(node).device)
         for place, node in enumerate(plan.leaving)
     ]
-    counters = trunk.add_state("counters", (2,), torch.int64, main.device)
+    clock, sample = _clock(trunk, plan.clocks, main.device, anchor), plan.sample
+    clock_shape, sampled = value(clock).shape, value(sample)
+    small = {
+        "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
+        "direction": trunk.add_state("direction", clock_shape, torch.float64, main.device),
+        "last_clock": trunk.add_state("last_clock", clock_shape, torch.float64, main.device),
+        "last_sample": trunk.add_state("last_sample", sampled.shape, sampled.dtype, sampled.device),
+    }
+    if options.last_steps_computed:
+        small["earlier_clock"] = trunk.add_state("earlier_clock", clock_shape, torch.float64, main.device)
     operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first.placeholder}
-    operands["counters"] = counters.placeholder
-    small = {"counters": counters}
-    if plan.roles.clocks and plan.roles.sample is not None:
-        sample = plan.roles.sample
-        operands["clock"] = _clock(trunk, plan.roles, main.device, anchor)
-        operands["sample"] = sample
-        shape = value(operands["clock"]).shape
-        small["direction"] = trunk.add_state("direction", shape, torch.float64, main.device)
-        small["last_clock"] = trunk.add_state("last_clock", shape, torch.float64, main.device)
-        small["last_sample"] = trunk.add_state(
-            "last_sample", value(sample).shape, value(sample).dtype, value(sample).device
-        )
-        if options.last_steps_computed:
-            small["earlier_clock"] = trunk.add_state("earlier_clock", shape, torch.float64, main.device)
-        operands |= {name: state.placeholder for name, state in small.items()}
+    operands |= {"clock": clock, "sample": sample} | {name: state.placeholder for name, state in small.items()}
     decided = inline(graph, options.decide, operands, before=anchor, tag=tag)
     for name, state in small.items():
         state.next_value = decided[name]
@@ -227,9 +226,11 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     settle(graph)
 
 
-def _clock(trunk: Trunk, roles: InputRoles, device: torch.device, before: fx.Node) -> fx.Node:
+def _clock(trunk: Trunk, inputs: Sequence[fx.Node], device: torch.device, before: fx.Node) -> fx.Node:
+    """Add the timesteps of all inputs that carry one, as one float64 vector."""
+
     def gather(**clocks: torch.Tensor) -> dict[str, Any]:
         return {"clock": torch.cat([clock.to(device, torch.float64).flatten() for clock in clocks.values()])}
 
-    operands = {f"clock_{place}": node for place, node in enumerate(roles.clocks)}
+    operands = {f"clock_{place}": node for place, node in enumerate(inputs)}
     return inline(trunk.graph, gather, operands, before=before, tag=FirstBlockCache.__name__)["clock"]
