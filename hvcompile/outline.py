@@ -82,6 +82,9 @@ def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
     for place, block in enumerate(found):
         current = [renamed.get(operand, operand) for operand in operands[place]]
         trunk.blocks.append(_outline(module, block, bodies[place], current, outputs[place], renamed))
+    for node in reversed(module.graph.nodes):
+        if node.op == "call_method" and node.meta.get(TAG) == "outline" and not node.users:
+            module.graph.erase_node(node)  # an order restored for blocks that are calls now
     settle(module.graph)
     _prepare_operands(trunk)
     module.graph.lint()
@@ -192,7 +195,7 @@ def _outline(
     outputs: Sequence[fx.Node | None],
     renamed: dict[fx.Node, fx.Node],
 ) -> BlockCall:
-    """Replace a block's nodes by a call of its body; ``renamed`` gathers what stands for the nodes that were read."""
+    """Replace a block's nodes by a call of its body; ``renamed`` gathers what later calls take for the nodes read."""
     graph, inside, last = module.graph, set(block.nodes), block.nodes[-1]
     setattr(module, body.name, body.module)
     with graph.inserting_after(last):
@@ -210,9 +213,9 @@ def _outline(
         with graph.inserting_after(anchor):
             anchor = graph.call_function(operator.getitem, (call, number))
         anchor.meta = provenance(result, "outline", call.meta["example_value"][number])
+        renamed[result] = anchor  # later blocks restore the order inside their bodies, where they need it
         with graph.inserting_after(anchor):
             anchor = restore_order(graph, anchor, value(result))
-        renamed[result] = anchor
         for reader in readers:
             reader.replace_input_with(result, anchor)
     for node in reversed(block.nodes):

@@ -120,7 +120,7 @@ class FirstBlockCache(Pass):
             earlier_clock: timesteps of two steps before; given where ``last_steps_computed`` is.
 
         Returns:
-            ``reused`` (bool scalar), ``difference`` (float32 scalar), ``residual``, and the next values of the state.
+            ``reused`` (bool scalar), ``difference`` (float32 scalar), and the next values of the small state.
 
         """
         steps, streak = counters[0], counters[1]
@@ -146,7 +146,7 @@ class FirstBlockCache(Pass):
             reused = reused & (steps >= 2) & is_near_end.logical_not()
             follow["earlier_clock"] = last_clock.clone()
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
-        return {"reused": reused, "difference": difference, "residual": residual, **follow}
+        return {"reused": reused, "difference": difference, **follow}
 
 
 def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
@@ -194,9 +194,10 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     bodies = {node for node in external if is_submodule(node)}
     states = [state.placeholder for state in (*residuals, first)]
     wanted = [*symbolic_sizes(graph, before=plan.first.call), *(node for node in external if node not in bodies)]
+    wanted += [*counterparts, plan.stream_in, plan.stream_out, *states]
     with graph.inserting_before(anchor):
         results = [output for block in trunk.blocks for output in block.outputs.values()]
-        passed = as_operands(graph, [*wanted, *counterparts, decided["residual"], *states], tag, ready=results)
+        passed = as_operands(graph, wanted, tag, ready=results)
 
     miss, hit = Branch(trunk.module, passed, tag), Branch(trunk.module, passed, tag)
     miss.copy(plan.moved)
@@ -204,11 +205,13 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
         block.call = miss.env[block.call]
     computed = [miss.env[node] for node in plan.leaving]
     changes = [miss.call(torch.sub, now, miss.env[base]) for now, base in zip(computed, counterparts, strict=True)]
+    # Taken anew where it is kept: a step that reuses need not write it.
+    residual = miss.call(torch.sub, miss.env[plan.stream_out], miss.env[plan.stream_in])
     cached = [hit.env[state.placeholder] for state in residuals]
     restored = [hit.call(torch.add, hit.env[base], change) for base, change in zip(counterparts, cached, strict=True)]
     branches = {
         "cache_hit": (hit, [*restored, *cached, hit.env[first.placeholder]]),
-        "cache_miss": (miss, [*computed, *changes, miss.env[decided["residual"]]]),
+        "cache_miss": (miss, [*computed, *changes, residual]),
     }
     outputs = add_cond(trunk.module, decided["reused"], branches, passed.values(), before=anchor)
 
