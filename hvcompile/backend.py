@@ -54,7 +54,7 @@ def hvfast(
     if isinstance(trunk, NoTrunk):
         return _plain(graph_module, example_inputs, settings, dump, trunk.reason)
 
-    journal = [_outline_row(trunk), *_off_rows(settings)]
+    journal = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     dump.graph("outlined", trunk.module)
     try:
         pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
@@ -113,16 +113,6 @@ def _outline_row(trunk: Trunk) -> JournalRow:
     row = JournalRow(name="outline", report=report, op_changes={"invoke_subgraph": len(trunk.blocks)})
     log.info("%s", row.line())
     return row
-
-
-def _off_rows(settings: Options) -> list[JournalRow]:
-    rows = [
-        JournalRow(name=name, report=PassReport(declined=(("switched off", reason),)), op_changes={})
-        for name, reason in settings.switched_off
-    ]
-    for row in rows:
-        log.info("%s", row.line())
-    return rows
 
 
 def seal(trunk: Trunk) -> runtime.Calling:

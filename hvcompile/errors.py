@@ -17,5 +17,9 @@ class UncompiledModelError(HvcompileError):
     """A model was asked about that this backend has not compiled and run yet."""
 
 
+class UntraceableModelError(HvcompileError):
+    """A model that is to be explained does not trace as one graph."""
+
+
 class InvalidRewriteError(HvcompileError, AssertionError):
     """A pass broke an invariant of the pipeline; a fault of the pass, not of its input."""

@@ -13,6 +13,7 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._guards.CompileContext``: the only place that says whether Dynamo captures a frame anew or again.
 - ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph.
 - ``SymInt.node.hint`` and ``SymInt.node.expr``: reading a symbolic size without installing a guard on it.
+- ``torch._dynamo.exc``: what Dynamo raises where it can't keep a call in one graph.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException
 from torch._guards import CompileContext
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.compile_fx import compile_fx
@@ -34,6 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 Compiled = Callable[..., Any]
 
 TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
+UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 

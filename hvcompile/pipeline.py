@@ -62,6 +62,17 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__} has no apply")
 
 
+def off_rows(switched_off: Sequence[tuple[str, str]]) -> list[JournalRow]:
+    """A row for each pass that does not run, given its name and the reason."""
+    rows = [
+        JournalRow(name=name, report=PassReport(declined=(("switched off", reason),)), op_changes={})
+        for name, reason in switched_off
+    ]
+    for row in rows:
+        log.info("%s", row.line())
+    return rows
+
+
 def op_counts(trunk: Trunk) -> collections.Counter[str]:
     """How often each operation stands in the program, bodies counted once."""
     graphs = [module.graph for module in trunk.module.modules() if isinstance(module, fx.GraphModule)]

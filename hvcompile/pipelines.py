@@ -125,7 +125,7 @@ def resolve_device(device: str | None) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} can't be used: {_line(error)}; give cpu, cuda or cuda:N") from error
+        raise InputError(f"device {device!r} can't be used: {first_line(error)}; give cpu, cuda or cuda:N") from error
     return place
 
 
@@ -166,9 +166,9 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
         return DiffusionPipeline.from_pretrained(str(path) if is_local else model, dtype=dtype)
     except Exception as error:  # every library below raises its own kind; the cause stays attached
         if is_local:
-            raise InputError(f"model {model!r} can't be loaded: {_line(error)}; copy or download it again") from error
+            raise InputError(f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again") from error
         raise InputError(
-            f"model {model!r} is no directory here and can't be fetched from the hub: {_line(error)}; check its name, "
+            f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check its name, "
             "the network and, for a gated model, HF_TOKEN, or download it and give its directory"
         ) from error
 
@@ -198,7 +198,7 @@ def _first(pipe: Any, names: tuple[str, ...]) -> int:
     return next((int(value) for name in names if (value := getattr(pipe, name, None)) is not None), 1)
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Cut an exception's message, which may be a page long, down to a part of a line."""
     message = " ".join(str(error).split()) or type(error).__name__
     return textwrap.shorten(message, 120, placeholder=" ...").rstrip(".:;")

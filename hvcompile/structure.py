@@ -24,6 +24,9 @@ from hvcompile.nodes import is_scalar, is_tensor, op_name
 # with them are work between the blocks (an adapter, a projection), not blocks.
 MINOR_LIST_SHARE = 0.1
 
+# Operations that are one matrix product.
+PRODUCTS = {"linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}
+
 _PATH_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([^.\[\]]+)")
 _PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers"}
 
@@ -84,7 +87,7 @@ def arithmetic(node: fx.Node) -> int:
     out = numel_hint(value(node))
     if "scaled_dot_product_attention" in name and len(operands) >= 2:
         return 4 * numel_hint(operands[0]) * size_hint(operands[1].shape[-2])
-    if name in {"linear", "matmul", "bmm", "mm", "addmm", "baddbmm"} and operands and operands[0].ndim:
+    if name in PRODUCTS and operands and operands[0].ndim:
         return 2 * out * size_hint(operands[0].shape[-1])
     if name.startswith("conv") and len(operands) >= 2:
         return 2 * out * numel_hint(operands[1]) // max(1, size_hint(operands[1].shape[0]))

@@ -1,0 +1,248 @@
+"""Explaining a model without running it: the trunk that is found, what each pass would do, and what a step costs.
+
+The model is traced by Dynamo with fake tensors and nothing is computed, so that a model of any size can be explained
+where it does not fit: build it under ``torch.device("meta")`` and hand in inputs made there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvcompile import inductor, pipeline
+from hvcompile.costs import Cost, Device, costs
+from hvcompile.errors import UntraceableModelError
+from hvcompile.inductor import numel_hint, size_hint, value
+from hvcompile.nodes import is_tensor, is_weight
+from hvcompile.options import parse
+from hvcompile.outline import recover
+from hvcompile.passes import PASSES
+from hvcompile.pipeline import JournalRow
+from hvcompile.trunk import NoTrunk, Trunk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A residual stream through a block: its name in the body and its shape, such as ``[batch, tokens, channels]``."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockKind:
+    """Blocks that share one body: how many, the first and last of them, their operations, and their streams."""
+
+    count: int
+    first: str
+    last: str
+    num_operations: int
+    streams: tuple[Stream, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """What one part of a step costs: operations, bytes moved, and seconds at least on a device, if one is named."""
+
+    part: str
+    flops: int
+    bytes: int
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What hvfast makes of a model.
+
+    Attributes:
+        reason: why no trunk was found; empty if one was.
+        lists: the module lists of the trunk with their lengths.
+        kinds: block kinds in order of first call.
+        num_prologue: operations before the first block.
+        num_epilogue: operations after the last block.
+        journal: what each pass would do, and why not.
+        costs: a step that computes everything, by part.
+        first_block_flops: operations of a step that reuses: all that is outside blocks 2..N.
+        weight_bytes: of the parameters that the graph reads.
+        state_bytes: that the passes keep from step to step, for each generation (or guidance half) that runs.
+        dtype: that most products compute in.
+
+    """
+
+    reason: str
+    lists: str
+    kinds: tuple[BlockKind, ...]
+    num_prologue: int
+    num_epilogue: int
+    journal: tuple[JournalRow, ...]
+    costs: tuple[PartCost, ...]
+    first_block_flops: int
+    weight_bytes: int
+    state_bytes: int
+    dtype: str
+
+    @property
+    def flops(self) -> int:
+        """Operations of a computed step."""
+        return sum(part.flops for part in self.costs)
+
+    @property
+    def seconds(self) -> float | None:
+        """The least time of a computed step on the device that was named: a bound, not a forecast."""
+        known = [part.seconds for part in self.costs if part.seconds is not None]
+        return sum(known) if known else None
+
+
+class _CaptureDoneError(Exception):
+    """Ends a traced call once its graph is in hand."""
+
+
+def capture(model: torch.nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """Trace one call of a model as one graph, computing nothing.
+
+    Raises:
+        UntraceableModelError: Dynamo can't keep the call in one graph.
+
+    """
+    graphs: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(inductor.clone_graph_module(module))
+
+        def stop(*_: Any) -> None:
+            raise _CaptureDoneError
+
+        return stop
+
+    def call(model: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        return model.forward(*args, **kwargs)
+
+    # Dynamo keeps what it compiled with the code object, so a fresh one leaves no trace in the model's own.
+    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    try:
+        with torch.no_grad():
+            torch.compile(fresh, backend=keep, fullgraph=True, dynamic=False)(model, args, kwargs)
+    except _CaptureDoneError:
+        return graphs[-1]
+    except inductor.UNTRACEABLE as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UntraceableModelError(
+            f"{type(model).__name__} does not trace as one graph: {line}. torch.compile with fullgraph=True on the "
+            "same call says where it breaks"
+        ) from error
+    raise UntraceableModelError(f"the call of {type(model).__name__} computes nothing, so there is no graph")
+
+
+def explain(
+    model: torch.nn.Module,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    device: Device | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Say what hvfast would do with a call of a model, and what the call costs; nothing is computed.
+
+    Args:
+        model: the module; on the meta device if it should take no memory.
+        args: of the call, on the model's device.
+        options: as for ``torch.compile``; a pass that is asked for and can't apply is told of, not raised.
+        mode: as for ``torch.compile``.
+        device: whose peaks bound the step time (``costs.DEVICES``); None for no bound.
+        kwargs: of the call.
+
+    Raises:
+        OptionError: ``options`` or ``mode`` is invalid.
+        UntraceableModelError: Dynamo can't keep the call in one graph.
+
+    """
+    settings = parse(PASSES, options, mode)
+    captured = capture(model, *args, **kwargs)
+    trunk = recover(captured)
+    spent = costs(captured.graph)
+    parts = tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent))
+    common: dict[str, Any] = {
+        "costs": parts,
+        "weight_bytes": _weight_bytes(captured.graph),
+        "dtype": str(spent[-1].dtype).removeprefix("torch."),
+    }
+    if isinstance(trunk, NoTrunk):
+        total = sum(part.flops for part in parts)
+        return Explanation(
+            reason=trunk.reason,
+            lists="",
+            kinds=(),
+            num_prologue=0,
+            num_epilogue=0,
+            journal=(),
+            first_block_flops=total,
+            state_bytes=0,
+            **common,
+        )
+    kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
+    prologue, epilogue = _around(trunk)
+    skipped = sum(_body_flops(block.body.module.graph) for block in trunk.blocks[1:])
+    journal: list[JournalRow] = []
+    pipeline.run(trunk, [(item, False) for item, _ in settings.passes], lambda _name, _trunk: None, journal)
+    journal += pipeline.off_rows(settings.switched_off)
+    return Explanation(
+        reason="",
+        lists=trunk.lists,
+        kinds=kinds,
+        num_prologue=prologue,
+        num_epilogue=epilogue,
+        journal=tuple(journal),
+        first_block_flops=sum(part.flops for part in parts) - skipped,
+        state_bytes=sum(
+            numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
+        ),
+        **common,
+    )
+
+
+def _total(part: str, spent: list[Cost], device: Device | None) -> PartCost:
+    members = [cost for cost in spent if cost.part == part]
+    return PartCost(
+        part=part,
+        flops=sum(cost.flops for cost in members),
+        bytes=sum(cost.bytes for cost in members),
+        seconds=sum(cost.seconds(device) for cost in members) if device is not None else None,
+    )
+
+
+def _weight_bytes(graph: fx.Graph) -> int:
+    weights = [node for node in graph.find_nodes(op="placeholder") if is_tensor(node) and is_weight(node)]
+    return sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
+
+
+def _body_flops(graph: fx.Graph) -> int:
+    return sum(cost.flops for cost in costs(graph))
+
+
+def _kind(trunk: Trunk, number: int) -> BlockKind:
+    body = trunk.bodies[number]
+    members = [block for block in trunk.blocks if block.body is body]
+    placeholders = list(body.module.graph.find_nodes(op="placeholder"))
+    streams = [placeholders[place] for place in dict.fromkeys(body.streams.values())]
+    operations = [node for node in body.module.graph.nodes if node.op in {"call_function", "call_method"}]
+    return BlockKind(
+        count=len(members),
+        first=members[0].path,
+        last=members[-1].path,
+        num_operations=len(operations),
+        streams=tuple(
+            Stream(name=node.name, shape=tuple(size_hint(size) for size in value(node).shape)) for node in streams
+        ),
+    )
+
+
+def _around(trunk: Trunk) -> tuple[int, int]:
+    """Count the operations before the first block and after the last."""
+    nodes = [node for node in trunk.graph.nodes if node.op in {"call_function", "call_method"}]
+    first, last = nodes.index(trunk.blocks[0].call), nodes.index(trunk.blocks[-1].call)
+    return first, len(nodes) - last - 1
