@@ -413,6 +413,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return found
 
 
+def quieten() -> None:
+    """Turn off the bars and the chatter of the libraries, which would break into the progress bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
+
+
 def check_settings(wanted: Sequence[Setting]) -> None:
     """Refuse options that the cache doesn't take, before anything is measured."""
     from hvcompile.errors import OptionError
@@ -437,7 +447,7 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every prompt, from 0.")] = 2,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Length of a clip.")] = None,
+    frames: Annotated[int | None, typer.Option(min=2, help="Length of a clip.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Of every system; give several.")] = None,
@@ -467,6 +477,7 @@ def main(
     import torch
 
     from hvcompile.errors import InputError
+    from hvcompile.pipelines import Grid
 
     check_settings(wanted)
     if threads is not None:
@@ -474,8 +485,11 @@ def main(
     sizes = {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
     size = {name: value for name, value in sizes.items() if value is not None}
     job = Job(model=model, dtype=dtype, device=device, prompts=chosen, seeds=seeds, size=size, lower=lower)
+    quieten()
     try:
-        hold = conditions(job, Model(job, {}))
+        first = Model(job, {})
+        Grid.of(first.pipe).check(height=height, width=width, frames=frames)
+        hold = conditions(job, first)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     command = shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]])

@@ -140,6 +140,7 @@ def test_cache_dit_is_undone(pareto: ModuleType, prompts: Path, tmp_path: Path) 
         (("--options", "warm_up=3"), "unknown key 'warm_up'"),
         (("--options", "max_consecutive_hits=0"), "first_block_cache.max_consecutive_hits is 0"),
         (("--threshold", "-1"), "first_block_cache.threshold is -1"),
+        (("--height", "50"), "height is 50, but this pipeline takes multiples of 16: give 48 or 64"),
         (("--model", "/no/such/model"), "is neither a directory nor a hub id"),
     ],
 )
