@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 PROMPT ?= A cat walks on the grass, realistic
 
-.PHONY: setup video test check bench clean
+.PHONY: setup video test check bench pareto clean
 
 setup: $(VENV)/.done
 
@@ -32,6 +32,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/core.py --json docs/measurements/core_cpu.json
+
+pareto: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/pareto.py --threads 1
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,11 +1,11 @@
-"""The command line: ``hvcompile generate PROMPT`` and, with later issues, its siblings."""
+"""The command line: ``hvcompile generate PROMPT``, ``hvcompile compare REFERENCE CLIP``; later issues add to them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,8 +16,9 @@ from rich.text import Text
 from hvcompile.errors import HvcompileError
 
 if TYPE_CHECKING:
+    from hvcompile.compare import FileComparison
     from hvcompile.generate import Result
-    from hvcompile.metrics import Comparison, Step
+    from hvcompile.metrics import Comparison, Quality, Step
 
 app = typer.Typer(name="hvcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 out = Console(highlight=False)
@@ -72,6 +73,10 @@ def generate(
     ),
     fps: Annotated[int, typer.Option(help="Frames a second of the video file.")] = 24,
     compare: Annotated[bool, typer.Option("--compare", help="Also run plain torch.compile, and measure both.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Contact sheet of --compare (default: beside the output, .sheet.png).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures of --compare go.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
@@ -97,6 +102,8 @@ def generate(
         mode=mode,
         dump=dump,
         compare=compare,
+        sheet_file=sheet,
+        json_file=json_file,
         device=device,
         dtype=dtype,
         fps=fps,
@@ -107,11 +114,30 @@ def generate(
         with Display() as display:
             result = generation.generate(request, display)
     except Exception as error:
-        if (message := _input_fault(error)) is None:
-            raise
-        err.print(Text(f"error: {message}"), soft_wrap=True)
-        raise typer.Exit(2) from error
+        _leave(error)
     out.print(summary(result))
+
+
+@app.command("compare")
+def compare_clips(
+    reference: Annotated[Path, typer.Argument(help="The video as it should be.")],
+    clip: Annotated[Path, typer.Argument(help="Another of the same size and length.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet: both, and what differs (.png).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures (.json).")] = None,
+) -> None:
+    """Measure the video file CLIP against REFERENCE, each frame and its motion.
+
+    A video file is compressed, and what that lost counts here. ``hvcompile generate --compare`` measures the pixels
+    themselves, against the exact run of the same prompt and seed.
+    """
+    from hvcompile import compare
+
+    try:
+        result = compare.compare_files(reference, clip, sheet_file=sheet, json_file=json_file)
+    except Exception as error:
+        _leave(error)
+    out.print(each_frame(result.quality))
+    out.print(comparison_summary(result, sheet))
 
 
 class Display:
@@ -170,23 +196,60 @@ def summary(result: Result) -> Table:
     num_frames, height, width, _ = result.run.frames.shape
     table.add_row("clip", f"{width}x{height}, {num_frames} frames")
     table.add_row("output", Text(str(result.output), overflow="fold"))
+    if result.sheet is not None:
+        table.add_row("contact sheet", Text(str(result.sheet), overflow="fold"))
+    return table
+
+
+def comparison_summary(result: FileComparison, sheet: Path | None) -> Table:
+    """Lay out the closing table of a comparison of two files."""
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_row("clip", f"{result.width}x{result.height}, {result.frames} frames")
+    _add_quality(table, result.quality)
+    if sheet is not None:
+        table.add_row("contact sheet", Text(str(sheet), overflow="fold"))
+    return table
+
+
+def each_frame(quality: Quality) -> Table:
+    """Lay out the figures of every frame; the change is from the frame before."""
+    table = Table()
+    for heading in ("frame", "PSNR, dB", "SSIM", "PSNR of the change, dB"):
+        table.add_column(heading, justify="right")
+    changes = (None, *quality.temporal_psnr)
+    for frame, (psnr, ssim, change) in enumerate(zip(quality.psnr, quality.ssim, changes, strict=True)):
+        table.add_row(str(frame), _number(psnr, ".2f"), f"{ssim:.4f}", _number(change, ".2f"))
     return table
 
 
 def _add_comparison(table: Table, comparison: Comparison) -> None:
-    quality = comparison.quality
     table.add_row("speed-up a step", _number(comparison.step_speedup, ".2f", "x"))
     table.add_row("speed-up in all", _number(comparison.total_speedup, ".2f", "x"))
+    _add_quality(table, comparison.quality)
+
+
+def _add_quality(table: Table, quality: Quality) -> None:
     table.add_row("PSNR", _number(quality.mean_psnr, ".2f", " dB"))
     table.add_row("PSNR, worst frame", _number(min(quality.psnr), ".2f", " dB"))
     table.add_row("SSIM", _number(quality.mean_ssim, ".4f"))
     table.add_row("SSIM, worst frame", _number(min(quality.ssim), ".4f"))
+    table.add_row("temporal PSNR", _number(quality.mean_temporal_psnr, ".2f", " dB"))
+    table.add_row("temporal PSNR, worst", _number(min(quality.temporal_psnr, default=None), ".2f", " dB"))
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     if value is None:
         return "-"
     return "identical" if math.isinf(value) else f"{value:{form}}{unit}"
+
+
+def _leave(error: Exception) -> NoReturn:
+    """Leave with one line where the user gave something wrong; raise ``error`` again where the fault is ours."""
+    if (message := _input_fault(error)) is None:
+        raise error
+    err.print(Text(f"error: {message}"), soft_wrap=True)
+    raise typer.Exit(2) from error
 
 
 def _input_fault(error: BaseException | None) -> str | None:

@@ -5,6 +5,10 @@ class HvcompileError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
+class InputError(HvcompileError, ValueError):
+    """What the user gave can't be used; the message is one line: what, where, what is allowed, what to do."""
+
+
 class OptionError(HvcompileError, ValueError):
     """An option has an unknown key, a wrong type or a value out of range."""
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imageio.v3
 import numpy as np
 import torch
 
 import hvcompile
-from hvcompile import metrics, pipelines
-from hvcompile.errors import UncompiledModelError
+from hvcompile import metrics, outputs, pipelines, sheet, video
+from hvcompile.compare import check_files
+from hvcompile.errors import InputError, UncompiledModelError
 from hvcompile.options import MODES
-from hvcompile.pipelines import InputError
 
 BACKEND = "hvfast"
 PLAIN_BACKEND = "inductor"
-CONTAINERS = (".mp4", ".mkv", ".mov")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +36,8 @@ class Request:
         mode: "exact" for the rewrites that don't change numerics.
         dump: directory for the graphs before and after each pass.
         compare: also run the plain compiled model, and measure against it.
+        sheet_file: the contact sheet of the comparison; None for one beside ``output``.
+        json_file: where the figures of the comparison go; None for nowhere.
         fps: frames a second of the file.
 
     """
@@ -58,6 +57,8 @@ class Request:
     mode: str | None = None
     dump: Path | None = None
     compare: bool = False
+    sheet_file: Path | None = None
+    json_file: Path | None = None
     device: str | None = None
     dtype: str | None = None
     fps: int = 24
@@ -85,12 +86,21 @@ class Request:
             raise InputError(
                 f"dump can't be given with a mode: set HVCOMPILE_DUMP={self.dump} in the environment instead"
             )
-        _check_output(self.output)
+        outputs.check(self.output, name="output", kind="video file", suffixes=video.CONTAINERS)
+        if self.compare:
+            check_files(self.sheet_path(), self.json_file)
+        for name, path in (("sheet", self.sheet_file), ("json", self.json_file)):
+            if path is not None and not self.compare:
+                raise InputError(f"{name} {str(path)!r} is of a comparison: give compare too, or leave it out")
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
         if self.model is not None:
             pipelines.check_model(self.model)
         pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
+
+    def sheet_path(self) -> Path:
+        """Tell where the contact sheet of a comparison goes."""
+        return self.sheet_file or self.output.with_name(f"{self.output.stem}.sheet.png")
 
     def compile_arguments(self) -> dict[str, Any]:
         """Give the keyword arguments of ``transformer.compile`` besides the backend."""
@@ -127,13 +137,14 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished generation; ``comparison`` is None unless it was asked for."""
+    """A finished generation; ``comparison`` and ``sheet``, its picture, are None unless they were asked for."""
 
     output: Path
     run: metrics.Run
     graphs: int
     recompiles: int
     comparison: metrics.Comparison | None = None
+    sheet: Path | None = None
 
 
 Observer = Callable[["str | metrics.Step"], None]
@@ -161,32 +172,47 @@ def generate(
     request.call_arguments(loaded)
     # The plain model goes first: a rewrite may free the weights that it runs on (FP8 does).
     plain = _run(request, loaded, observe, PLAIN_BACKEND, {}) if request.compare else None
+    if plain is not None:
+        video.check_finite(plain.frames, "the plain compiled model")
     run = _run(request, loaded, observe, BACKEND, request.compile_arguments())
     stats = hvcompile.stats(loaded.pipe.transformer)
     observe("writing")
-    write_video(run.frames, request.output, fps=request.fps)
-    comparison = None
-    if plain is not None:
-        observe("comparing")
-        comparison = metrics.Comparison(run=run, plain=plain, quality=metrics.compare(run.frames, plain.frames))
-    return Result(
-        output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles, comparison=comparison
-    )
+    video.write(run.frames, request.output, fps=request.fps)
+    result = Result(output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles)
+    if plain is None:
+        return result
+    observe("comparing")
+    return _compared(request, result, plain)
 
 
-def write_video(frames: metrics.Frames, output: Path, *, fps: int) -> None:
-    """Write ``frames`` as H.264 in full size; a file that was at ``output`` is replaced only when all went well."""
-    if not np.isfinite(frames).all():
-        raise InputError(f"the pixels of {output.name} are not all finite: give dtype float32 or bfloat16")
-    pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
-    # Players expect colour at half resolution, which takes even sizes only.
-    is_even = not any(size % 2 for size in pixels.shape[1:3])
-    with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=output.parent) as directory:
-        part = Path(directory, output.name)
-        imageio.v3.imwrite(
-            part, pixels, plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p" if is_even else "yuv444p"
-        )
-        part.replace(output)
+def _compared(request: Request, result: Result, plain: metrics.Run) -> Result:
+    """Measure a run against the plain one, and write the contact sheet and the figures."""
+    run = result.run
+    quality = metrics.compare(run.frames, plain.frames)
+    comparison = metrics.Comparison(run=run, plain=plain, quality=quality)
+    names = {"clip_name": f"hvfast ({run.num_reused} of {len(run.steps)} steps reused)", "reference_name": "inductor"}
+    sheet.write(sheet.draw(run.frames, plain.frames, quality, **names), request.sheet_path())
+    if request.json_file is not None:
+        outputs.write_json(_record(request, result, comparison), request.json_file)
+    return dataclasses.replace(result, comparison=comparison, sheet=request.sheet_path())
+
+
+def _record(request: Request, result: Result, comparison: metrics.Comparison) -> dict[str, Any]:
+    num_frames, height, width, _ = result.run.frames.shape
+    return {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "reference": "inductor",
+        "clip": str(result.output),
+        "frames": num_frames,
+        "height": height,
+        "width": width,
+        "steps": len(result.run.steps),
+        "steps_reused": result.run.num_reused,
+        "seconds": {"clip": result.run.seconds, "reference": comparison.plain.seconds},
+        "seconds_a_step": {"clip": result.run.step_seconds, "reference": comparison.plain.step_seconds},
+        **comparison.quality.record(),
+    }
 
 
 def _run(
@@ -274,19 +300,3 @@ def _no_decisions() -> list[tuple[bool, float]]:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise InputError(f"output {str(output)!r} is a directory: give a file name, such as {output / 'out.mp4'}")
-    if output.suffix.lower() not in CONTAINERS:
-        raise InputError(f"output {str(output)!r} is no video file: give a name that ends in {', '.join(CONTAINERS)}")
-    if not output.parent.is_dir():
-        raise InputError(f"output {str(output)!r}: there is no directory {str(output.parent)!r}: make it first")
-    try:  # asking for permission says yes to root where the file system says no
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"output {str(output)!r} can't be written ({reason}): give a place where you may") from error
-    if output.exists() and not os.access(output, os.W_OK):
-        raise InputError(f"output {str(output)!r} is write-protected: give another name")

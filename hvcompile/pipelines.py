@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 
-from hvcompile.errors import HvcompileError
+from hvcompile.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,10 +24,6 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_scale_factor", "vae_temp
 
 # What a pipeline's call must take for a generation to be asked for, and followed step by step.
 _NEEDED = ("prompt", "num_inference_steps", "generator", "output_type", "callback_on_step_end")
-
-
-class InputError(HvcompileError, ValueError):
-    """What the user gave can't be used; the message is one line: what, where, what is allowed, what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)

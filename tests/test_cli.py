@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile import cli, generate, metrics
+from hvcompile import cli, generate, metrics, video
 
 
 def invoke(*arguments: str) -> Any:
@@ -31,9 +32,10 @@ def run(backend: str, reused: list[bool], seconds: float) -> metrics.Run:
 
 def result(output: Path, *, compare: bool) -> generate.Result:
     ours, plain = run("hvfast", [False, True, True, False], 1.0), run("inductor", [False] * 4, 2.0)
-    quality = metrics.Quality(psnr=(30.0, math.inf), ssim=(0.9, 1.0))
+    quality = metrics.Quality(psnr=(30.0, math.inf), ssim=(0.9, 1.0), temporal_psnr=(31.0,))
     comparison = metrics.Comparison(run=ours, plain=plain, quality=quality) if compare else None
-    return generate.Result(output=output, run=ours, graphs=1, recompiles=0, comparison=comparison)
+    sheet = output.with_name("a.sheet.png") if compare else None
+    return generate.Result(output=output, run=ours, graphs=1, recompiles=0, comparison=comparison, sheet=sheet)
 
 
 @pytest.fixture
@@ -58,6 +60,7 @@ def test_every_option_reaches_the_request(requests: list[generate.Request], tmp_
     done = invoke(
         *("generate", "a cat", "--steps", "9", "--frames", "5", "--height", "32", "--width", "48", "--seed", "3"),
         *("--guidance", "4", "--true-cfg", "2", "--negative-prompt", "dog", "--threshold", "0.1", "--compare"),
+        *("--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "f.json")),
         *(
             "--device",
             "cpu",
@@ -86,6 +89,8 @@ def test_every_option_reaches_the_request(requests: list[generate.Request], tmp_
             negative_prompt="dog",
             threshold=0.1,
             compare=True,
+            sheet_file=tmp_path / "s.png",
+            json_file=tmp_path / "f.json",
             device="cpu",
             dtype="bfloat16",
             fps=8,
@@ -119,6 +124,52 @@ def test_the_table_of_one_run_and_of_a_comparison(requests: list[generate.Reques
     assert table["PSNR"] == ["30.00 dB"]
     assert table["SSIM"] == ["0.9500"]
     assert table["SSIM, worst frame"] == ["0.9000"]
+    assert table["temporal PSNR"] == ["31.00 dB"]
+    assert "contact sheet" in table
+
+
+def clip(path: Path, frames: int, noise: float) -> Path:
+    draw = np.random.default_rng(0)
+    picture = np.linspace(0.2, 0.8, 48, dtype=np.float32)[None, None, :, None]
+    pixels = picture + noise * draw.standard_normal((frames, 32, 48, 3))
+    video.write(pixels.astype(np.float32), path, fps=12)
+    return path
+
+
+def test_two_files_are_compared(tmp_path: Path) -> None:
+    files = [str(clip(tmp_path / "a.mp4", 3, 0.0)), str(clip(tmp_path / "b.mp4", 3, 0.2))]
+    sheet, figures = tmp_path / "s.png", tmp_path / "f.json"
+    done = invoke("compare", *files, "--sheet", str(sheet), "--json", str(figures))
+    assert done.exit_code == 0, done.output
+    record, table = json.loads(figures.read_text()), rows(done.stdout)
+    assert table["clip"] == ["48x32, 3 frames"]
+    assert table["PSNR"] == [f"{record['psnr_db']['mean']:.2f} dB"]
+    assert table["temporal PSNR"] == [f"{record['temporal_psnr_db']['mean']:.2f} dB"]
+    for frame in range(3):
+        psnr, ssim, change = table[str(frame)]
+        assert psnr == f"{record['psnr_db']['each'][frame]:.2f}"
+        assert ssim == f"{record['ssim']['each'][frame]:.4f}"
+        assert change == (f"{record['temporal_psnr_db']['each'][frame - 1]:.2f}" if frame else "-")
+    assert sheet.is_file()
+    assert rows(invoke("compare", files[0], files[0]).stdout)["PSNR"] == ["identical"]
+
+
+def test_files_that_can_t_be_compared_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    whole, short = str(clip(tmp_path / "a.mp4", 3, 0.0)), str(clip(tmp_path / "b.mp4", 1, 0.0))
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    for arguments, message in (
+        ((str(tmp_path / "none.mp4"), whole), "is not there"),
+        ((whole, str(text)), "can't be read as a video"),
+        ((whole, short), "has a length of 1 frames"),
+        ((whole, whole, "--sheet", str(tmp_path / "s.jpg")), "is no PNG picture"),
+    ):
+        done = invoke("compare", *arguments)
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not done.stdout
 
 
 def test_the_display_marks_every_step_with_the_last_difference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,13 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
 )
+from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
 import hvcompile
-from hvcompile import generate, metrics, pipelines, tiny
-from hvcompile.errors import UncompiledModelError
+from hvcompile import generate, metrics, pipelines, tiny, video
+from hvcompile.errors import InputError, UncompiledModelError
 from hvcompile.generate import Request
-from hvcompile.pipelines import InputError
 
 SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
 
@@ -94,6 +95,39 @@ def test_a_comparison_runs_the_plain_model_first_from_the_same_noise(
     assert result.comparison.quality.mean_ssim == pytest.approx(1.0, abs=1e-6)
     assert result.comparison.total_speedup > 0
     assert result.comparison.step_speedup is not None
+    assert result.comparison.quality.mean_temporal_psnr == math.inf
+    assert result.sheet == tmp_path / "a.sheet.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.sheet.png"]
+
+
+def test_a_comparison_leaves_its_sheet_and_its_figures_where_they_were_asked_for(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    places: dict[str, Any] = {
+        "output": tmp_path / "a.mp4",
+        "sheet_file": tmp_path / "b.png",
+        "json_file": tmp_path / "c.json",
+    }
+    generate.generate(Request(**SMALL, **places, compare=True), loaded=loaded)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.png", "c.json"]
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert (record["prompt"], record["seed"], record["steps"], record["steps_reused"]) == ("a red ball", 0, 4, 1)
+    assert (record["frames"], record["height"], record["width"]) == (5, 32, 48)
+    assert record["psnr_db"] == {"mean": None, "worst": None, "each": [None] * 5}
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_a_plain_run_that_is_not_finite_is_told_before_the_fast_one_is_made(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: Any) -> metrics.Run:
+        return metrics.Run(frames=np.full((1, 16, 16, 3), np.nan, np.float32), seconds=1.0, steps=())
+
+    monkeypatch.setattr(generate, "_run", broken)
+    with pytest.raises(InputError, match="the pixels of the plain compiled model are not all finite: give dtype"):
+        generate.generate(Request(**SMALL, compare=True, output=tmp_path / "a.mp4"), loaded=loaded)
+    assert not list(tmp_path.iterdir())
 
 
 def test_with_true_guidance_a_step_is_reused_only_when_both_its_calls_are(
@@ -154,6 +188,10 @@ def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path
         ({"dtype": "int8"}, "dtype 'int8' is unknown.*bfloat16"),
         ({"model": "/no/such/model"}, "neither a directory nor a hub id"),
         ({"dump": Path(__file__)}, "is a file: give a directory"),
+        ({"sheet_file": Path("s.png")}, "sheet 's.png' is of a comparison: give compare too"),
+        ({"json_file": Path("f.json")}, "json 'f.json' is of a comparison: give compare too"),
+        ({"compare": True, "sheet_file": Path("s.gif")}, "sheet 's.gif' is no PNG picture.*.png"),
+        ({"compare": True, "json_file": Path("no/f.json")}, "json 'no/f.json': there is no directory 'no'"),
     ],
 )
 def test_what_is_wrong_whatever_the_model_is_refused_before_loading(
@@ -188,7 +226,7 @@ def test_what_the_pipeline_does_not_take_is_refused_before_compiling(
 def test_the_file_has_the_frames_in_full_size(shape: tuple[int, int, int], tmp_path: Path) -> None:
     ramp = np.linspace(0, 1, shape[2], dtype=np.float32)[None, None, :, None]
     frames = np.broadcast_to(ramp, (*shape, 3)).copy()
-    generate.write_video(frames, tmp_path / "a.mp4", fps=12)
+    video.write(frames, tmp_path / "a.mp4", fps=12)
     decoded = decode(tmp_path / "a.mp4")
     assert [frame.shape for frame in decoded] == [(*shape[1:], 3)] * shape[0]
     assert np.abs(decoded[0] / 255 - frames[0]).mean() < 0.03  # H.264 is lossy
@@ -200,7 +238,7 @@ def test_pixels_that_are_not_finite_leave_the_old_file(tmp_path: Path) -> None:
     output = tmp_path / "a.mp4"
     output.write_bytes(b"old")
     with pytest.raises(InputError, match="not all finite: give dtype"):
-        generate.write_video(np.full((1, 16, 16, 3), np.nan, np.float32), output, fps=24)
+        video.write(np.full((1, 16, 16, 3), np.nan, np.float32), output, fps=24)
     assert output.read_bytes() == b"old"
 
 
@@ -295,33 +333,3 @@ def test_a_pipeline_that_makes_no_video_from_text_alone_is_refused() -> None:
     assert "is a Plain, which makes no video" in message(Plain)
     assert "lacks num_inference_steps, generator, output_type, callback_on_step_end" in message(Unfollowed)
     assert "is a FromImage, which also needs image" in message(FromImage)
-
-
-def test_psnr_and_ssim_of_known_clips() -> None:
-    generator = np.random.default_rng(0)
-    clip = generator.random((2, 16, 16, 3), dtype=np.float32)
-    other = clip.copy()
-    other[1] = np.where(clip[1] < 0.5, clip[1] + 0.1, clip[1] - 0.1)
-    quality = metrics.compare(other, clip)
-    assert quality.psnr[0] == math.inf
-    assert quality.psnr[1] == pytest.approx(20.0, abs=1e-3)  # 10 log10(1 / 0.1^2)
-    assert quality.mean_psnr == quality.psnr[1]
-    assert quality.ssim[0] == pytest.approx(1.0, abs=1e-6)
-    assert quality.ssim[1] < quality.ssim[0]
-    with pytest.raises(ValueError, match="must both be"):
-        metrics.compare(clip, clip[:1])
-    with pytest.raises(ValueError, match="finite"):
-        metrics.compare(clip * np.nan, clip)
-
-
-def test_compile_time_is_the_first_step_less_a_computed_one() -> None:
-    def step(index: int, seconds: float, reused: bool = False) -> metrics.Step:
-        return metrics.Step(backend="b", index=index, num_steps=4, seconds=seconds, reused=reused)
-
-    frames = np.zeros((1, 8, 8, 3), np.float32)
-    steps = (step(0, 10.0), step(1, 2.0), step(2, 0.5, True), step(3, 2.0))
-    run = metrics.Run(frames=frames, seconds=16.0, steps=steps)
-    assert run.compile_seconds == 8.0
-    assert run.step_seconds == pytest.approx(1.5)
-    assert run.num_reused == 1
-    assert metrics.Run(frames=frames, seconds=10.0, steps=steps[:1]).step_seconds is None

@@ -1,0 +1,54 @@
+"""Files that the command line writes: checked before the work begins, replaced only when all went well."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvcompile.errors import InputError
+
+
+def check(path: Path, *, name: str, kind: str, suffixes: Sequence[str]) -> None:
+    """Raise InputError where no file can be written at ``path``.
+
+    Args:
+        path: the file to be; may be there already.
+        name: of the option that gave it.
+        kind: what such a file is, in two words or so.
+        suffixes: endings of such a file, the usual one first.
+
+    """
+    if path.is_dir():
+        example = path / f"out{suffixes[0]}"
+        raise InputError(f"{name} {str(path)!r} is a directory: give a file name, such as {example}")
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{name} {str(path)!r} is no {kind}: give a name that ends in {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{name} {str(path)!r}: there is no directory {str(path.parent)!r}: make it first")
+    try:  # asking for permission says yes to root where the file system says no
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{name} {str(path)!r} can't be written ({reason}): give a place where you may") from error
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"{name} {str(path)!r} is write-protected: give another name")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write beside ``path``, which takes its place when the block ends without an error."""
+    with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=path.parent) as directory:
+        part = Path(directory, path.name)
+        yield part
+        part.replace(path)
+
+
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write ``record`` as JSON that any reader takes: a number that is not finite is an error, not a bare NaN."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
