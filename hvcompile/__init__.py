@@ -3,7 +3,14 @@
 Installing the package registers the backend; ``torch.compile(model, backend="hvfast")`` needs no import.
 """
 
-from hvcompile.errors import HvcompileError, OptionError, RequestedPassError, UncompiledModelError
+from hvcompile.errors import (
+    HvcompileError,
+    OptionError,
+    RequestedPassError,
+    UncompiledModelError,
+    UntraceableModelError,
+)
+from hvcompile.explain import explain
 from hvcompile.runtime import Stats, Step, reset, stats
 
 __version__ = "0.1.0"
@@ -15,6 +22,8 @@ __all__ = [
     "Stats",
     "Step",
     "UncompiledModelError",
+    "UntraceableModelError",
+    "explain",
     "reset",
     "stats",
 ]

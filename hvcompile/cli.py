@@ -1,4 +1,4 @@
-"""The command line: ``hvcompile generate PROMPT``, ``hvcompile compare REFERENCE CLIP``; later issues add to them."""
+"""The command line: ``hvcompile generate``, ``hvcompile compare`` and ``hvcompile explain``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hvcompile.errors import HvcompileError
 
 if TYPE_CHECKING:
     from hvcompile.compare import FileComparison
+    from hvcompile.explain import Explanation
     from hvcompile.generate import Result
     from hvcompile.metrics import Comparison, Quality, Step
 
@@ -140,6 +141,49 @@ def compare_clips(
     out.print(comparison_summary(result, sheet))
 
 
+@app.command()
+def explain(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory or hub id of a diffusers pipeline (default: the embedded tiny one)."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Length of the clip.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    prompt: Annotated[str, typer.Option(help="Its length counts where the pipeline does not pad.")] = "a cat walks",
+    mode: Annotated[str | None, typer.Option(help="'exact': only rewrites that don't change numerics.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="Whose peaks bound the step time: a100, l20, l40s, rtx4090, h100, h200 or b200.")
+    ] = "h100",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
+) -> None:
+    """Say what hvfast would do with MODEL, what it would not and why, and what a step costs; runs nothing.
+
+    Only the configuration is read, no weights: a model of any size is explained on any machine.
+    """
+    from hvcompile import explaining
+
+    try:
+        _quieten_loading()
+        request = explaining.Request(
+            model=model,
+            frames=frames,
+            height=height,
+            width=width,
+            prompt=prompt,
+            mode=mode,
+            gpu=gpu,
+            dtype=dtype,
+            json_file=json_file,
+        )
+        explanation = explaining.explain_pipeline(request)
+    except Exception as error:
+        _leave(error)
+    for part in explanation_tables(explanation, gpu):
+        out.print(part)
+
+
 class Display:
     """The progress of a generation: a line a run: a mark a step, how many were reused, the last difference."""
 
@@ -199,6 +243,52 @@ def summary(result: Result) -> Table:
     if result.sheet is not None:
         table.add_row("contact sheet", Text(str(result.sheet), overflow="fold"))
     return table
+
+
+def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
+    """Lay out an explanation: the trunk, the passes, and what a step costs."""
+    trunk = Table(title="trunk", title_justify="left")
+    for heading in ("blocks", "of them first .. last", "operations", "streams"):
+        trunk.add_column(heading, overflow="fold")
+    for kind in explanation.kinds:
+        streams = "\n".join(f"{stream.name} {list(stream.shape)}" for stream in kind.streams)
+        trunk.add_row(str(kind.count), Text(f"{kind.first} .. {kind.last}"), str(kind.num_operations), Text(streams))
+    trunk.caption = (
+        f"{explanation.num_prologue} operations before the blocks, {explanation.num_epilogue} after them"
+        if explanation.kinds
+        else f"none: {explanation.reason}"
+    )
+
+    passes = Table("pass", "would do", "would leave, and why", title="passes", title_justify="left")
+    for row in explanation.journal:
+        reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
+        passes.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
+
+    cost = Table(title=f"a step that computes everything, in {explanation.dtype}", title_justify="left")
+    cost.add_column("")
+    for heading in ("TFLOP", "share", "GB moved", f"seconds at least, {gpu}"):
+        cost.add_column(heading, justify="right")
+    for part in explanation.costs:
+        share = part.flops / explanation.flops if explanation.flops else 0.0
+        cost.add_row(part.part, *_cost_row(part.flops, share, part.bytes, part.seconds))
+    moved = sum(part.bytes for part in explanation.costs)
+    cost.add_section()
+    cost.add_row("all", *_cost_row(explanation.flops, 1.0, moved, explanation.seconds))
+    reused = explanation.reused_flops
+    cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
+
+    if explanation.depends_on_data:
+        cost.caption = "a length is known only when the model runs: it counts as 1, and these figures are too low"
+
+    memory = Table("", "GB", title="memory", title_justify="left")
+    memory.add_row("weights", f"{explanation.weight_bytes / 1e9:.3g}")
+    memory.add_row("kept from step to step, a generation", f"{explanation.state_bytes / 1e9:.3g}")
+    return [trunk, passes, cost, memory]
+
+
+def _cost_row(flops: int, share: float, moved: int | None, seconds: float | None) -> tuple[str, ...]:
+    gigabytes = "" if moved is None else f"{moved / 1e9:.3g}"
+    return f"{flops / 1e12:.4g}", f"{share:.1%}", gigabytes, "" if seconds is None else f"{seconds:.3g}"
 
 
 def comparison_summary(result: FileComparison, sheet: Path | None) -> Table:

@@ -17,13 +17,13 @@ from torch import fx
 from hvcompile import inductor, pipeline
 from hvcompile.costs import Cost, Device, costs
 from hvcompile.errors import UntraceableModelError
-from hvcompile.inductor import numel_hint, size_hint, value
+from hvcompile.inductor import is_data_dependent, numel_hint, size_hint, value
 from hvcompile.nodes import is_tensor, is_weight
 from hvcompile.options import parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow
-from hvcompile.trunk import NoTrunk, Trunk
+from hvcompile.trunk import BlockCall, NoTrunk, Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,12 @@ class Explanation:
         num_epilogue: operations after the last block.
         journal: what each pass would do, and why not.
         costs: a step that computes everything, by part.
-        first_block_flops: operations of a step that reuses: all that is outside blocks 2..N.
+        reused_flops: operations that every step computes: all but those of blocks that a pass put into a branch.
         weight_bytes: of the parameters that the graph reads.
         state_bytes: that the passes keep from step to step, for each generation (or guidance half) that runs.
         dtype: that most products compute in.
+        depends_on_data: whether some length is known only when the model runs (text without its padding, say); such a
+            length counts as 1 in operations and bytes, which are too low by that.
 
     """
 
@@ -81,10 +83,11 @@ class Explanation:
     num_epilogue: int
     journal: tuple[JournalRow, ...]
     costs: tuple[PartCost, ...]
-    first_block_flops: int
+    reused_flops: int
     weight_bytes: int
     state_bytes: int
     dtype: str
+    depends_on_data: bool
 
     @property
     def flops(self) -> int:
@@ -169,6 +172,7 @@ def explain(
     common: dict[str, Any] = {
         "costs": parts,
         "weight_bytes": _weight_bytes(captured.graph),
+        "depends_on_data": any(is_data_dependent(value(node)) for node in captured.graph.nodes if is_tensor(node)),
         "dtype": str(spent[-1].dtype).removeprefix("torch."),
     }
     if isinstance(trunk, NoTrunk):
@@ -180,13 +184,12 @@ def explain(
             num_prologue=0,
             num_epilogue=0,
             journal=(),
-            first_block_flops=total,
+            reused_flops=total,
             state_bytes=0,
             **common,
         )
     kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
     prologue, epilogue = _around(trunk)
-    skipped = sum(_body_flops(block.body.module.graph) for block in trunk.blocks[1:])
     journal: list[JournalRow] = []
     pipeline.run(trunk, [(item, False) for item, _ in settings.passes], lambda _name, _trunk: None, journal)
     journal += pipeline.off_rows(settings.switched_off)
@@ -197,7 +200,8 @@ def explain(
         num_prologue=prologue,
         num_epilogue=epilogue,
         journal=tuple(journal),
-        first_block_flops=sum(part.flops for part in parts) - skipped,
+        reused_flops=sum(cost.flops for cost in costs(trunk.graph))
+        + sum(_block_flops(trunk, block) for block in trunk.blocks),
         state_bytes=sum(
             numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
         ),
@@ -220,8 +224,11 @@ def _weight_bytes(graph: fx.Graph) -> int:
     return sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
 
 
-def _body_flops(graph: fx.Graph) -> int:
-    return sum(cost.flops for cost in costs(graph))
+def _block_flops(trunk: Trunk, block: BlockCall) -> int:
+    """Operations of a block that runs in every step; none of one that a pass has moved into a branch."""
+    if block.call.graph is not trunk.graph:
+        return 0
+    return sum(cost.flops for cost in costs(block.body.module.graph))
 
 
 def _kind(trunk: Trunk, number: int) -> BlockKind:

@@ -162,10 +162,12 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
         return DiffusionPipeline.from_pretrained(str(path) if is_local else model, dtype=dtype)
     except Exception as error:  # every library below raises its own kind; the cause stays attached
         if is_local:
-            raise InputError(f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again") from error
+            raise InputError(
+                f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again"
+            ) from error
         raise InputError(
-            f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check its name, "
-            "the network and, for a gated model, HF_TOKEN, or download it and give its directory"
+            f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check its "
+            "name, the network and, for a gated model, HF_TOKEN, or download it and give its directory"
         ) from error
 
 

@@ -18,7 +18,8 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from hvcompile.pipelines import InputError, check_model, first_line
+from hvcompile.errors import InputError
+from hvcompile.pipelines import check_model, first_line
 
 # Everything of a repository but its weights: configurations, vocabularies and merges of tokenizers.
 _WITHOUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -46,7 +47,7 @@ def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
             directory = Path(snapshot_download(model, allow_patterns=_WITHOUT_WEIGHTS))
         index = DiffusionPipeline.load_config(str(directory))
         entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple))}
-        parts = {name: _part(directory, name, *entry, dtype) for name, entry in entries.items()}
+        parts = {name: _part(directory / name, library, kind, dtype) for name, (library, kind) in entries.items()}
         pipe = getattr(diffusers, index["_class_name"])(**parts)
     except Exception as error:  # every library below raises its own kind; the cause stays attached
         raise InputError(
@@ -59,19 +60,21 @@ def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     return pipe
 
 
-def _part(directory: Path, name: str, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
+def _part(directory: Path, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
     if library is None or kind is None:
         return None
     made = getattr(importlib.import_module(library), kind)
     if not issubclass(made, torch.nn.Module):
-        return made.from_pretrained(str(directory / name))
+        return made.from_pretrained(str(directory))
     if library == "transformers":
-        config = transformers.AutoConfig.from_pretrained(str(directory / name))
+        config = transformers.AutoConfig.from_pretrained(str(directory))
         config._attn_implementation = "eager"  # the others look at the values of a mask, and there are none
         with torch.device("meta"):
-            return made(config).to(dtype).eval()
-    with torch.device("meta"):
-        return made.from_config(made.load_config(str(directory / name))).to(dtype).eval()
+            module = made(config)
+    else:
+        with torch.device("meta"):
+            module = made.from_config(made.load_config(str(directory)))
+    return torch.nn.Module.to(module.eval(), dtype)  # diffusers' own warns of what would stay in float32
 
 
 def transformer_call(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
