@@ -145,7 +145,9 @@ def compare_clips(
 def explain(
     model: Annotated[
         str | None,
-        typer.Argument(help="Directory or hub id of a diffusers pipeline (default: the embedded tiny one)."),
+        typer.Argument(
+            help="Directory or hub id of a diffusers pipeline, or a Python script (default: the embedded tiny one)."
+        ),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Length of the clip.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -160,7 +162,8 @@ def explain(
 ) -> None:
     """Say what hvfast would do with MODEL, what it would not and why, and what a step costs; runs nothing.
 
-    Only the configuration is read, no weights: a model of any size is explained on any machine.
+    Of a pipeline only the configuration is read, no weights: a model of any size is explained on any machine. A script
+    runs up to the first call of a model that it compiles with hvfast.
     """
     from hvcompile import explaining
 
@@ -177,7 +180,7 @@ def explain(
             dtype=dtype,
             json_file=json_file,
         )
-        explanation = explaining.explain_pipeline(request)
+        explanation = explaining.explain_request(request)
     except Exception as error:
         _leave(error)
     for part in explanation_tables(explanation, gpu):

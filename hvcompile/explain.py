@@ -164,8 +164,19 @@ def explain(
         UntraceableModelError: Dynamo can't keep the call in one graph.
 
     """
+    parse(PASSES, options, mode)  # before the trace, which can take half a minute
+    return explain_graph(capture(model, *args, **kwargs), options=options, mode=mode, device=device)
+
+
+def explain_graph(
+    captured: fx.GraphModule,
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    device: Device | None = None,
+) -> Explanation:
+    """Say what hvfast would do with a graph captured by Dynamo, which is not changed; see ``explain``."""
     settings = parse(PASSES, options, mode)
-    captured = capture(model, *args, **kwargs)
     trunk = recover(captured)
     spent = costs(captured.graph)
     parts = tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent))

@@ -1,17 +1,22 @@
-"""Explaining a pipeline from the command line: its skeleton, the call of its transformer, and the explanation."""
+"""Explaining from the command line: a pipeline by its skeleton, or a script by running it up to its transformer."""
 
 from __future__ import annotations
 
 import dataclasses
+import runpy
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from hvcompile import outputs, pipelines, tiny
+from torch import fx
+
+from hvcompile import backend, outputs, pipelines, tiny
 from hvcompile.costs import DEVICES
 from hvcompile.errors import InputError
-from hvcompile.explain import Explanation, explain
+from hvcompile.explain import Explanation, explain, explain_graph
 from hvcompile.options import MODES
 from hvcompile.skeleton import skeleton, transformer_call
 
@@ -21,7 +26,7 @@ class Request:
     """What to explain; None leaves a choice to the pipeline.
 
     Attributes:
-        model: directory or hub id; None for the embedded tiny pipeline.
+        model: directory or hub id, or a Python script; None for the embedded tiny pipeline.
         frames, height, width: the clip, in frames and pixels.
         prompt: its length counts only where the pipeline does not pad.
         mode: as for ``torch.compile``.
@@ -55,8 +60,79 @@ class Request:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         if self.json_file is not None:
             outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
-        if self.model is not None:
+        if self.is_script:
+            for name in ("frames", "height", "width", "mode"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} can't be given with a script, which chooses it itself: leave it out")
+            if not Path(str(self.model)).is_file():
+                raise InputError(f"model {self.model!r}: there is no such script: check its path")
+        elif self.model is not None:
             pipelines.check_model(self.model)
+
+    @property
+    def is_script(self) -> bool:
+        """Whether ``model`` names a Python script."""
+        return self.model is not None and self.model.endswith(".py")
+
+
+class _SeenError(BaseException):
+    """Ends a script once its model is explained; no Exception, so that neither Dynamo nor the script holds it up."""
+
+
+def explain_request(request: Request) -> Explanation:
+    """Explain what the request names, and write the JSON file if one is asked for.
+
+    Raises:
+        InputError: the request can't be met; the message says why.
+        UntraceableModelError: the transformer does not trace as one graph.
+
+    """
+    request.check()
+    explanation = explain_script(request) if request.is_script else explain_pipeline(request)
+    if request.json_file is not None:
+        figures = dataclasses.asdict(explanation) | {"flops": explanation.flops, "seconds": explanation.seconds}
+        outputs.write_json(figures, request.json_file)
+    return explanation
+
+
+def explain_script(request: Request) -> Explanation:
+    """Run a script up to the first call of a model that it compiles with hvfast, and explain that call.
+
+    Graphs without blocks on the way run as they are. The script's own options and mode are those explained.
+
+    Raises:
+        InputError: the script ends, or fails, before it calls such a model.
+
+    """
+    path = str(request.model)
+    found: list[Explanation] = []
+
+    def explaining(graph: fx.GraphModule, _inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
+        explanation = explain_graph(graph, options=options, mode=mode, device=DEVICES[request.gpu])
+        if explanation.reason:
+            return graph.forward
+        found.append(explanation)
+        raise _SeenError
+
+    arguments = sys.argv
+    try:
+        sys.argv = [path]
+        with mock.patch.object(backend, "hvfast", explaining):
+            runpy.run_path(path, run_name="__main__")
+    except _SeenError:
+        return found[0]
+    except SystemExit:
+        pass  # a script may end as it likes
+    except Exception as error:  # whatever the script raises; the cause stays attached
+        raise InputError(
+            f"script {path!r} fails before it calls a model compiled with hvfast: {pipelines.first_line(error)}; "
+            "run it by itself first"
+        ) from error
+    finally:
+        sys.argv = arguments
+    raise InputError(
+        f'script {path!r} ended and called no model compiled with hvfast: compile one with backend="hvfast" and call it'
+    )
 
 
 def explain_pipeline(request: Request) -> Explanation:
@@ -67,7 +143,6 @@ def explain_pipeline(request: Request) -> Explanation:
         UntraceableModelError: the transformer does not trace as one graph.
 
     """
-    request.check()
     dtype = pipelines.DTYPES[request.dtype]
     sizes = {"num_frames": request.frames, "height": request.height, "width": request.width}
     arguments: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
@@ -80,8 +155,4 @@ def explain_pipeline(request: Request) -> Explanation:
         pipe = skeleton(request.model, dtype)
     pipelines.Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
     args, kwargs = transformer_call(pipe, request.prompt, arguments)
-    explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
-    if request.json_file is not None:
-        figures = dataclasses.asdict(explanation) | {"flops": explanation.flops, "seconds": explanation.seconds}
-        outputs.write_json(figures, request.json_file)
-    return explanation
+    return explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])

@@ -196,6 +196,42 @@ def test_full_size_model_on_a_small_machine(tiny_directory: Path, tmp_path: Path
     assert peak < 4 * 2**30
 
 
+SCRIPT = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from toy import Toy, toy_inputs
+assert sys.argv == [{path!r}]
+model = Toy(blocks=5)
+if {compiles}:
+    model.compile(backend="hvfast", options={{"first_block_cache": {{"threshold": 0.2}}}})
+with torch.no_grad():
+    model(**toy_inputs())
+{end}
+"""
+
+
+def script(path: Path, *, compiles: bool = True, end: str = "raise RuntimeError('ran on')") -> str:
+    path.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), compiles=compiles, end=end))
+    return str(path)
+
+
+def test_a_script_runs_up_to_its_model(tmp_path: Path) -> None:
+    """In a process of its own: Dynamo looks a backend up once, and other tests have made it do so."""
+    command = [sys.executable, "-m", "hvcompile", "explain", script(tmp_path / "mine.py")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert "blocks.0 .. blocks.4" in ran.stdout
+
+
+def test_a_script_that_compiles_nothing_or_fails(tmp_path: Path) -> None:
+    path = script(tmp_path / "mine.py", compiles=False, end="raise SystemExit")
+    done = CliRunner().invoke(cli.app, ["explain", path])
+    assert (done.exit_code, "called no model compiled with hvfast" in " ".join(done.stderr.split())) == (2, True)
+    done = CliRunner().invoke(cli.app, ["explain", script(tmp_path / "mine.py", compiles=False)])
+    assert (done.exit_code, "ran on; run it by itself first" in " ".join(done.stderr.split())) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,6 +242,8 @@ def test_full_size_model_on_a_small_machine(tiny_directory: Path, tmp_path: Path
         (["--dtype", "int8"], "dtype 'int8' is unknown"),
         (["--json", "out.txt"], "json 'out.txt' is no JSON file"),
         (["/nowhere"], "neither a directory nor a hub id"),
+        (["/nowhere.py"], "there is no such script"),
+        (["/nowhere.py", "--frames", "9"], "frames can't be given with a script"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
