@@ -14,7 +14,7 @@ from hvcompile.dump import Dump
 from hvcompile.errors import RequestedPassError
 from hvcompile.graph_code import inline
 from hvcompile.inputs import classify
-from hvcompile.nodes import is_tensor, is_weight
+from hvcompile.nodes import is_parameter, is_tensor, is_weight
 from hvcompile.options import Options, parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES
@@ -93,7 +93,9 @@ def _plain(
     log.warning("hvfast left a graph to plain %s: %s", settings.lower, reason)
     journal = [JournalRow(name="outline", report=PassReport(declined=(("graph", reason),)), op_changes={})]
     dump.journal(journal)
-    weights = [place for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")) if is_weight(node)]
+    placeholders = list(enumerate(graph_module.graph.find_nodes(op="placeholder")))
+    weights = [place for place, node in placeholders if is_parameter(node)]
+    weights += [place for place, node in placeholders if is_weight(node)]
     calling = runtime.Calling(
         anchor=weights[0] if weights else None,
         weights=(),
@@ -127,7 +129,9 @@ def seal(trunk: Trunk) -> runtime.Calling:
     trunk.output.args = ((*results, *extra),)
     trunk.module.graph.lint()
     trunk.module.recompile()
-    anchors = [node for node in trunk.blocks[0].operands if node in roles.weights] or list(roles.weights)
+    first = [node for node in trunk.blocks[0].operands if node in weights]
+    # A parameter rather than a buffer, which a forward may replace.
+    anchors = [*filter(is_parameter, first), *filter(is_parameter, roles.weights), *first, *roles.weights]
     return runtime.Calling(
         anchor=placeholders.index(anchors[0]) if anchors else None,
         weights=tuple(place for place, node in enumerate(placeholders) if node in weights),

@@ -241,7 +241,7 @@ def summary(result: Result) -> Table:
     if result.comparison is not None:
         _add_comparison(table, result.comparison)
     num_frames, height, width, _ = result.run.frames.shape
-    table.add_row("clip", f"{width}x{height}, {num_frames} frames")
+    table.add_row("clip", _clip(width, height, num_frames))
     table.add_row("output", Text(str(result.output), overflow="fold"))
     if result.sheet is not None:
         table.add_row("contact sheet", Text(str(result.sheet), overflow="fold"))
@@ -298,7 +298,7 @@ def comparison_summary(result: FileComparison, sheet: Path | None) -> Table:
     """Lay out the closing table of a comparison of two files."""
     table = Table(show_header=False)
     table.add_column("")
-    table.add_row("clip", f"{result.width}x{result.height}, {result.frames} frames")
+    table.add_row("clip", _clip(result.width, result.height, result.frames))
     _add_quality(table, result.quality)
     if sheet is not None:
         table.add_row("contact sheet", Text(str(sheet), overflow="fold"))
@@ -329,6 +329,10 @@ def _add_quality(table: Table, quality: Quality) -> None:
     table.add_row("SSIM, worst frame", _number(min(quality.ssim), ".4f"))
     table.add_row("temporal PSNR", _number(quality.mean_temporal_psnr, ".2f", " dB"))
     table.add_row("temporal PSNR, worst", _number(min(quality.temporal_psnr, default=None), ".2f", " dB"))
+
+
+def _clip(width: int, height: int, num_frames: int) -> str:
+    return f"{width}x{height}, {num_frames} frame{'' if num_frames == 1 else 's'}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

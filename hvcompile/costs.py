@@ -8,13 +8,13 @@ region reads each tensor that it needs once and writes each tensor that is read 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import fx
 
 from hvcompile.inductor import numel_hint, value
-from hvcompile.nodes import is_tensor, op_name, storage_root
+from hvcompile.nodes import is_tensor, op_name, storage
 from hvcompile.structure import PRODUCTS, arithmetic
 
 LINEAR, ATTENTION, CONVOLUTION, REST = "linear", "attention", "convolution", "rest"
@@ -103,22 +103,23 @@ def _bytes_of_rest(graph: fx.Graph) -> int:
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
         depth[node] = max((depth[item] + (_part(item) != REST) for item in node.all_input_nodes), default=0)
+    owner: dict[Hashable, fx.Node] = {}
+    for node in filter(is_tensor, graph.nodes):
+        owner.setdefault(storage(node), node)
     total = 0
     read: set[tuple[fx.Node, int]] = set()
     written: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op in {"placeholder", "get_attr"}:
-            continue
-        is_view = storage_root(node) is not node
-        for item in node.all_input_nodes:
-            source = storage_root(item)
-            if not is_tensor(source) or is_view:
-                continue
-            is_outside = source.op == "placeholder" or _part(source) != REST or depth[source] < depth[node]
+        if node.op in {"placeholder", "get_attr"} or owner.get(storage(node), node) is not node:
+            continue  # an input, or a view, which moves nothing
+        for item in filter(is_tensor, node.all_input_nodes):
+            source = owner[storage(item)]
+            is_given = source.op in {"placeholder", "get_attr"}
+            is_outside = is_given or _part(source) != REST or depth[source] < depth[node]
             if _part(node) == REST and node.op != "output" and is_outside and (source, depth[node]) not in read:
                 read.add((source, depth[node]))
                 total += _bytes(source)
-            is_made_here = source.op not in {"placeholder", "get_attr"} and _part(source) == REST
+            is_made_here = not is_given and _part(source) == REST
             leaves = node.op == "output" or _part(node) != REST or depth[source] < depth[node]
             if is_made_here and leaves and source not in written:
                 written.add(source)

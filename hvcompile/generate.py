@@ -17,7 +17,8 @@ import hvcompile
 from hvcompile import metrics, outputs, pipelines, sheet, video
 from hvcompile.compare import check_files
 from hvcompile.errors import InputError, UncompiledModelError
-from hvcompile.options import MODES
+from hvcompile.options import MODES, parse
+from hvcompile.passes import PASSES
 
 BACKEND = "hvfast"
 PLAIN_BACKEND = "inductor"
@@ -64,7 +65,7 @@ class Request:
     fps: int = 24
 
     def check(self) -> None:
-        """Raise InputError for all that is wrong whatever the model; loads nothing."""
+        """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
         for name in ("steps", "frames", "height", "width", "fps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -75,6 +76,11 @@ class Request:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value}: give a finite number, 0 or more")
+        for name in ("prompt", "negative_prompt"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{name} is no valid text ({error.reason} at {error.start}): give UTF-8") from error
         if (self.true_cfg or 0) > 1 and self.negative_prompt is None:
             raise InputError(f"true_cfg is {self.true_cfg}, which does nothing without negative_prompt: give that too")
         if self.mode is not None and self.mode not in MODES:
@@ -97,6 +103,7 @@ class Request:
         if self.model is not None:
             pipelines.check_model(self.model)
         pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
+        parse(PASSES, self.compile_arguments().get("options"), self.mode)  # what the backend would say after loading
 
     def sheet_path(self) -> Path:
         """Tell where the contact sheet of a comparison goes."""

@@ -48,7 +48,10 @@ def inline(
 
 
 def run_on_fakes(node: fx.Node) -> Any:
-    """Run a node's operation on the fake values of its inputs; the graph's fake mode must be active."""
+    """Run a node's operation on the fake values of its inputs.
+
+    The graph's fake mode must be active where an operation makes a tensor from none.
+    """
     args: Any = fx.map_arg(node.args, value)
     kwargs: Any = fx.map_arg(node.kwargs, value)
     target: Any = node.target

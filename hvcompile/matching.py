@@ -6,7 +6,7 @@ a little dead work is missing in one of them, they are alike still.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,22 @@ _NEW_LAYOUT = {"linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention
 
 
 def families_of(
-    found: Sequence[Block], operands: Sequence[Sequence[fx.Node]]
+    found: Sequence[Block], operands: Sequence[Sequence[fx.Node]], settings: Sequence[Hashable]
 ) -> dict[int, dict[int, dict[fx.Node, int]]]:
-    """Group the blocks that can share a body: first member -> member -> its nodes' numbers in the first member."""
+    """Group the blocks that can share a body: first member -> member -> its nodes' numbers in the first member.
+
+    Args:
+        found: the blocks in order.
+        operands: of each, what it reads.
+        settings: of each, what else decides how it runs (autocast around it); only equal ones share.
+
+    """
     families: dict[int, dict[int, dict[fx.Node, int]]] = {}
     rows: dict[int, list[tuple[Any, ...]]] = {}
     viewed = [viewed_operands(block, reads) for block, reads in zip(found, operands, strict=True)]
     layouts = [
-        tuple(_operand_key(operand, operand in among) for operand in reads)
-        for reads, among in zip(operands, viewed, strict=True)
+        (setting, *(_operand_key(operand, operand in among) for operand in reads))
+        for reads, among, setting in zip(operands, viewed, settings, strict=True)
     ]
     for place, block in enumerate(found):
         for first, members in families.items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import operator
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hvcompile.inductor import source_name, value
 
@@ -18,10 +19,6 @@ _IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
     operator.setitem,
-}
-_VIEWS = {
-    *("getitem", "view", "reshape", "transpose", "permute", "unflatten", "flatten", "squeeze", "unsqueeze", "chunk"),
-    *("split", "unbind", "expand", "narrow", "select", "view_as", "contiguous", "to", "detach"),
 }
 
 
@@ -35,12 +32,16 @@ def is_scalar(node: fx.Node) -> bool:
     return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node is a placeholder for a parameter of the model."""
+    return node.op == "placeholder" and (
+        "_parameters[" in source_name(node) or isinstance(value(node), torch.nn.Parameter)
+    )
+
+
 def is_weight(node: fx.Node) -> bool:
     """Whether a node is a placeholder for a parameter or buffer of the model."""
-    if node.op != "placeholder":
-        return False
-    name = source_name(node)
-    return "_parameters[" in name or "_buffers[" in name or isinstance(value(node), torch.nn.Parameter)
+    return is_parameter(node) or (node.op == "placeholder" and "_buffers[" in source_name(node))
 
 
 def op_name(node: fx.Node) -> str:
@@ -86,6 +87,11 @@ def draws_random_numbers(node: fx.Node) -> bool:
     """Whether a node drops out or jitters activations, as in training mode."""
     arguments = (*node.args[1:], *node.kwargs.values())
     rates = [argument for argument in arguments if isinstance(argument, float)]
+    if "scaled_dot_product_attention" in op_name(node):
+        rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+        return isinstance(rate, float) and rate > 0
+    if "bernoulli" in op_name(node):
+        return True
     is_random = "dropout" in op_name(node) or op_name(node) == "rrelu"
     return is_random and any(argument is True for argument in arguments) and any(rate > 0 for rate in rates)
 
@@ -103,19 +109,17 @@ def mutated_operand(node: fx.Node) -> fx.Node | None:
     return next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
 
 
-def storage_root(node: fx.Node) -> fx.Node:
-    """Follow views back to the node whose storage this one may share."""
-    root = node
-    while node.op in {"call_function", "call_method"} and (
-        op_name(node) in _VIEWS or mutated_operand(node) is not None
-    ):
-        source = next((operand for operand in node.all_input_nodes if not is_scalar(operand)), None)
-        if source is None:
-            break
-        node = source
-        if is_tensor(node):
-            root = node  # else a tuple of results: views of one tensor if it is a split, tensors of their own if not
-    return root
+def storage(node: fx.Node) -> Hashable:
+    """Tells tensors that share memory from those that don't: equal for a tensor, its views and what wrote into it.
+
+    Read from the fake values, which alias as the real ones do, whatever the operations are called.
+    """
+    while op_name(node) == "dropout":  # hands its input back in evaluation mode, and its fake value does not
+        node = node.all_input_nodes[0]
+    held = value(node)
+    if not isinstance(held, torch.Tensor) or held.layout is not torch.strided:
+        return node
+    return StorageWeakRef(held.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
 
 
 def settle(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from hvcompile.nodes import (
     is_tensor,
     mutated_operand,
     settle,
-    storage_root,
+    storage,
 )
 from hvcompile.slices import count_from_start
 from hvcompile.streams import find_streams
@@ -65,7 +65,7 @@ def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
         if declined:
             return NoTrunk(declined)
 
-    families = families_of(found, operands)
+    families = families_of(found, operands, [_autocast_around(block, within) for block in found])
     bodies: dict[int, Body] = {}
     outputs: dict[int, list[fx.Node | None]] = {}
     for number, (first, members) in enumerate(families.items()):
@@ -106,6 +106,11 @@ def _adopt_context_switches(graph: fx.Graph, found: Sequence[Block]) -> None:
             block.nodes = [node for node in graph.nodes if node in wanted]
 
 
+def _autocast_around(block: Block, within: dict[fx.Node, tuple[fx.Node, ...]]) -> Hashable:
+    """The settings of the autocast regions that a block stands in, outermost first."""
+    return tuple(repr(region.args) for region in within[block.nodes[0]] if region not in block.nodes)
+
+
 def _decline_graph(graph: fx.Graph, found: Sequence[Block]) -> str:
     """Why no block of a graph can be outlined; empty if some can."""
     owned = {node for block in found for node in block.nodes}
@@ -128,9 +133,10 @@ def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tu
     regions = {tuple(region for region in within[node] if region not in inside) for node in block.nodes}
     if len(regions) > 1:
         return f"{block.path} stands partly in an autocast region that it shares with work outside it"
+    outside = {storage(operand) for operand in operands if is_tensor(operand)}
     for node in block.nodes:
         mutated = mutated_operand(node)
-        if mutated is not None and storage_root(mutated) not in inside:
+        if mutated is not None and storage(mutated) in outside:
             return f"{block.path} writes into a tensor from outside it ({node.format_node()})"
     unsupported = [operand for operand in operands if not is_tensor(operand) and not is_scalar(operand)]
     if unsupported:

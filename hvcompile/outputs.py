@@ -23,7 +23,11 @@ def check(path: Path, *, name: str, kind: str, suffixes: Sequence[str]) -> None:
         suffixes: endings of such a file, the usual one first.
 
     """
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that no file system takes
+        raise InputError(f"{name} can't be used ({error.strerror or error}): give a shorter name") from error
+    if is_directory:
         example = path / f"out{suffixes[0]}"
         raise InputError(f"{name} {str(path)!r} is a directory: give a file name, such as {example}")
     if path.suffix.lower() not in suffixes:
@@ -41,7 +45,11 @@ def check(path: Path, *, name: str, kind: str, suffixes: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write beside ``path``, which takes its place when the block ends without an error."""
+    """Give a file to write beside ``path``, which takes its place when the block ends without an error.
+
+    Where ``path`` is a link, the file that it leads to is replaced.
+    """
+    path = path.resolve()
     with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=path.parent) as directory:
         part = Path(directory, path.name)
         yield part

@@ -120,6 +120,8 @@ def resolve_device(device: str | None) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
+        if place.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} can't be used: {first_line(error)}; give cpu, cuda or cuda:N") from error
     return place
@@ -137,7 +139,7 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 def check_model(model: str) -> None:
     """Raise InputError where ``model`` is a path with no pipeline at it; a hub id is only tried by ``load``."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model.strip() and path.is_dir():
         index = path / "model_index.json"
         if not index.is_file():
             raise InputError(f"model {model!r} is a directory without model_index.json: give the root of a pipeline")

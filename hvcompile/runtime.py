@@ -90,6 +90,7 @@ class ModelState:
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
     slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
+    weights: dict[int, _Weights] = dataclasses.field(default_factory=lambda: collections.defaultdict(_Weights))
     numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
     calls: int = 0
     hits: int = 0
@@ -122,7 +123,7 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
 # Tells compiled graphs apart.
 _NUMBERS = itertools.count()
 
-# An index, not a store: it maps a model's first parameter to what is kept for it, and lets go when the model does.
+# An index, not a store: it maps a parameter of a model to what is kept for it, and lets go when the model does.
 _MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _MODELS_LOCK = threading.Lock()
 
@@ -139,9 +140,13 @@ def model_state(anchor: torch.Tensor) -> ModelState:
 def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
     module = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps; model.compile() does not
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"expected the compiled torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"expected the compiled torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}: "
+            "give the module, also where only its forward was compiled"
+        )
     with _MODELS_LOCK:
-        states = [_MODELS[parameter] for parameter in module.parameters() if parameter in _MODELS]
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        states = [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
     if not states:
         raise UncompiledModelError(
             f"this {type(module).__name__} has not run under hvfast yet: compile it with "
@@ -219,13 +224,38 @@ def fingerprint(tensor: torch.Tensor) -> int:
     return int(((flat + 1) * (weight | 1)).sum().item())
 
 
-def _revision(weights: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Changes when a weight is written to in place (a fused LoRA, ``load_state_dict``) or is another tensor.
+class _Weights:
+    """The weights of the last call of one compiled graph, and a number that changes when any of them does.
 
-    Read on the host alone. A write through ``.data`` leaves no trace, and is not seen.
+    That is where a weight is written to in place (a fused LoRA, ``load_state_dict``) or is another tensor, be it one
+    that stood elsewhere before. Read on the host alone. A write through ``.data``, or into a tensor made under
+    ``torch.inference_mode()``, leaves no trace and is not seen.
     """
-    versions = 0 if weights and weights[0].is_inference() else sum(map(_VERSION, weights))
-    return versions, sum(map(id, weights))
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._versioned: list[weakref.ref[torch.Tensor]] = []
+        self._versions = -1
+
+    def look(self, weights: Sequence[torch.Tensor]) -> int:
+        """The revision of these weights."""
+        # Compared by identity, as id() would not do: a freed weight's id comes again.
+        is_same = len(weights) == len(self._seen) and all(map(operator.is_, weights, map(operator.call, self._seen)))
+        if not is_same:
+            self._seen = [weakref.ref(weight) for weight in weights]
+            self._versioned = [weakref.ref(weight) for weight in weights if not weight.is_inference()]
+            if len(self._versioned) < len(self._seen):
+                log.warning(
+                    "%d weights were made under torch.inference_mode(): writes into them are not seen, so call "
+                    "hvcompile.reset(model) after one",
+                    len(self._seen) - len(self._versioned),
+                )
+        versions = sum(map(_VERSION, map(operator.call, self._versioned)))
+        if not is_same or versions != self._versions:
+            self._versions = versions
+            self.revision += 1
+        return self.revision
 
 
 class _Fingerprints:
@@ -314,8 +344,8 @@ class CompiledTrunk:
         numbers = self._numbers(args)
         with self._lock:
             conditions = tuple(self._fingerprints.of(args[place]) for place in calling.conditions)
-        weights = _revision(self._weights(args))
         with model.lock:
+            weights = model.weights[self._number].look(self._weights(args))
             thread = weakref.ref(threading.current_thread())
             key = (thread, self._number, weights, numbers, conditions)
             model.calls += 1

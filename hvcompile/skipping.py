@@ -7,6 +7,7 @@ import operator
 
 from torch import fx
 
+from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import is_data_dependent, numel_hint, provenance, shape_key, value
 from hvcompile.inputs import classify
 from hvcompile.nodes import (
@@ -18,14 +19,16 @@ from hvcompile.nodes import (
     is_tensor,
     mutated_operand,
     op_name,
-    storage_root,
+    storage,
 )
+from hvcompile.streams import is_residual
 from hvcompile.trunk import BlockCall, Trunk
 
-# Operations that only rearrange tokens; replayed on block 1's outputs to find what a skipped trunk would hand on.
+# Operations that only rearrange or cast tokens; replayed on block 1's outputs to find what a skipped trunk hands on.
 _REARRANGING = {
     *("getitem", "cat", "concat", "chunk", "split", "reshape", "view", "flatten", "unflatten", "contiguous", "to"),
     *("transpose", "permute", "squeeze", "unsqueeze", "clone", "narrow", "unbind", "stack"),
+    *("type", "type_as", "float", "double", "half", "bfloat16"),
 }
 
 
@@ -73,7 +76,7 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
         return "no input is a timestep, so one generation can't be told from the next"
     stream = _main_stream(first, roles.sample)
     if stream is None:
-        return f"no output of {first.path} continues one of its inputs, so it has no residual"
+        return f"no output of {first.path} is one of its inputs plus something, so it has no residual"
     outside = {first.call, *first.outputs.values()}
     for node in leaving:
         if not _reaches_back(trunk, node, core, outside):
@@ -97,9 +100,10 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
 
 
 def _main_stream(first: BlockCall, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Block 1's input and output of the stream that carries the sample; of several, the largest."""
+    """Block 1's input and output of the residual stream that carries the sample; of several, the largest."""
     from_sample = descendants([sample])
-    pairs = [(first.operands[source], first.outputs.get(output)) for output, source in first.body.streams.items()]
+    streams = [item for item in first.body.streams.items() if is_residual(first.body, item[0])]
+    pairs = [(first.operands[source], first.outputs.get(output)) for output, source in streams]
     found = [(entered, left) for entered, left in pairs if left is not None]
     found.sort(key=lambda pair: (pair[0] in from_sample, numel_hint(value(pair[0]))))
     return found[-1] if found else None
@@ -119,11 +123,11 @@ def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node
     private: set[fx.Node] = set()
     within = contexts(graph)
     context = within[next(node for node in graph.nodes if node in core)]
-    written = {storage_root(mutated) for node in graph.nodes if (mutated := mutated_operand(node)) is not None}
+    written = {storage(mutated) for node in graph.nodes if (mutated := mutated_operand(node)) is not None}
     for node in reversed(graph.nodes):
         is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
         is_work = is_work and within[node] == context
-        is_work = is_work and written.isdisjoint(storage_root(item) for item in (node, *node.all_input_nodes))
+        is_work = is_work and written.isdisjoint(storage(item) for item in (node, *node.all_input_nodes))
         if is_work and node.users and (core | private).issuperset(node.users):
             private.add(node)
     for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch
@@ -152,9 +156,13 @@ def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], outside: set[
 
 
 def _alike(node: fx.Node) -> list[fx.Node]:
-    """The operands of work between the blocks that have its result's shape: the streams that it changes."""
-    shape = shape_key(value(node)) if is_tensor(node) else None
-    return [item for item in node.all_input_nodes if is_tensor(item) and shape_key(value(item)) == shape]
+    """The operands of work between the blocks that are tensors like its result: the streams that it changes."""
+    if not is_tensor(node):
+        return []
+    kind = (shape_key(value(node)), value(node).dtype)
+    return [
+        item for item in node.all_input_nodes if is_tensor(item) and (shape_key(value(item)), value(item).dtype) == kind
+    ]
 
 
 def counterpart(
@@ -172,6 +180,6 @@ def counterpart(
     replaced = {item: counterpart(trunk, item, core, before, made, tag) for item in node.all_input_nodes}
     with trunk.graph.inserting_before(before):
         copied = trunk.graph.node_copy(node, lambda item: replaced[item])
-    copied.meta = provenance(node, tag, value(node))
+    copied.meta = provenance(node, tag, run_on_fakes(copied))  # not the node's own value: this one may be a view
     made[node] = copied
     return copied

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from hvcompile.inductor import shape_key, value
@@ -13,10 +14,14 @@ from hvcompile.nodes import is_tensor, op_name
 from hvcompile.structure import Block
 from hvcompile.trunk import Body
 
-# Operations through which a residual stream passes unchanged but for what is added to it.
+# Operations whose result is a tuple of parts of a tensor.
+_SPLITTING = {"split", "chunk", "unbind", "tensor_split"}
+
+# Operations through which a residual stream passes unchanged but for what is added to it, and for a scale.
 _CARRIERS = {
     "add",
     "sub",
+    "mul",
     "permute",
     "getitem",
     "cat",
@@ -27,6 +32,7 @@ _CARRIERS = {
     "dropout",
     "where",
     "concat",
+    *_SPLITTING,
 } | {f"{kind}{name}" for kind in ("", "un") for name in ("squeeze", "flatten")}
 
 
@@ -53,6 +59,13 @@ def find_streams(
                     body.streams[number] = source
 
 
+def is_residual(body: Body, position: int) -> bool:
+    """Whether an output is the operand that it continues plus something, rather than something new in its place."""
+    placeholders = list(body.module.graph.find_nodes(op="placeholder"))
+    results: Any = body.module.graph.output_node().args[0]
+    return placeholders[body.streams[position]] in residual_sources(results[position])
+
+
 def residual_sources(output: fx.Node) -> set[fx.Node]:
     """The placeholders whose value reaches a node through additions, slices and concatenations alone."""
     found: set[fx.Node] = set()
@@ -66,17 +79,21 @@ def residual_sources(output: fx.Node) -> set[fx.Node]:
         if node.op == "placeholder":
             found.add(node)
         elif op_name(node).rstrip("_") in _CARRIERS or node.target is operator.iadd:
-            stack.extend(operand for operand in node.all_input_nodes if is_tensor(operand))
+            stack.extend(item for item in node.all_input_nodes if is_tensor(item) or op_name(item) in _SPLITTING)
     return found
+
+
+def _kind(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype]:
+    return shape_key(value(node)), value(node).dtype
 
 
 def _stream_of(body: fx.GraphModule, position: int, likely: set[int]) -> int | None:
     """The operand that an output continues, found inside the body: by its residual path, else by its shape alone."""
     placeholders = list(body.graph.find_nodes(op="placeholder"))
     results: Any = body.graph.output_node().args[0]
-    shape = shape_key(value(results[position]))
+    kind = _kind(results[position])
     carried = residual_sources(results[position])
-    alike = [place for place, node in enumerate(placeholders) if is_tensor(node) and shape_key(value(node)) == shape]
+    alike = [place for place, node in enumerate(placeholders) if is_tensor(node) and _kind(node) == kind]
     by_residual = [place for place in alike if placeholders[place] in carried]
     for candidates in (by_residual, [p for p in by_residual if p in likely], [p for p in alike if p in likely]):
         if len(candidates) == 1:

@@ -12,7 +12,7 @@ from torch import fx
 
 from hvcompile import inductor
 from hvcompile.inductor import provenance, value
-from hvcompile.nodes import is_tensor, is_weight, storage_root
+from hvcompile.nodes import is_tensor, is_weight, storage
 
 
 @dataclasses.dataclass(eq=False)
@@ -171,17 +171,17 @@ def as_operands(
     """
     as_is, ordered = set(ready), list(dict.fromkeys(nodes))
     passed = {node: node for node in ordered if node in as_is or not is_activation(node)}
-    roots = {storage_root(node) for node in passed}
+    taken = {storage(node) for node in passed}
     for node in ordered:
         if node in passed:
             continue
-        root = storage_root(node)
-        if root in roots:
+        if storage(node) in taken:
             made = graph.call_function(torch.clone, (node,), {"memory_format": torch.contiguous_format})
+            made.meta = provenance(node, tag, contiguous_like(value(node)))
         else:
             made = graph.call_method("contiguous", (node,))
-        roots.add(root)
-        made.meta = provenance(node, tag, contiguous_like(value(node)))
+            made.meta = provenance(node, tag, value(node).contiguous())
+        taken.add(storage(node))
         passed[node] = made
     return {node: passed[node] for node in ordered}
 

@@ -33,17 +33,18 @@ class FirstBlockCache(Pass):
 
     - a difference that is not finite never reuses;
     - a clock (timestep) that turns back, or stands still at the start with another sample, begins a new generation,
-      whose first step is computed.
+      whose first step is computed; so does one of several clocks (guidance) that moves while the sample stays.
 
     Args:
         threshold: relative difference, taken in fp32, 0 or more; 0 reuses only where block 1 repeats itself exactly.
         warmup_steps: steps at the start of a generation that are always computed, 0 or more.
         max_consecutive_hits: steps reused in a row at most, 1 or more; None for no limit.
-        last_steps_computed: steps at the end of a generation that are always computed, 0 or more. The end is where the
-            clock will reach 0 (or 1 or 1000, where it rises), extrapolated through its last three values by the
-            projective map that is exact for evenly spaced and for shifted flow-matching schedules. A generation's first
-            two steps, before there are three values, are computed; timesteps rounded to whole numbers or bf16 blur the
-            map, so that some steps in the middle are computed as well.
+        last_steps_computed: timesteps at the end of a generation that are always computed, 0 or more; several calls at
+            one timestep (second-order schedulers) count as one. The end is where the clock will reach 0 (or 1 or 1000,
+            where it rises), extrapolated through its last three values by the projective map that is exact for evenly
+            spaced and for shifted flow-matching schedules. A generation's first two timesteps, before there are three
+            values, are computed; timesteps rounded to whole numbers or bf16 blur the map, so that some steps in the
+            middle are computed as well.
 
     Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108);
     decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses and that means are taken there
@@ -73,7 +74,9 @@ class FirstBlockCache(Pass):
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= MOST:
-            raise OptionError(f"first_block_cache.threshold is {self.threshold}; allowed is a finite number, 0 or more")
+            raise OptionError(
+                f"first_block_cache.threshold is {self.threshold}; allowed is a number from 0 to {MOST:g}"
+            )
         for name, least in (("warmup_steps", 0), ("last_steps_computed", 0), ("max_consecutive_hits", 1)):
             number = getattr(self, name)
             if number is not None and not least <= number <= MOST:
@@ -103,7 +106,7 @@ class FirstBlockCache(Pass):
         direction: torch.Tensor,
         sample: torch.Tensor,
         last_sample: torch.Tensor,
-        earlier_clock: torch.Tensor | None = None,
+        past_clocks: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """The decision of one step, as graph code.
 
@@ -117,7 +120,8 @@ class FirstBlockCache(Pass):
             direction: sign of the clock's movement in this generation, 0 where it has not moved yet, same shape.
             sample: what is denoised, any shape.
             last_sample: that of the step before, same shape.
-            earlier_clock: timesteps of two steps before; given where ``last_steps_computed`` is.
+            past_clocks: the two values that each clock had before its last, float64 ``[2, K]``, oldest first; given
+                where ``last_steps_computed`` is.
 
         Returns:
             ``reused`` (bool scalar), ``difference`` (float32 scalar), and the next values of the small state.
@@ -128,8 +132,12 @@ class FirstBlockCache(Pass):
         change = (residual.float() - first.float()).abs().mean() / first.float().abs().mean()
         moved = (clock - last_clock).sign()
         turned_back = (moved * direction < 0).any()
-        stands_still = (direction == 0).all() & (moved == 0).all()
-        is_new = (steps == 0) | turned_back | (stands_still & (sample != last_sample).any())
+        # Two generations of one step each look like two steps of one. They differ in the sample where no clock has
+        # moved, and where one of several has (guidance is one too) they may have begun from the same sample.
+        has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
+        is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
+        is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
+        is_new = (steps == 0) | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
         moved = torch.where(moved == 0, direction, moved)
         follow = {
             "direction": torch.where(is_new, torch.zeros_like(moved), moved),
@@ -141,16 +149,21 @@ class FirstBlockCache(Pass):
         reused = difference.isfinite() & (difference <= self.threshold) & (steps >= self.warmup_steps)
         if self.max_consecutive_hits is not None:
             reused = reused & (streak < self.max_consecutive_hits)
-        if earlier_clock is not None:
-            is_near_end = (steps_left(earlier_clock, last_clock, clock) < self.last_steps_computed + 0.5).any()
-            reused = reused & (steps >= 2) & is_near_end.logical_not()
-            follow["earlier_clock"] = last_clock.clone()
+        if past_clocks is not None:
+            # A generation begins with three equal values; a value that comes again changes nothing.
+            earliest, earlier = torch.where(is_new, torch.stack([clock, clock]), past_clocks)
+            last = torch.where(is_new, clock, last_clock)
+            earliest, earlier = torch.where(clock == last, earliest, earlier), torch.where(clock == last, earlier, last)
+            is_known = ((earliest != earlier) & (earlier != clock)).any()
+            is_near_end = (steps_left(earliest, earlier, clock) < self.last_steps_computed + 0.5).any()
+            reused = reused & is_known & is_near_end.logical_not()
+            follow["past_clocks"] = torch.stack([earliest, earlier])
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
 
 
 def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
-    """Steps until each clock reaches its end, this one included; infinite for a clock that stands still.
+    """Steps until each clock reaches its end, this one included; infinite for a clock without three distinct values.
 
     The clock is taken as a projective function of the step number (a constant cross-ratio): exact for even spacing
     and for flow matching's shift ``s*x / (1 + (s - 1)*x)`` of it. Arguments are float64 ``[K]``, oldest first.
@@ -159,7 +172,8 @@ def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
     end = torch.where(rises, torch.where(clock <= 1, torch.ones_like(clock), torch.full_like(clock, 1000.0)), 0.0)
     ratio = (earlier - clock) * (last - end) / ((last - clock) * (earlier - end))
     left = 2 * (ratio - 1) / (2 - ratio)
-    return torch.where(clock == last, torch.full_like(clock, math.inf), left)
+    is_moving = (earlier != last) & (last != clock)
+    return torch.where(is_moving, left, torch.full_like(clock, math.inf))
 
 
 def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
@@ -180,7 +194,7 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
         "last_sample": trunk.add_state("last_sample", sampled.shape, sampled.dtype, sampled.device),
     }
     if options.last_steps_computed:
-        small["earlier_clock"] = trunk.add_state("earlier_clock", clock_shape, torch.float64, main.device)
+        small["past_clocks"] = trunk.add_state("past_clocks", (2, *clock_shape), torch.float64, main.device)
     operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first.placeholder}
     operands |= {"clock": clock, "sample": sample} | {name: state.placeholder for name, state in small.items()}
     decided = inline(graph, options.decide, operands, before=anchor, tag=tag)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import hvfast, relative_error, timesteps
 from torch import nn
-from toy import Toy, toy_inputs
+from toy import TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
 from hvcompile import pipeline
@@ -328,3 +328,113 @@ def test_intermediate_results_leave_too() -> None:
             assert relative_error(output, expected) < 1e-6
             assert all(relative_error(a, b) < 1e-6 for a, b in zip(kept, expected_kept, strict=True))
     assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
+
+
+HEUN = [900.0, *(time for time in (800.0, 700.0, 600.0, 500.0, 400.0, 300.0, 200.0, 100.0) for _ in range(2))]
+
+
+def test_last_timesteps_of_a_second_order_scheduler_are_computed() -> None:
+    """Heun calls twice at every timestep but the first; both calls at the last three are computed."""
+    decisions = run(compiled(Toy(), threshold=1e9, last_steps_computed=3), HEUN, drift=0.01)
+    assert decisions[-6:] == [False] * 6
+    assert decisions[:3] == [False] * 3  # two timesteps are not enough to see where it ends
+    assert decisions[3:-6] == [True] * 8
+
+
+def test_one_step_generations_with_other_guidance_are_told_apart() -> None:
+    class Guided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.toy = Toy()
+
+        def forward(self, sample: Any, timestep: Any, guidance: Any, text: Any) -> Any:
+            return self.toy(sample, timestep, text) + self.toy(sample, guidance, text)
+
+    model, inputs = compiled(Guided(), threshold=1e9), toy_inputs()
+    with torch.no_grad():
+        for guidance in (6000.0, 1000.0):
+            model(**inputs, guidance=torch.tensor([guidance]))
+    assert [step.difference for step in hvcompile.stats(model).steps] == [math.inf, math.inf]
+
+
+def test_a_list_without_residual_streams_is_not_cached() -> None:
+    """Members that put something new in place of their input have no residual to compare or to add."""
+
+    class Perceptron(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)]
+            self.net = nn.Sequential(*layers)
+            self.blocks = nn.ModuleList()
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return self.head(self.net(self.embed(sample) + self.time((timestep[:, None] / 1000).cos() * text[:, 0])))
+
+    model, inputs = Perceptron(), toy_inputs()
+    fast = hvfast(model, fullgraph=True, options={"lower": "eager"})
+    with torch.no_grad():
+        for time in DOWN:
+            now = inputs | {"timestep": torch.tensor([time])}
+            assert relative_error(fast(**now), model(**now)) < 1e-6
+    assert not hvcompile.stats(fast).steps
+
+
+class Streamed(Toy):
+    """Blocks whose operands a subclass derives; in the first place, by handing one tensor on under two names."""
+
+    def operands(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return text, text.float()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        hidden, time = self.embed(sample), self.time((timestep[:, None] / 1000).cos() * text[:, 0])
+        one, other = self.operands(text)
+        for place, block in enumerate(self.blocks):
+            hidden = block(hidden, one if place % 2 else other, time)
+        return self.head(hidden)
+
+
+class FromOneInput(Streamed):
+    def operands(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return text.unbind(0)[0][None], text[:1].expand_as(text[:1])
+
+
+class Float32Stream(Toy):
+    """A residual stream in fp32 around blocks that compute in bf16."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        hidden, time = self.embed(sample), self.time((timestep[:, None] / 1000).cos() * text[:, 0])
+        for block in self.blocks:
+            hidden = hidden + block(hidden.bfloat16(), text.bfloat16(), time.bfloat16()).float()
+        return self.head(hidden)
+
+
+def bfloat16_blocks(model: Toy) -> Toy:
+    model.blocks.to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize("build", [Streamed, FromOneInput, lambda: bfloat16_blocks(Float32Stream())])
+@pytest.mark.parametrize("lower", ["aot", "inductor"])
+def test_operands_that_share_memory_or_differ_in_dtype(build: Callable[[], Toy], lower: str) -> None:
+    model, inputs = build(), toy_inputs()
+    fast = hvfast(model, fullgraph=True, options={"lower": lower, "first_block_cache": {"threshold": 0.5}})
+    tolerance = 2e-2 if isinstance(model, Float32Stream) else 1e-5
+    with torch.no_grad():
+        expected = model(**inputs)
+        assert relative_error(fast(**inputs), expected) < tolerance
+        assert relative_error(fast(**inputs), expected) < tolerance
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
+
+
+def test_inputs_that_are_views_of_one_tensor() -> None:
+    class Rotated(Toy):
+        def forward(self, sample: Any, timestep: Any, text: Any, rope: Any) -> Any:  # type: ignore[override]
+            hidden, time = self.embed(sample), self.time((timestep[:, None] / 1000).cos() * text[:, 0])
+            for block in self.blocks:
+                hidden = block(hidden * rope[0] + rope[1], text, time)
+            return self.head(hidden)
+
+    model, inputs = Rotated(), toy_inputs() | {"rope": torch.randn(2, TOKENS, WIDTH).unbind()}
+    fast = hvfast(model, fullgraph=True, options={"lower": "aot"})
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), model(**inputs)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import hvfast, relative_error
 from torch import nn
-from toy import Toy, toy_inputs
+from toy import TOKENS, WIDTH, Toy, toy_inputs
 
 from hvcompile.inductor import INVOKE_SUBGRAPH
 from hvcompile.nodes import op_name
@@ -289,3 +289,72 @@ def test_autocast_inside_a_block() -> None:
 
     trunk, _ = outlined(nn.Sequential(Block(), Block()), torch.randn(2, 8))
     assert isinstance(trunk, Trunk)
+
+
+class Casting(nn.Module):
+    """Writes in place into what a cast of its input hands back, which is the input itself where nothing is cast."""
+
+    def __init__(self, alias: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.alias = nn.Linear(WIDTH, WIDTH), alias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        result = self.alias(hidden)
+        result += self.linear(hidden)
+        return result
+
+
+ALIASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float": lambda x: x.float(),
+    "type": lambda x: x.type(torch.float32),
+    "mT": lambda x: x.mT.mT,
+    "swapaxes": lambda x: x.swapaxes(0, 1).swapaxes(0, 1),
+    "expand_as": lambda x: x.expand_as(x),
+    "tensor_split": lambda x: x.tensor_split(1)[0],
+    "movedim": lambda x: x.movedim(0, 1).movedim(0, 1),
+    "as_strided": lambda x: x.as_strided(x.shape, x.stride()),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_write_through_any_alias_of_an_input_is_seen(name: str) -> None:
+    """The block is left alone, for what it wrote into would be a copy of its own."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Casting(ALIASES[name]) for _ in range(3))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            kept = hidden = hidden * 2
+            for block in self.blocks:
+                hidden = block(hidden)
+            return hidden + kept
+
+    result, _ = outlined(Keeps(), torch.randn(1, TOKENS, WIDTH))
+    assert isinstance(result, NoTrunk)
+    assert "writes into a tensor from outside it" in result.reason
+
+
+class UnderAutocast(Toy):
+    """Every block but the first under autocast, entered outside the blocks."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        hidden, time = self.embed(sample), timestep[:, None] / 1000
+        for place, block in enumerate(self.blocks):
+            with torch.autocast("cpu", torch.bfloat16, enabled=place > 0):
+                hidden = block(hidden, text, time.expand(-1, WIDTH)) + 0.0
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot", "inductor"])
+def test_autocast_around_a_block_is_part_of_what_it_computes(lower: str) -> None:
+    model, inputs = UnderAutocast(blocks=4, scale=1.0), toy_inputs()
+    fast = hvfast(model, options={"lower": lower, "first_block_cache": False})
+    with torch.no_grad():
+        expected, actual = model(**inputs), fast(**inputs)
+        for block in model.blocks:  # what is computed where autocast is lost
+            block.forward = torch.autocast("cpu", enabled=False)(block.forward)
+        without = model(**inputs)
+    assert relative_error(without, expected) > 5e-4
+    assert relative_error(actual, expected) < 1e-5

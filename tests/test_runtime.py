@@ -296,3 +296,71 @@ def test_fingerprints(dtype: torch.dtype) -> None:
     changed[0, 0] = ~changed[0, 0] if dtype == torch.bool else changed[0, 0] + 1
     assert runtime.fingerprint(changed) not in seen
     assert isinstance(runtime.fingerprint(tensor[:0]), int)
+
+
+def last_reused(model: Any) -> bool:
+    return hvcompile.stats(model).steps[-1].reused
+
+
+def test_weights_that_change_places_are_other_weights() -> None:
+    model = Toy()
+    fast, inputs = compiled(model, threshold=1e9), toy_inputs()
+    with torch.no_grad():
+        fast(**inputs)
+        fast(**inputs)
+        assert last_reused(fast)
+        model.blocks[2], model.blocks[3] = model.blocks[3], model.blocks[2]
+        fast(**inputs)
+    assert not last_reused(fast)
+
+
+def test_a_weight_at_the_address_of_a_freed_one_is_another() -> None:
+    model: Any = Toy()
+    fast, inputs = compiled(model, threshold=1e9), toy_inputs()
+    base = model.blocks[2].out.weight.detach().clone()
+    with torch.no_grad():
+        for scale in range(12):
+            model.blocks[2].out.weight = torch.nn.Parameter(base * (1 + scale))
+            fast(**inputs)
+            assert not last_reused(fast)
+
+
+def test_a_buffer_made_under_inference_mode_does_not_hide_the_weights() -> None:
+    class Rotated(Toy):
+        rope: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.inference_mode():
+                self.register_buffer("rope", torch.ones(WIDTH))
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return super().forward(sample * self.rope, timestep, text)
+
+    model: Any = Rotated()
+    fast, inputs = compiled(model, threshold=1e9), toy_inputs()
+    with torch.no_grad():
+        fast(**inputs)
+        model.blocks[2].out.weight.add_(0.3)
+        fast(**inputs)
+        assert not last_reused(fast)
+        fast(**inputs)
+        assert last_reused(fast)
+
+
+def test_a_model_is_found_by_its_parameters_though_a_buffer_comes_first() -> None:
+    model: Any = Toy()
+    for block in model.blocks:
+        block.register_buffer("scaling", torch.ones(WIDTH))
+        forward = block.forward
+        block.forward = lambda h, t, e, block=block, forward=forward: forward(h * block.scaling, t, e)
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(**toy_inputs())
+    assert hvcompile.stats(fast).misses == 1
+    hvcompile.reset(fast)
+
+
+def test_stats_of_a_function_says_what_to_give() -> None:
+    with pytest.raises(TypeError, match="give the module, also where only its forward was compiled"):
+        hvcompile.stats(torch.compile(Toy().forward, backend="hvfast"))
