@@ -37,8 +37,6 @@ from pathlib import Path
 
 {imports}
 
-KEPT = {{}}  # inputs of the first call, by name
-
 
 {classes}
 
@@ -46,6 +44,9 @@ KEPT = {{}}  # inputs of the first call, by name
 def build():
     """The module of the whole graph; a body that is called from several places is one instance."""
 {build}
+
+
+KEPT = {{}}  # inputs of the first call, by name
 
 
 def draw(name, shape, dtype, device="cpu", scale=1.0, stride=None):

@@ -266,7 +266,8 @@ def is_tracing() -> bool:
         from torch._logging._internal import trace_log
     except ImportError:
         return False
-    return bool(trace_log.handlers)
+    # That there is a handler says nothing: without TORCH_TRACE one waits, without a directory, for the first record.
+    return any(getattr(handler, "root_dir", None) is not None for handler in trace_log.handlers)
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

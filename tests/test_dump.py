@@ -31,6 +31,9 @@ from hvcompile.errors import OptionError
 from hvcompile.pipeline import JournalRow, PassReport
 
 FILES = ["00_captured.py", "01_outlined.py", "02_first_block_cache.py", "03_sealed.py"]
+BESIDE = ["inputs.pt", "journal.json", "outputs.pt"]
+if importlib.util.find_spec("depyf") is not None:
+    BESIDE.append("dynamo_frame.py")
 FAMILIES = ("hunyuan_video", "mochi", "hunyuan_video_framepack")
 
 
@@ -86,7 +89,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_holds_one_file_a_step_and_the_journal(folders: dict[str, Path], name: str) -> None:
-    assert sorted(path.name for path in folders[name].iterdir()) == [*FILES, "journal.json"]
+    assert sorted(path.name for path in folders[name].iterdir()) == sorted([*FILES, *BESIDE])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -204,7 +207,7 @@ def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
 def test_the_journal_gives_the_reasons(tmp_path: Path) -> None:
     compile_and_run(torch.nn.Linear(3, 3), {"input": torch.ones(2, 3)}, dump=tmp_path)
     folder = only_folder(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == [FILES[0], "journal.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([FILES[0], *BESIDE])
     ((declined,),) = [row["declined"] for row in json.loads((folder / "journal.json").read_text())["passes"]]
     assert declined["what"] == "graph"
     assert "module list" in declined["why"]
@@ -213,9 +216,17 @@ def test_the_journal_gives_the_reasons(tmp_path: Path) -> None:
 
 def test_rows_are_written_as_they_are(tmp_path: Path) -> None:
     report = PassReport(matched=("a",), declined=(("b", "for c"),))
-    Dump(tmp_path, (3, 1)).journal([JournalRow(name="P", report=report, op_changes={"mul": -2})])
+    row = JournalRow(name="P", report=report, op_changes={"mul": -2}, section="p", is_exact=False)
+    Dump(tmp_path, (3, 1)).journal([row])
     assert json.loads((tmp_path / "graph_3_1" / "journal.json").read_text())["passes"] == [
-        {"name": "P", "matched": ["a"], "declined": [{"what": "b", "why": "for c"}], "op_changes": {"mul": -2}}
+        {
+            "name": "P",
+            "section": "p",
+            "is_exact": False,
+            "matched": ["a"],
+            "declined": [{"what": "b", "why": "for c"}],
+            "op_changes": {"mul": -2},
+        }
     ]
 
 
@@ -234,10 +245,8 @@ def test_without_a_directory_nothing_is_written_or_even_looked_at(
 def test_the_environment_variable_gives_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVCOMPILE_DUMP", str(tmp_path / "new" / "directory"))
     compile_and_run(Toy(), toy_inputs())
-    assert sorted(path.name for path in only_folder(tmp_path / "new" / "directory").iterdir()) == [
-        *FILES,
-        "journal.json",
-    ]
+    names = [path.name for path in only_folder(tmp_path / "new" / "directory").iterdir()]
+    assert sorted(names) == sorted([*FILES, *BESIDE])
 
 
 def test_captures_of_the_same_id_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -368,6 +377,9 @@ def build():
     root.body = body
     root.again = body
     return root
+
+
+KEPT = {}  # inputs of the first call, by name
 
 
 '''
