@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import nn
 
-from hvcompile import bisect, cli
+from hvcompile import bisect, cli, dumped
 from hvcompile.inductor import provenance, value
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import Pass, PassReport
@@ -36,7 +36,9 @@ class ScaledResidual(Pass):
         """Scale the residual of every stream in every body."""
         for body in trunk.bodies:
             graph = body.module.graph
-            operands, results = list(graph.find_nodes(op="placeholder")), [*graph.output_node().args[0]]
+            operands: list[Any] = list(graph.find_nodes(op="placeholder"))
+            (returned,) = graph.output_node().args
+            results: list[Any] = list(returned)  # type: ignore[arg-type]
             for place, operand in body.streams.items():
                 before, after = operands[operand], results[place]
                 with graph.inserting_before(graph.output_node()):
@@ -55,7 +57,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Add what the block computes to the stream."""
-        return hidden + 0.2 * self.narrow(torch.nn.functional.gelu(self.wide(hidden + time)))
+        change: torch.Tensor = self.narrow(torch.nn.functional.gelu(self.wide(hidden + time)))
+        return hidden + 0.2 * change
 
 
 class Transformer(nn.Module):
@@ -77,13 +80,13 @@ def main(directory: Path) -> None:
     """Show the fault, find it, switch it off."""
     torch.manual_seed(0)
     model, sample, timestep = Transformer().eval(), torch.randn(1, 12, 16), torch.tensor([900.0])
-    options = {"lower": "eager", "dump": directory}  # "inductor" works as well, and takes longer
+    options: dict[str, Any] = {"lower": "eager", "dump": directory}  # "inductor" works as well, and takes longer
     with torch.no_grad(), mock.patch("hvcompile.backend.PASSES", (ScaledResidual, *PASSES)):
         exact = model(sample, timestep)
         wrong = torch.compile(model, backend="hvfast", options=options)(sample, timestep)
         print(f"1. The compiled model is off by {(wrong - exact).abs().max():.2g}.")
 
-        folder = bisect.folders(directory)[-1]
+        folder = dumped.folders(directory)[-1]
         print(f"2. hvcompile bisect {folder}")
         found = bisect.bisect(folder)
         cli.out.print(cli.bisection_table(found))

@@ -191,7 +191,9 @@ def bisect(
     directory: Annotated[Path, typer.Argument(help="What HVCOMPILE_DUMP named, or one graph_... folder in it.")],
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Relative difference that is no fault (default: by dtype; 1e-4 in float32, 3e-2 in bfloat16)."),
+        typer.Option(
+            help="Relative difference that is no fault (default: by dtype; 1e-4 in float32, 3e-2 in bfloat16)."
+        ),
     ] = None,
     lower: Annotated[
         str | None, typer.Option(help="eager, aot or inductor: how far to go (default: as far as the dumped run).")
@@ -204,12 +206,12 @@ def bisect(
     """
     try:
         from hvcompile import bisect as bisecting
-        from hvcompile import outputs
+        from hvcompile import dumped, outputs
 
         if json_file is not None:
             outputs.check(json_file, name="json", kind="JSON file", suffixes=(".json",))
         found = []
-        for folder in bisecting.folders(directory):
+        for folder in dumped.folders(directory):
             with err.status(folder.name) as status:
 
                 def show(what: str, folder: Path = folder, status: Status = status) -> None:

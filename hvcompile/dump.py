@@ -221,12 +221,14 @@ class Dump:
         size = sum(num_bytes(wanted[name]) for name in weights)
         lacking = len(given) - len(wanted)
         if lacking:
-            self._note(f"{lacking} inputs are of a kind that torch.save can't give back and are drawn at random instead")
+            self._note(
+                f"{lacking} inputs are of a kind that torch.save can't give back and are drawn at random instead"
+            )
         if size > self._limit_gib * 2**30:
             wanted = {name: item for name, item in wanted.items() if name not in weights}
             self._note(
-                f"the weights are not kept and are drawn at random instead: they take {size / 2**30:.3g} GiB, more than "
-                f"the {self._limit_gib:g} of options['dump_limit_gib']"
+                f"the weights are not kept and are drawn at random instead: they take {size / 2**30:.3g} GiB, more "
+                f"than the {self._limit_gib:g} of options['dump_limit_gib']"
             )
         with _writing(self._folder):
             save({name: compact(item) for name, item in wanted.items()}, self._folder / "inputs.pt")

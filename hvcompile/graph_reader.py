@@ -114,8 +114,10 @@ class _Reader:
             path, function = _path(value.func), value.func
             if path:
                 made = _call(graph, "call_module", path, operands, named)
-            elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and (
-                function.value.id in names
+            elif (
+                isinstance(function, ast.Attribute)
+                and isinstance(function.value, ast.Name)
+                and (function.value.id in names)
             ):
                 made = _call(graph, "call_method", function.attr, [names[function.value.id], *operands], named)
             else:
@@ -138,9 +140,9 @@ def _path(value: ast.expr) -> str:
             return name
         case ast.Attribute(value=base, attr=name):
             return f"{path}.{name}" if (path := _path(base)) else ""
-        case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="self"), ast.Constant(value=name)]):
-            return str(name)  # a name that is no identifier
-        case ast.Call(func=ast.Name(id="getattr"), args=[base, ast.Constant(value=name)]):
+        case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="self"), ast.Constant(value=str(name))]):
+            return name  # one that is no identifier
+        case ast.Call(func=ast.Name(id="getattr"), args=[base, ast.Constant(value=str(name))]):
             return f"{path}.{name}" if (path := _path(base)) else ""
     return ""
 

@@ -225,10 +225,10 @@ _AWAITING: dict[tuple[int, int], Callable[[CodeType, CodeType], None]] = {}
 def _watch_bytecode() -> None:
     from torch._dynamo.convert_frame import register_bytecode_hook
 
-    def hand_out(original: CodeType, rewritten: CodeType) -> None:
+    def hand_out(code: CodeType, new_code: CodeType) -> None:
         tell = _AWAITING.pop(compile_id(), None)
         if tell is not None:
-            tell(original, rewritten)
+            tell(code, new_code)
 
     register_bytecode_hook(hand_out)
 
@@ -253,7 +253,7 @@ def output_code(tell: Callable[[str], object]) -> Iterator[None]:
         if before is not None:
             before(code)
 
-    GraphLowering.save_output_code = staticmethod(hand_out)  # type: ignore[assignment]
+    GraphLowering.save_output_code = staticmethod(hand_out)
     try:
         yield
     finally:
@@ -280,7 +280,7 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
 
     """
     if is_tracing():
-        from torch._logging import trace_structured
+        from torch._logging._internal import trace_structured
 
         trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 

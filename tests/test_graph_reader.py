@@ -58,6 +58,7 @@ def test_every_kind_of_node_comes_back(tmp_path: Path) -> None:
 
     read = read_graph(load(path))
     assert nodes(read) == nodes(module)
+    assert isinstance(read.body, fx.GraphModule)
     assert nodes(read.body) == nodes(body)
     assert read.body is read.same
     given = torch.randn(4, 4)
@@ -70,6 +71,8 @@ def test_what_is_no_statement_of_a_graph_is_said_with_its_line(tmp_path: Path) -
     graph = fx.Graph()
     graph.output((graph.call_function(torch.neg, (graph.placeholder("x"),)),))
     _, path = written(tmp_path, graph)
-    path.write_text(path.read_text().replace("        return (neg,)", "        if neg:\n            pass\n        return (neg,)"))
+    path.write_text(
+        path.read_text().replace("        return (neg,)", "        if neg:\n            pass\n        return (neg,)")
+    )
     with pytest.raises(ValueError, match=r"line \d+ is no statement of a graph: if neg:"):
         read_graph(load(path))

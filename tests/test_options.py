@@ -33,6 +33,9 @@ from hvcompile.passes.first_block_cache import FirstBlockCache
         ({"lower": "tvm"}, ["lower", "'tvm'", "'inductor'", "'aot'", "'eager'"]),
         ({"dump": 3}, ["dump", "3", "directory"]),
         ({"dump": __file__}, ["dump", "is a file"]),
+        ({"dump_limit_gib": -1}, ["dump_limit_gib", "-1", "0 or more"]),
+        ({"dump_limit_gib": float("nan")}, ["dump_limit_gib", "nan", "0 or more"]),
+        ({"dump_limit_gib": "2"}, ["dump_limit_gib", "str", "float"]),
         (["first_block_cache"], ["options", "list", "dict"]),
     ],
 )
@@ -52,7 +55,7 @@ def test_invalid_modes() -> None:
 def test_defaults_and_modes() -> None:
     settings = parse(PASSES, None, None)
     assert settings.passes == ((FirstBlockCache(threshold=0.06), False),)
-    assert (settings.lower, settings.dump) == ("inductor", None)
+    assert (settings.lower, settings.dump, settings.dump_limit_gib) == ("inductor", None, 2.0)
     assert parse(PASSES, {"first_block_cache": True}, None).passes == ((FirstBlockCache(), True),)
     assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[0][0].threshold == 1  # type: ignore[attr-defined]
     assert parse(PASSES, {"first_block_cache": False}, None).passes == ()
