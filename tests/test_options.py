@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,15 @@ def test_error_reaches_the_user_before_lowering(monkeypatch: pytest.MonkeyPatch)
     compiled = hvfast(Toy(), options={"first_block_cache": {"threshold": -1}})
     with torch.no_grad(), pytest.raises(Exception, match=r"first_block_cache\.threshold is -1"):
         compiled(**toy_inputs())
+
+
+def test_options_that_the_documents_show_are_valid() -> None:
+    root = Path(parse.__code__.co_filename).parents[1]
+    shown = []
+    for file in (root / "README.md", root / "docs" / "debugging.md"):
+        shown += re.findall(r"options=(\{[^`]*\})[`)]", file.read_text())
+    assert len(shown) >= 5
+    for text in shown:
+        options = ast.literal_eval(text)
+        parse(PASSES, {name: held for name, held in options.items() if name != "dump"}, None)
+        assert isinstance(options.get("dump", ""), str)
