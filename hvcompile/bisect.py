@@ -23,7 +23,8 @@ from hvcompile.dumped import LOWERINGS, Dumped, read
 from hvcompile.errors import InputError
 from hvcompile.graph_reader import load, read_graph
 
-# Largest difference, relative to the largest value, that rounding in another order may make over sixty blocks.
+# Largest difference, relative to the largest value, that rounding in another order may make. Inductor makes 3e-7,
+# 1.6e-3 and 1.4e-2 of it in float32, float16 and bfloat16 over sixty residual blocks, 2e-5 in a tiny HunyuanVideo.
 TOLERANCES = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,

@@ -176,10 +176,10 @@ class Dump:
         if self._folder is None:
             yield
             return
-        inductor.on_bytecode(self._frame)
         codes: list[str] = []
         with inductor.output_code(codes.append):
             yield
+        inductor.on_bytecode(self._frame)
         for place, code in enumerate(codes):
             with _writing(self._folder):
                 name = f"inductor_output_{place}.py" if place else "inductor_output.py"

@@ -87,7 +87,7 @@ def test_error_reaches_the_user_before_lowering(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_options_that_the_documents_show_are_valid() -> None:
-    root = Path(parse.__code__.co_filename).parents[1]
+    root = Path(__file__).parents[1]
     shown = []
     for file in (root / "README.md", root / "docs" / "debugging.md"):
         shown += re.findall(r"options=(\{[^`]*\})[`)]", file.read_text())
