@@ -48,7 +48,7 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    dump = Dump(settings.dump, inductor.compile_id())
+    dump = Dump(settings.dump, inductor.compile_id(), lower=settings.lower, limit_gib=settings.dump_limit_gib)
     dump.graph("captured", graph_module)
     trunk = NoTrunk(needs_gradients(graph_module)) if needs_gradients(graph_module) else recover(graph_module)
     if isinstance(trunk, NoTrunk):
@@ -63,8 +63,9 @@ def hvfast(
     calling = seal(trunk)
     dump.graph("sealed", trunk.module)
     inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
-    compiled = inductor.LOWERINGS[settings.lower](trunk.module, inputs)
-    return runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id())
+    with dump.lowering():
+        compiled = inductor.LOWERINGS[settings.lower](trunk.module, inputs)
+    return dump.recording(runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id()))
 
 
 def needs_gradients(graph_module: fx.GraphModule) -> str:
@@ -106,8 +107,9 @@ def _plain(
         states=(),
         has_record=False,
     )
-    compiled = inductor.LOWERINGS[settings.lower](graph_module, inputs)
-    return runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id())
+    with dump.lowering():
+        compiled = inductor.LOWERINGS[settings.lower](graph_module, inputs)
+    return dump.recording(runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id()))
 
 
 def _outline_row(trunk: Trunk) -> JournalRow:

@@ -1,4 +1,4 @@
-"""The command line: ``hvcompile generate``, ``hvcompile compare`` and ``hvcompile explain``."""
+"""The command line: ``hvcompile generate``, ``compare``, ``explain`` and ``bisect``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from hvcompile.errors import HvcompileError
 
 if TYPE_CHECKING:
+    from hvcompile.bisect import Bisection
     from hvcompile.compare import FileComparison
     from hvcompile.explain import Explanation
     from hvcompile.generate import Result
@@ -185,6 +187,68 @@ def explain(
         _leave(error)
     for part in explanation_tables(explanation, gpu):
         out.print(part)
+
+
+@app.command()
+def bisect(
+    directory: Annotated[Path, typer.Argument(help="What HVCOMPILE_DUMP named, or one graph_... folder in it.")],
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative difference that is no fault (default: by dtype; 1e-4 in float32, 3e-2 in bfloat16)."
+        ),
+    ] = None,
+    lower: Annotated[
+        str | None, typer.Option(help="eager, aot or inductor: how far to go (default: as far as the dumped run).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
+) -> None:
+    """Find the first pass or lowering of a dump after which outputs differ, or a NaN appears.
+
+    Leaves with 1 where a fault is found, with 0 where none is.
+    """
+    try:
+        from hvcompile import bisect as bisecting
+        from hvcompile import dumped, outputs
+
+        if json_file is not None:
+            outputs.check(json_file, name="json", kind="JSON file", suffixes=(".json",))
+        found = []
+        for folder in dumped.folders(directory):
+            with err.status(folder.name) as status:
+
+                def show(what: str, folder: Path = folder, status: Status = status) -> None:
+                    status.update(Text(f"{folder.name}: {what}"))
+
+                one = bisecting.bisect(folder, tolerance=tolerance, lower=lower, observe=show)
+            found.append(one)
+            out.print(bisection_table(one))
+            for note in one.notes:
+                out.print(Text(f"note: {note}"), soft_wrap=True)
+            out.print(Text(one.verdict()), soft_wrap=True)
+        if json_file is not None:
+            bisecting.write_json(found, json_file)
+    except Exception as error:
+        _leave(error)
+    if any(one.finding for one in found):
+        raise typer.Exit(1)
+
+
+def bisection_table(found: Bisection) -> Table:
+    """Lay out the stages that were run, and the worst of each stage's figures."""
+    table = Table(title=str(found.folder), title_justify="left")
+    for heading in ("stage", "what"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("differs by", "relative", "not finite"):
+        table.add_column(heading, justify="right")
+    for place, stage in enumerate(found.stages):
+        worst = max(stage.figures, key=lambda figure: figure.relative, default=None)
+        mark = " <-" if found.finding and place == len(found.stages) - 1 else ""
+        cells = ("", "") if worst is None or not place else (f"{worst.largest:.3g}", f"{worst.relative:.3g}")
+        table.add_row(
+            Text(stage.name + mark), Text(stage.what), *cells, str(sum(figure.not_finite for figure in stage.figures))
+        )
+    return table
 
 
 class Display:

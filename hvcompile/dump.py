@@ -1,25 +1,35 @@
-"""Dumps: the graph after every pass as numbered, runnable Python, and the journal as JSON."""
+"""Dumps: the graph after every pass as numbered, runnable Python, what stands around it, and the journal as JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
+from hvcompile import inductor
 from hvcompile.errors import OptionError
+from hvcompile.first_call import FirstCall, can_save, compact, num_bytes, save
 from hvcompile.graph_source import GraphSource, fixed_values
+from hvcompile.nodes import is_weight
+from hvcompile.options import DUMP_LIMIT_GIB
 from hvcompile.pipeline import JournalRow
+
+log = logging.getLogger(__name__)
 
 _FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone.
 
-Run this file to compute it on random inputs of the recorded shapes, or import it:
-``build()(*example_inputs())``. An input of the same name has the same values in every file of this folder.
+Run this file to compute it on the inputs of the first call, or import it: ``build()(*example_inputs())``. Inputs
+that ``inputs.pt`` does not hold are drawn at random, in the recorded shapes. An input of the same name has the same
+values in every file of this folder; state of the cache begins as zeros, so that the cached blocks are computed.
 """
 
 import zlib
@@ -36,8 +46,13 @@ def build():
 {build}
 
 
+KEPT = {{}}  # inputs of the first call, by name
+
+
 def draw(name, shape, dtype, device="cpu", scale=1.0, stride=None):
-    """Normal numbers that depend on the name alone, or ones, which are legal as integers, indices and masks."""
+    """An input that was kept; else normal numbers that depend on the name alone, or ones where those are not legal."""
+    if name in KEPT:
+        return KEPT[name]
     if stride is not None:
         length = 1 + sum((size - 1) * step for size, step in zip(shape, stride))
         return draw(name, (length,), dtype, device, scale).as_strided(shape, stride)
@@ -50,6 +65,8 @@ def draw(name, shape, dtype, device="cpu", scale=1.0, stride=None):
 
 def example_inputs():
     """New inputs, one a parameter of the root's ``forward``."""
+    file = Path(__file__).with_name("inputs.pt")
+    KEPT.update(torch.load(file, mmap=True, weights_only=True) if file.exists() else {{}})
     return (
 {inputs}
     )
@@ -64,52 +81,76 @@ if __name__ == "__main__":
             print(f"{{place}}: {{tuple(result.shape)}} {{result.dtype}} norm {{norm:.6g}}")
         else:
             print(f"{{place}}: {{result}}")
+    file = Path(__file__).with_name("outputs.pt")
+    for place, expected in enumerate(torch.load(file, weights_only=True) if file.exists() else []):
+        if isinstance(expected, torch.Tensor) and expected.numel():
+            difference = (results[place].to(torch.complex128) - expected.to(torch.complex128)).abs().max().item()
+            print(f"{{place}} differs from what the first call gave by {{difference:.3g}} at most")
 '''
 
 
 class Dump:
     """Writes what one compilation did into a directory of its own; does nothing where no directory is given.
 
+    Where torch's structured trace is on (``TORCH_TRACE``), the graphs and the journal become artifacts of it as well.
+
     Args:
         directory: gains a folder for each compilation; made if missing.
         compile_id: Dynamo's frame and how often it was compiled before; both begin at 0 again in another process and
             after ``torch._dynamo.reset()``, so that a folder that exists is left alone and a new name is taken.
+        lower: what the last graph is handed to; the journal says so.
+        limit_gib: weights that take more GiB are not kept with the first call's inputs.
 
     Raises:
         OptionError: the directory can't be written.
 
     """
 
-    def __init__(self, directory: Path | None, compile_id: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        compile_id: tuple[int, int],
+        *,
+        lower: str = "inductor",
+        limit_gib: float = DUMP_LIMIT_GIB,
+    ) -> None:
         self._compile_id = "{}/{}".format(*compile_id)
+        self._lower, self._limit_gib = lower, limit_gib
         self._count = 0
         self._fixed: dict[str, float] = {}
+        self._inputs: list[tuple[str, bool]] = []  # of the captured graph: its name, and whether it is a weight
+        self._passes: list[dict[str, Any]] = []
+        self._notes: list[str] = []
         self._folder = _fresh_folder(directory, "graph_{}_{}".format(*compile_id)) if directory is not None else None
 
     def journal(self, rows: Sequence[JournalRow]) -> None:
         """Write the journal: what each pass matched, what it declined and why, and how the op counts changed."""
-        if self._folder is None:
+        if self._folder is None and not inductor.is_tracing():
             return
-        passes = [
+        self._passes = [
             {
                 "name": row.name,
+                "section": row.section,
+                "is_exact": row.is_exact,
                 "matched": row.report.matched,
                 "declined": [{"what": what, "why": why} for what, why in row.report.declined],
                 "op_changes": row.op_changes,
             }
             for row in rows
         ]
-        content = {"torch": torch.__version__, "compile_id": self._compile_id, "passes": passes}
-        with _writing(self._folder):
-            (self._folder / "journal.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        self._write_journal()
+        inductor.trace_artifact("hvcompile_journal", "json", self._journal_text)
 
     def graph(self, name: str, module: fx.GraphModule) -> None:
         """Write a graph as the next numbered file, named after the pass that made it; its constants beside it."""
-        if self._folder is None:
+        if self._folder is None and not inductor.is_tracing():
             return
-        stem = f"{self._count:02d}_{re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()}"
+        stem = f"{self._count:02d}_{stem_of(name)}"
         self._fixed = fixed_values(module) | self._fixed  # the captured graph names every input
         program = GraphSource(module, self._fixed)
+        if not self._count:
+            weights = [is_weight(node) for node in module.graph.find_nodes(op="placeholder")]
+            self._inputs = list(zip(program.names, weights, strict=True))
         text = _FILE.format(
             compile_id=self._compile_id,
             count=self._count,
@@ -120,11 +161,109 @@ class Dump:
             build=textwrap.indent("\n".join(program.build), " " * 4),
             inputs=textwrap.indent("\n".join(program.inputs), " " * 8),
         )
+        self._count += 1
+        inductor.trace_artifact(f"hvcompile_{stem}", "string", lambda: text)
+        if self._folder is None:
+            return
         with _writing(self._folder):
             (self._folder / f"{stem}.py").write_text(text, "utf-8")
             if program.constants:
                 torch.save(program.constants, self._folder / f"{stem}.pt")
-        self._count += 1
+
+    @contextlib.contextmanager
+    def lowering(self) -> Iterator[None]:
+        """Write what is generated while the block runs: Inductor's code, and the frame that Dynamo then rewrites."""
+        if self._folder is None:
+            yield
+            return
+        codes: list[str] = []
+        with inductor.output_code(codes.append):
+            yield
+        inductor.on_bytecode(self._frame)
+        for place, code in enumerate(codes):
+            with _writing(self._folder):
+                name = f"inductor_output_{place}.py" if place else "inductor_output.py"
+                (self._folder / name).write_text(code, "utf-8")
+        if self._lower == "inductor" and not codes:
+            self._note("Inductor's code is not here: it handed none out")
+
+    def recording(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Give a callable that runs ``run``, and saves what the first call is given and gives."""
+        return run if self._folder is None else FirstCall(run, self._save_inputs, self._save_outputs)
+
+    def _frame(self, original: types.CodeType, rewritten: types.CodeType) -> None:
+        if self._folder is None:
+            return
+        try:
+            from depyf import decompile
+        except ImportError:
+            self._note("Dynamo's frame is not decompiled: depyf is not installed (pip install 'hvcompile[debug]')")
+            return
+        try:  # of a debugging aid, no failure may end the compilation that it looks at
+            text = decompile(rewritten)
+        except Exception as error:
+            self._note(f"Dynamo's frame is not decompiled: depyf can't read its bytecode ({error})")
+            return
+        place = f"{original.co_filename}:{original.co_firstlineno}"
+        heading = (
+            f"# {original.co_qualname}, from {place}, as Dynamo rewrote it for graph {self._compile_id}: to be read,\n"
+            "# not run. Decompiled by depyf. __compiled_fn_... is the graph of this folder.\n\n"
+        )
+        with _writing(self._folder):
+            (self._folder / "dynamo_frame.py").write_text(heading + text, "utf-8")
+
+    def _save_inputs(self, given: Sequence[Any]) -> bool:
+        """Save a call's inputs; returns whether these are all."""
+        if self._folder is None or len(given) != len(self._inputs):
+            return False
+        wanted = {name: item for (name, _), item in zip(self._inputs, given, strict=True) if can_save(item)}
+        weights = {name for name, weighs in self._inputs if weighs and name in wanted}
+        size = sum(num_bytes(wanted[name]) for name in weights)
+        lacking = len(given) - len(wanted)
+        if lacking:
+            self._note(
+                f"{lacking} inputs are of a kind that torch.save can't give back and are drawn at random instead"
+            )
+        if size > self._limit_gib * 2**30:
+            wanted = {name: item for name, item in wanted.items() if name not in weights}
+            self._note(
+                f"the weights are not kept and are drawn at random instead: they take {size / 2**30:.3g} GiB, more "
+                f"than the {self._limit_gib:g} of options['dump_limit_gib']"
+            )
+        with _writing(self._folder):
+            save({name: compact(item) for name, item in wanted.items()}, self._folder / "inputs.pt")
+        return len(wanted) == len(given)
+
+    def _save_outputs(self, results: Sequence[Any]) -> None:
+        if self._folder is not None:
+            with _writing(self._folder):
+                save([compact(item) if can_save(item) else None for item in results], self._folder / "outputs.pt")
+
+    def _note(self, line: str) -> None:
+        """Say in the log and in the journal what this folder lacks."""
+        log.info("dump %s: %s", self._folder, line)
+        self._notes.append(line)
+        self._write_journal()
+
+    def _journal_text(self) -> str:
+        content = {
+            "torch": torch.__version__,
+            "compile_id": self._compile_id,
+            "lower": self._lower,
+            "passes": self._passes,
+            "notes": self._notes,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def _write_journal(self) -> None:
+        if self._folder is not None:
+            with _writing(self._folder):
+                (self._folder / "journal.json").write_text(self._journal_text(), "utf-8")
+
+
+def stem_of(name: str) -> str:
+    """A pass's name as its file has it: ``FirstBlockCache`` becomes ``first_block_cache``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ class GraphSource:
         placeholders = list(root.graph.find_nodes(op="placeholder"))
         self._paths = {node.name: _weight_path(node) for node in placeholders if is_weight(node)}
         self._add(root, "root")
-        names = [self._paths.get(node.name, str(node.target)) for node in placeholders]
-        self.inputs = [f"{_example(*item, fixed)}," for item in zip(placeholders, names, strict=True)]
+        self.names = [self._paths.get(node.name, str(node.target)) for node in placeholders]
+        self.inputs = [f"{_example(*item, fixed)}," for item in zip(placeholders, self.names, strict=True)]
         if self.constants:
             self.build.insert(0, 'constants = torch.load(Path(__file__).with_suffix(".pt"), weights_only=True)')
         self.build.append("return root")
@@ -201,14 +201,15 @@ def fixed_values(root: fx.GraphModule) -> dict[str, float]:
 def _example(placeholder: fx.Node, name: str, fixed: Mapping[str, float]) -> str:
     """The expression for one example input; a symbolic size has the value of the run that was captured."""
     held = value(placeholder)
-    if isinstance(held, torch.SymInt):
-        return f"{size_hint(held)}"
     if not isinstance(held, torch.Tensor):
-        return repr(held if isinstance(held, (bool, int, float)) else None)
+        number = size_hint(held) if isinstance(held, torch.SymInt) else held
+        return f'KEPT.get("{name}", {number if isinstance(number, (bool, int, float)) else None})'
     shape = tuple(map(size_hint, held.shape))
-    number = fixed.get(placeholder.name) if source_name(placeholder) else 0  # state is no input of Dynamo's
-    if number is not None:
-        return f'torch.full({shape}, {number}, dtype={held.dtype}, device="{held.device}")'
+    if not source_name(placeholder):  # state is no input of Dynamo's
+        return f'torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}")'
+    if placeholder.name in fixed:
+        number = fixed[placeholder.name]
+        return f'KEPT.get("{name}", torch.full({shape}, {number}, dtype={held.dtype}, device="{held.device}"))'
     arguments = [f'"{name}"', str(shape), str(held.dtype)]
     if held.device.type != "cpu":
         arguments.append(f'device="{held.device}"')

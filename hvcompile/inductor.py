@@ -14,13 +14,20 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph.
 - ``SymInt.node.hint`` and ``SymInt.node.expr``: reading a symbolic size without installing a guard on it.
 - ``torch._dynamo.exc``: what Dynamo raises where it can't keep a call in one graph.
+- ``torch._dynamo.convert_frame.register_bytecode_hook``: the only way to the code that Dynamo generated for a frame.
+- ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
+- ``torch._logging.trace_structured`` and its ``trace_log``: artifacts for tlparse.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -207,6 +214,75 @@ LOWERINGS: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
     "aot": to_aot,
     "eager": to_eager,
 }
+
+
+# What waits for the frame that Dynamo is compiling, by compile id. Dynamo runs through its hooks while one runs, so
+# that none may take itself out: one stays and hands out.
+_AWAITING: dict[tuple[int, int], Callable[[CodeType, CodeType], None]] = {}
+
+
+@functools.cache
+def _watch_bytecode() -> None:
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    def hand_out(code: CodeType, new_code: CodeType) -> None:
+        tell = _AWAITING.pop(compile_id(), None)
+        if tell is not None:
+            tell(code, new_code)
+
+    register_bytecode_hook(hand_out)
+
+
+def on_bytecode(tell: Callable[[CodeType, CodeType], None]) -> None:
+    """Have ``tell`` called once with the frame that Dynamo is compiling and what it makes of it."""
+    if compile_id()[0] >= 0:
+        _watch_bytecode()
+        _AWAITING[compile_id()] = tell
+
+
+@contextlib.contextmanager
+def output_code(tell: Callable[[str], object]) -> Iterator[None]:
+    """Have ``tell`` called with the code that Inductor generates, or finds in its cache, in this thread."""
+    from torch._inductor.graph import GraphLowering
+
+    before, thread = getattr(GraphLowering, "save_output_code", None), threading.get_ident()
+
+    def hand_out(code: str) -> None:
+        if threading.get_ident() == thread:
+            tell(code)
+        if before is not None:
+            before(code)
+
+    GraphLowering.save_output_code = staticmethod(hand_out)
+    try:
+        yield
+    finally:
+        GraphLowering.save_output_code = before
+
+
+def is_tracing() -> bool:
+    """Whether torch writes a structured trace (``TORCH_TRACE``)."""
+    try:
+        from torch._logging._internal import trace_log
+    except ImportError:
+        return False
+    # That there is a handler says nothing: without TORCH_TRACE one waits, without a directory, for the first record.
+    return any(getattr(handler, "root_dir", None) is not None for handler in trace_log.handlers)
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace, which tlparse shows; nothing is asked of ``payload`` where there is none.
+
+    Args:
+        name: of the file that tlparse makes.
+        encoding: "string" or "json".
+        payload: gives the text.
+
+    """
+    if is_tracing():
+        from torch._logging._internal import trace_structured
+
+        trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
 def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:

@@ -2,7 +2,7 @@
 
 ``options`` is a dict of sections. A pass's section is ``False`` (off), ``True`` (on with its defaults; an error where
 it can't apply) or a dict of its fields; a section left out is on where it applies. ``dump`` is a directory, ``lower``
-what the rewritten graph is handed to.
+what the rewritten graph is handed to, ``dump_limit_gib`` how much of the weights a dump may keep.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hvcompile.pipeline import Pass
 
 MODES = ("default", "exact")
 DUMP_VARIABLE = "HVCOMPILE_DUMP"
+DUMP_LIMIT_GIB = 2.0  # a tiny model's weights are kept without asking, those of a full-size one are not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Options:
     switched_off: tuple[tuple[str, str], ...]
     lower: str
     dump: Path | None
+    dump_limit_gib: float
 
 
 def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -53,7 +55,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         raise OptionError(f"options is a {type(options).__name__}; allowed is a dict of sections")
     given = dict(options or {})
     sections = [item.section for item in pass_types]
-    _require_known(given, [*sections, "dump", "lower"], "options")
+    _require_known(given, [*sections, "dump", "dump_limit_gib", "lower"], "options")
 
     passes, switched_off = [], []
     for item in pass_types:
@@ -74,6 +76,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         switched_off=tuple(switched_off),
         lower=_lowering(given.get("lower", "inductor")),
         dump=_directory(given["dump"], "options['dump']") if "dump" in given else _dump_from_environment(),
+        dump_limit_gib=_limit(given.get("dump_limit_gib", DUMP_LIMIT_GIB)),
     )
 
 
@@ -115,6 +118,13 @@ def _lowering(held: Any) -> str:
     if not isinstance(held, str) or held not in LOWERINGS:
         raise OptionError(f"options['lower'] is {held!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
     return held
+
+
+def _limit(held: Any) -> float:
+    _require_type(held, float, "options['dump_limit_gib']")
+    if not held >= 0:
+        raise OptionError(f"options['dump_limit_gib'] is {held}; allowed is a number of GiB, 0 or more")
+    return float(held)
 
 
 def _dump_from_environment() -> Path | None:

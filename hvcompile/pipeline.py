@@ -33,11 +33,16 @@ class PassReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JournalRow:
-    """One line of the journal: a pass, its report, and how the number of each operation changed."""
+    """One line of the journal: a pass, its report, and how the number of each operation changed.
+
+    ``section`` is the pass's key in ``options``, empty where it has none; ``is_exact`` as in ``Pass``.
+    """
 
     name: str
     report: PassReport
     op_changes: dict[str, int]
+    section: str = ""
+    is_exact: bool = True
 
     def line(self) -> str:
         """The row in one line, for the log."""
@@ -133,7 +138,13 @@ def run(
         _check(trunk, signature, name)
         changes = op_counts(trunk)
         changes.subtract(counts)
-        row = JournalRow(name=name, report=report, op_changes={op: n for op, n in sorted(changes.items()) if n})
+        row = JournalRow(
+            name=name,
+            report=report,
+            op_changes={op: n for op, n in sorted(changes.items()) if n},
+            section=item.section,
+            is_exact=item.is_exact,
+        )
         log.info("%s", row.line())
         journal.append(row)
         observe(name, trunk)

@@ -9,6 +9,8 @@ import json
 import math
 import operator
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -28,9 +30,13 @@ from toy import Toy, toy_inputs
 from hvcompile import inductor
 from hvcompile.dump import Dump
 from hvcompile.errors import OptionError
+from hvcompile.graph_reader import load, read_graph
 from hvcompile.pipeline import JournalRow, PassReport
 
 FILES = ["00_captured.py", "01_outlined.py", "02_first_block_cache.py", "03_sealed.py"]
+BESIDE = ["inputs.pt", "journal.json", "outputs.pt"]
+if importlib.util.find_spec("depyf") is not None:
+    BESIDE.append("dynamo_frame.py")
 FAMILIES = ("hunyuan_video", "mochi", "hunyuan_video_framepack")
 
 
@@ -41,15 +47,6 @@ def compile_and_run(
     compiled = hvfast(model.eval(), fullgraph=True, dynamic=dynamic, options=settings)
     with torch.no_grad():
         return compiled(**inputs)
-
-
-def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"dumped_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def evaluate(path: Path) -> Any:
@@ -86,7 +83,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_holds_one_file_a_step_and_the_journal(folders: dict[str, Path], name: str) -> None:
-    assert sorted(path.name for path in folders[name].iterdir()) == [*FILES, "journal.json"]
+    assert sorted(path.name for path in folders[name].iterdir()) == sorted([*FILES, *BESIDE])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -110,13 +107,32 @@ def test_every_body_is_one_class_and_one_instance(folders: dict[str, Path], name
     assert bodies in ([], [root.block_0])
 
 
+@pytest.mark.parametrize("inputs", ["kept", "drawn"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_files_compute_the_same(folders: dict[str, Path], name: str) -> None:
-    captured, *others = [evaluate(folders[name] / file) for file in FILES]
+def test_all_files_compute_the_same(folders: dict[str, Path], name: str, inputs: str, tmp_path: Path) -> None:
+    folder = folders[name]
+    if inputs == "drawn":
+        folder = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("inputs.pt"))
+    captured, *others = [evaluate(folder / file) for file in FILES]
     assert captured[0].isfinite().all()
     assert captured[0].std() > 1e-3
     for other in others:
         torch.testing.assert_close(other[0], captured[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_file_reproduces_the_output_of_the_first_call(folders: dict[str, Path], name: str) -> None:
+    (expected,) = torch.load(folders[name] / "outputs.pt")
+    torch.manual_seed(0)
+    family = zoo.FAMILIES[name]
+    with torch.no_grad():
+        torch.testing.assert_close(family.build().eval()(**family.inputs())[0], expected, rtol=1e-5, atol=1e-5)
+    for file in FILES:
+        module = load(folders[name] / file)
+        with torch.no_grad():
+            again, read = module.build()(*module.example_inputs()), read_graph(module)(*module.example_inputs())
+        torch.testing.assert_close(again[0], expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(again[0], read[0])  # and what bisect lowers is what the file computes
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -126,6 +142,7 @@ def test_every_file_runs_alone(folders: dict[str, Path], name: str, file: str) -
     shape = tuple(zoo.FAMILIES[name].inputs()["hidden_states"].shape)
     assert printed[0].startswith(f"0: {shape} torch.float32 norm ")
     assert math.isfinite(float(printed[0].split()[-1]))
+    assert re.fullmatch(r"0 differs from what the first call gave by (0|\d\.?\d*e-0[6-9]) at most", printed[-1])
 
 
 def test_a_file_computes_what_the_model_computes(tmp_path: Path) -> None:
@@ -189,6 +206,8 @@ def test_inputs_that_not_every_number_suits_get_one_that_does(tmp_path: Path) ->
     path = only_folder(tmp_path) / FILES[0]
     assert "torch.full((), 0.25, dtype=torch.float64" in path.read_text()
     assert evaluate(path)[0].isfinite().all()
+    path.with_name("inputs.pt").unlink()
+    assert evaluate(path)[0].isfinite().all()
 
 
 def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
@@ -204,7 +223,7 @@ def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
 def test_the_journal_gives_the_reasons(tmp_path: Path) -> None:
     compile_and_run(torch.nn.Linear(3, 3), {"input": torch.ones(2, 3)}, dump=tmp_path)
     folder = only_folder(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == [FILES[0], "journal.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([FILES[0], *BESIDE])
     ((declined,),) = [row["declined"] for row in json.loads((folder / "journal.json").read_text())["passes"]]
     assert declined["what"] == "graph"
     assert "module list" in declined["why"]
@@ -213,9 +232,17 @@ def test_the_journal_gives_the_reasons(tmp_path: Path) -> None:
 
 def test_rows_are_written_as_they_are(tmp_path: Path) -> None:
     report = PassReport(matched=("a",), declined=(("b", "for c"),))
-    Dump(tmp_path, (3, 1)).journal([JournalRow(name="P", report=report, op_changes={"mul": -2})])
+    row = JournalRow(name="P", report=report, op_changes={"mul": -2}, section="p", is_exact=False)
+    Dump(tmp_path, (3, 1)).journal([row])
     assert json.loads((tmp_path / "graph_3_1" / "journal.json").read_text())["passes"] == [
-        {"name": "P", "matched": ["a"], "declined": [{"what": "b", "why": "for c"}], "op_changes": {"mul": -2}}
+        {
+            "name": "P",
+            "section": "p",
+            "is_exact": False,
+            "matched": ["a"],
+            "declined": [{"what": "b", "why": "for c"}],
+            "op_changes": {"mul": -2},
+        }
     ]
 
 
@@ -234,10 +261,8 @@ def test_without_a_directory_nothing_is_written_or_even_looked_at(
 def test_the_environment_variable_gives_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVCOMPILE_DUMP", str(tmp_path / "new" / "directory"))
     compile_and_run(Toy(), toy_inputs())
-    assert sorted(path.name for path in only_folder(tmp_path / "new" / "directory").iterdir()) == [
-        *FILES,
-        "journal.json",
-    ]
+    names = [path.name for path in only_folder(tmp_path / "new" / "directory").iterdir()]
+    assert sorted(names) == sorted([*FILES, *BESIDE])
 
 
 def test_captures_of_the_same_id_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -370,6 +395,9 @@ def build():
     return root
 
 
+KEPT = {}  # inputs of the first call, by name
+
+
 '''
     )
     assert (
@@ -441,3 +469,121 @@ def test_writing_does_not_change_the_graph(tmp_path: Path) -> None:
     before = module.graph.python_code("self").src
     dump_alone(tmp_path, module)
     assert module.graph.python_code("self").src == before
+
+
+def notes(folder: Path) -> list[str]:
+    found: list[str] = json.loads((folder / "journal.json").read_text())["notes"]
+    return found
+
+
+def test_weights_beyond_the_limit_are_not_kept_and_the_journal_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="hvcompile.dump"):
+        compile_and_run(Toy(), toy_inputs(), dump=tmp_path, dump_limit_gib=1e-6)
+    folder = only_folder(tmp_path)
+    said = [note for note in notes(folder) if "weights" in note]
+    assert said == [
+        "the weights are not kept and are drawn at random instead: they take 1.52e-05 GiB, more than the 1e-06 of "
+        "options['dump_limit_gib']"
+    ]
+    assert said[0] in caplog.text
+    kept = torch.load(folder / "inputs.pt")
+    assert sorted(kept) == ["L_sample_", "L_text_", "L_timestep_"]
+    assert not (folder / "outputs.pt").exists()  # no file could reproduce them
+    assert torch.equal(kept["L_sample_"], toy_inputs()["sample"])
+    captured, *others = [evaluate(folder / file)[0] for file in FILES]
+    assert captured.isfinite().all()
+    for other in others:
+        torch.testing.assert_close(other, captured, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_first_call_is_kept(tmp_path: Path) -> None:
+    compiled = hvfast(Toy().eval(), fullgraph=True, options={"lower": "eager", "dump": tmp_path})
+    with torch.no_grad():
+        first = compiled(**toy_inputs(seed=1))
+        compiled(**toy_inputs(seed=2, timestep=800.0))
+    folder = only_folder(tmp_path)
+    assert torch.equal(torch.load(folder / "inputs.pt")["L_sample_"], toy_inputs(seed=1)["sample"])
+    assert torch.equal(torch.load(folder / "outputs.pt")[0], first)
+
+
+def test_a_view_is_kept_with_its_layout_and_without_the_rest_of_its_storage(tmp_path: Path) -> None:
+    large = torch.randn(64, 1000, 16)
+    inputs = toy_inputs() | {"sample": large[:1, 10:22], "text": large.new_ones(1, 1, 16).expand(1, 5, 16)}
+    compile_and_run(Toy(), inputs, dump=tmp_path)
+    folder = only_folder(tmp_path)
+    assert (folder / "inputs.pt").stat().st_size < 100_000
+    kept = torch.load(folder / "inputs.pt")
+    for name, tensor in (("L_sample_", inputs["sample"]), ("L_text_", inputs["text"])):
+        assert torch.equal(kept[name], tensor)
+        assert kept[name].stride() == tensor.stride()
+
+
+class WritesIntoItsInput(torch.nn.Module):
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        sample.add_(1.0)
+        return sample * 2
+
+
+def test_inputs_are_kept_as_they_were_before_the_call(tmp_path: Path) -> None:
+    compile_and_run(WritesIntoItsInput(), {"sample": torch.zeros(3)}, dump=tmp_path)
+    path = only_folder(tmp_path) / FILES[0]
+    for _ in range(2):  # nor does running the file change what it keeps
+        assert torch.equal(evaluate(path)[0], torch.full((3,), 2.0))
+
+
+def test_what_cannot_be_given_back_is_drawn_and_said(tmp_path: Path) -> None:
+    class Tagged(torch.Tensor):
+        pass
+
+    dump = Dump(tmp_path, (0, 0))
+    made = Graph()
+    nodes = [made.input(f"L_x{place}_", torch.empty(2)) for place in range(2)]
+    dump.journal([])
+    dump.graph("captured", made.module(tuple(nodes)))
+    run = dump.recording(lambda *args: args)
+    run(torch.ones(2), torch.ones(2).as_subclass(Tagged))
+    folder = tmp_path / "graph_0_0"
+    assert list(torch.load(folder / "inputs.pt")) == ["L_x0_"]
+    assert notes(folder) == ["1 inputs are of a kind that torch.save can't give back and are drawn at random instead"]
+
+
+def test_a_first_call_that_cannot_be_written_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OptionError, match="No space left on device"):
+        compile_and_run(Toy(), toy_inputs(), dump=tmp_path)
+    assert not list(only_folder(tmp_path).glob("*.p*t"))
+
+
+def test_dynamos_frame_is_decompiled(tmp_path: Path) -> None:
+    pytest.importorskip("depyf")
+    compile_and_run(Toy(), toy_inputs(), dump=tmp_path)
+    folder = only_folder(tmp_path)
+    text = (folder / "dynamo_frame.py").read_text()
+    assert text.startswith("# Toy.forward, from ")
+    assert "def forward(self, sample, timestep, text):" in text
+    assert "__compiled_fn_" in text
+    compile(text, "a frame", "exec")
+    assert notes(folder) == []
+
+
+@pytest.mark.parametrize("trouble", ["missing", "failing"])
+def test_without_a_frame_one_line_says_why_and_the_rest_is_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    def fails(_: Any) -> str:
+        raise ValueError("an opcode from the future")
+
+    fake: Any = types.SimpleNamespace(decompile=fails)
+    monkeypatch.setitem(sys.modules, "depyf", None if trouble == "missing" else fake)
+    compile_and_run(Toy(), toy_inputs(), dump=tmp_path)
+    folder = only_folder(tmp_path)
+    (note,) = notes(folder)
+    assert ("pip install 'hvcompile[debug]'" if trouble == "missing" else "an opcode from the future") in note
+    assert {path.name for path in folder.iterdir()} == {*FILES, *BESIDE} - {"dynamo_frame.py"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ from hvcompile.passes.first_block_cache import FirstBlockCache
         ({"lower": "tvm"}, ["lower", "'tvm'", "'inductor'", "'aot'", "'eager'"]),
         ({"dump": 3}, ["dump", "3", "directory"]),
         ({"dump": __file__}, ["dump", "is a file"]),
+        ({"dump_limit_gib": -1}, ["dump_limit_gib", "-1", "0 or more"]),
+        ({"dump_limit_gib": float("nan")}, ["dump_limit_gib", "nan", "0 or more"]),
+        ({"dump_limit_gib": "2"}, ["dump_limit_gib", "str", "float"]),
         (["first_block_cache"], ["options", "list", "dict"]),
     ],
 )
@@ -52,7 +57,7 @@ def test_invalid_modes() -> None:
 def test_defaults_and_modes() -> None:
     settings = parse(PASSES, None, None)
     assert settings.passes == ((FirstBlockCache(threshold=0.06), False),)
-    assert (settings.lower, settings.dump) == ("inductor", None)
+    assert (settings.lower, settings.dump, settings.dump_limit_gib) == ("inductor", None, 2.0)
     assert parse(PASSES, {"first_block_cache": True}, None).passes == ((FirstBlockCache(), True),)
     assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[0][0].threshold == 1  # type: ignore[attr-defined]
     assert parse(PASSES, {"first_block_cache": False}, None).passes == ()
@@ -79,3 +84,15 @@ def test_error_reaches_the_user_before_lowering(monkeypatch: pytest.MonkeyPatch)
     compiled = hvfast(Toy(), options={"first_block_cache": {"threshold": -1}})
     with torch.no_grad(), pytest.raises(Exception, match=r"first_block_cache\.threshold is -1"):
         compiled(**toy_inputs())
+
+
+def test_options_that_the_documents_show_are_valid() -> None:
+    root = Path(__file__).parents[1]
+    shown = []
+    for file in (root / "README.md", root / "docs" / "debugging.md"):
+        shown += re.findall(r"options=(\{[^`]*\})[`)]", file.read_text())
+    assert len(shown) >= 5
+    for text in shown:
+        options = ast.literal_eval(text)
+        parse(PASSES, {name: held for name, held in options.items() if name != "dump"}, None)
+        assert isinstance(options.get("dump", ""), str)
