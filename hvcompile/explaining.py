@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvcompile import outputs, pipelines, tiny
+from hvcompile import outputs, pipelines, report, tiny
 from hvcompile.costs import DEVICES
 from hvcompile.errors import InputError
 from hvcompile.explain import Explanation, explain
@@ -27,7 +27,8 @@ class Request:
         mode: as for ``torch.compile``.
         gpu: a key of ``costs.DEVICES``.
         dtype: a key of ``pipelines.DTYPES``.
-        json_file: where the explanation goes as JSON.
+        json_file: where the explanation goes as JSON, without the text of the graphs.
+        html_file: where it goes as a report.
 
     """
 
@@ -40,6 +41,7 @@ class Request:
     gpu: str = "h100"
     dtype: str = "bfloat16"
     json_file: Path | None = None
+    html_file: Path | None = None
 
     def check(self) -> None:
         """Raise InputError for all that is wrong whatever the model; loads nothing."""
@@ -55,6 +57,8 @@ class Request:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         if self.json_file is not None:
             outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
+        if self.html_file is not None:
+            report.check(self.html_file)
         if self.model is not None:
             pipelines.check_model(self.model)
 
@@ -82,6 +86,13 @@ def explain_pipeline(request: Request) -> Explanation:
     args, kwargs = transformer_call(pipe, request.prompt, arguments)
     explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
     if request.json_file is not None:
-        figures = dataclasses.asdict(explanation) | {"flops": explanation.flops, "seconds": explanation.seconds}
+        figures = dataclasses.asdict(dataclasses.replace(explanation, stages=()))
+        del figures["stages"]
+        figures |= {"flops": explanation.flops, "seconds": explanation.seconds}
         outputs.write_json(figures, request.json_file)
+    if request.html_file is not None:
+        facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
+        facts |= {name.removeprefix("num_"): str(size) for name, size in arguments.items() if name in sizes}
+        title = "the embedded tiny pipeline" if request.model is None else request.model
+        report.write(request.html_file, explanation=explanation, title=title, facts=facts)
     return explanation

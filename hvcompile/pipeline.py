@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import fx
@@ -33,11 +33,12 @@ class PassReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JournalRow:
-    """One line of the journal: a pass, its report, and how the number of each operation changed."""
+    """One line of the journal: a pass, its report, how the number of each operation changed, and the pass's options."""
 
     name: str
     report: PassReport
     op_changes: dict[str, int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """The row in one line, for the log."""
@@ -133,7 +134,8 @@ def run(
         _check(trunk, signature, name)
         changes = op_counts(trunk)
         changes.subtract(counts)
-        row = JournalRow(name=name, report=report, op_changes={op: n for op, n in sorted(changes.items()) if n})
+        op_changes = {op: n for op, n in sorted(changes.items()) if n}
+        row = JournalRow(name=name, report=report, op_changes=op_changes, options=dataclasses.asdict(item))
         log.info("%s", row.line())
         journal.append(row)
         observe(name, trunk)
