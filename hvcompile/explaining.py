@@ -92,7 +92,8 @@ def explain_pipeline(request: Request) -> Explanation:
         outputs.write_json(figures, request.json_file)
     if request.html_file is not None:
         facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
-        facts |= {name.removeprefix("num_"): str(size) for name, size in arguments.items() if name in sizes}
+        given = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]
+        facts |= {"clip": ", ".join(given)} if given else {}
         title = "the embedded tiny pipeline" if request.model is None else request.model
         report.write(request.html_file, explanation=explanation, title=title, facts=facts)
     return explanation

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from hvcompile.explain import BlockKind, Explanation, Stretch
 from hvcompile.runtime import Step
@@ -128,9 +129,9 @@ def _threshold(explanation: Explanation) -> list[str]:
     return [f"yes: block 1 changed by at most {found:g}"] if found is not None else []
 
 
-def threshold_of(options: object) -> float | None:
+def threshold_of(options: Iterable[Mapping[str, Any]]) -> float | None:
     """The threshold of the first pass that has one; ``options`` are those of each pass."""
-    for held in options:  # type: ignore[attr-defined]
+    for held in options:
         if isinstance(held.get("threshold"), (int, float)):
             return float(held["threshold"])
     return None
@@ -145,16 +146,25 @@ def _fit(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Steps of one slot from one beginning to the next, oldest first; ``number`` counts them in their slot from 1."""
+    """Steps of one slot from one beginning to the next, oldest first.
+
+    ``number`` counts generations in their slot from 1; ``first`` is the number of the first of ``steps``.
+    """
 
     slot: int
     number: int
     steps: tuple[Step, ...]
+    first: int = 1
 
     @property
     def num_reused(self) -> int:
         """Steps that reused the cached residuals."""
         return sum(step.reused for step in self.steps)
+
+    def latest(self, most: int) -> Generation:
+        """Its last steps, ``most`` of them or all."""
+        dropped = max(0, len(self.steps) - most)
+        return dataclasses.replace(self, steps=self.steps[dropped:], first=self.first + dropped)
 
     @property
     def largest_reused(self) -> float | None:
@@ -236,7 +246,7 @@ def chart(generation: Generation, threshold: float | None, width: int) -> Chart:
             y=height(step.difference) if math.isfinite(step.difference) else None,
             is_above=math.isfinite(step.difference) and step.difference > limit,
             reused=step.reused,
-            title=_step_title(place, step, threshold),
+            title=_step_title(generation.first + place, step, threshold),
         )
         for place, step in enumerate(generation.steps)
     )
@@ -245,7 +255,7 @@ def chart(generation: Generation, threshold: float | None, width: int) -> Chart:
     limit_y = height(threshold) if threshold is not None else math.inf
     every = math.ceil(len(marks) * 26 / width)  # a number takes 26 pixels
     every = next((size for size in (1, 5, 10, 20, 25, 50, 100, 250, 500, 1000) if size >= every), every)
-    numbered = [place for place in range(len(marks)) if place == 0 or (place + 1) % every == 0]
+    numbers = [(mark, generation.first + place) for place, mark in enumerate(marks)]
     return Chart(
         width=width,
         left=left,
@@ -257,7 +267,7 @@ def chart(generation: Generation, threshold: float | None, width: int) -> Chart:
         marks=marks,
         curves=tuple(_curves(marks)),
         y_ticks=tuple((y, label if abs(y - limit_y) > 11 else "") for y, label in ticks),
-        x_ticks=tuple((marks[place].middle, str(place + 1)) for place in numbered),
+        x_ticks=tuple((mark.middle, str(number)) for mark, number in numbers if number == 1 or number % every == 0),
         threshold=(limit_y, f"{threshold:g}") if threshold is not None else None,
         summary=f"{len(marks)} steps, {generation.num_reused} reused; differences from "
         + (f"{min(known):.3g} to {max(known):.3g}." if known else "none."),
@@ -299,7 +309,7 @@ def describe(difference: float) -> str:
     return "not a number" if math.isnan(difference) else f"{difference:.4g}"
 
 
-def _step_title(place: int, step: Step, threshold: float | None) -> str:
+def _step_title(number: int, step: Step, threshold: float | None) -> str:
     limit = f" (threshold {threshold:g})" if threshold is not None and math.isfinite(step.difference) else ""
     done = "reused" if step.reused else "computed"
-    return f"step {place + 1}: {done}; difference: {describe(step.difference)}{limit}"
+    return f"step {number}: {done}; difference: {describe(step.difference)}{limit}"

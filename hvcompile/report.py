@@ -12,7 +12,7 @@ import datetime
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ KEPT_LINES = 4000
 """Folded lines that a report holds in all; beyond it they are only counted."""
 MOST_CHARTS = 8
 """Generations with a chart, the latest; others are in the table."""
+MOST_STEPS = 250
+"""Steps of a generation that are drawn, the latest."""
 MOST_ROWS = 60
 """Generations in the table, the latest."""
 
@@ -91,7 +93,7 @@ def _content(
     journals = stats.journal if stats is not None else [list(explanation.journal)] if explanation is not None else []
     threshold = pictures.threshold_of(row.options for rows in journals for row in rows)
     runs = pictures.generations(stats.steps) if stats is not None else []
-    charted = runs[-MOST_CHARTS:]
+    charted = [(run, run.latest(MOST_STEPS)) for run in runs[-MOST_CHARTS:]]
     budget = _Budget(KEPT_LINES)
     return {
         "title": title,
@@ -103,42 +105,22 @@ def _content(
         "threshold": threshold,
         "runs": runs[-MOST_ROWS:],
         "num_runs": len(runs),
+        "is_repeated": any(run.number > 1 for run in runs),
         "charts": [
-            (run, {name: pictures.chart(run, threshold, width) for name, width in pictures.CHART_WIDTHS.items()})
-            for run in charted
+            (
+                run,
+                shown,
+                {name: pictures.chart(shown, threshold, width) for name, width in pictures.CHART_WIDTHS.items()},
+            )
+            for run, shown in charted
         ],
         "trunk": pictures.trunk(explanation) if explanation is not None and explanation.kinds else None,
         "journals": [(names, [(row, sum(row.op_changes.values())) for row in rows]) for names, rows in _same(journals)],
         "changes": [_change(*pair, budget) for pair in itertools.pairwise(explanation.stages)] if explanation else [],
         "describe": pictures.describe,
-        "signs": _Signs,
         "written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "versions": f"hvcompile {hvcompile.__version__}, torch {torch.__version__}",
     }
-
-
-class _Signs:
-    """How a line is marked: "added", "removed", or not at all."""
-
-    @staticmethod
-    def same(_line: Line) -> str:
-        """A line that stays."""
-        return ""
-
-    @staticmethod
-    def added(_line: Line) -> str:
-        """A line that came."""
-        return "added"
-
-    @staticmethod
-    def removed(_line: Line) -> str:
-        """A line that went."""
-        return "removed"
-
-    @staticmethod
-    def made_by(name: str) -> Callable[[Line], str]:
-        """A line of a new graph: one that the pass made came, the others moved there."""
-        return lambda line: "added" if line.tag == name else ""
 
 
 def _saved(explanation: Explanation | None, stats: Stats | None) -> float | None:

@@ -144,7 +144,7 @@ def test_every_step_is_drawn_with_its_decision(full: Path, stats: Stats) -> None
     assert cells.count("cell computed") == sizes * stats.misses + 1
     assert 0 < stats.hits < 2 * STEPS
     first = pictures.generations(stats.steps)[0]
-    assert f"Slot 0, generation 1: {first.num_reused} of {STEPS} steps reused" in document.text
+    assert f"Slot 0: {first.num_reused} of {STEPS} steps reused" in document.text
     assert f"step 2: {'reused' if first.steps[1].reused else 'computed'}; difference: " in document.text
     assert "step 1: computed; difference: nothing to compare with" in document.text
     assert f"{first.steps[1].difference:.4g}" in document.text
@@ -286,8 +286,16 @@ def test_many_generations_are_counted_and_the_latest_drawn(stats: Stats, tmp_pat
     assert f"The latest {report.MOST_ROWS} of 100" in document.text
     charts = len(document.having("svg", "wide"))
     assert charts == report.MOST_CHARTS
-    assert "Slot 99, generation 1" in document.text
-    assert "Slot 80, generation 1" not in document.text
+    assert "Slot 99:" in document.text
+    assert "Slot 80:" not in document.text
+    long = a_run(math.inf, *[0.05] * 999)
+    document = written(tmp_path, stats=dataclasses.replace(stats, steps=long))
+    assert "Slot 0: 999 of 1000 steps reused" in document.text
+    assert f"the latest {report.MOST_STEPS} are shown" in document.text
+    assert "step 1000: reused" in document.text
+    assert len(document.having("rect", "hit")) == report.MOST_STEPS * len(pictures.CHART_WIDTHS)
+    document = written(tmp_path, stats=dataclasses.replace(stats, steps=a_run(math.inf, 0.05) * 2))
+    assert "Slot 0, generation 2: 1 of 2 steps reused" in document.text
 
 
 def test_a_run_alone_shows_its_journal(stats: Stats, tmp_path: Path) -> None:
@@ -308,11 +316,11 @@ def test_a_run_alone_shows_its_journal(stats: Stats, tmp_path: Path) -> None:
 def test_a_large_program_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "KEPT_LINES", 20)
     path = tmp_path / "large.html"
-    report.write(path, explanation=toy_explanation(40))
+    report.write(path, explanation=toy_explanation(20))
     document = Document(path)
     assert path.stat().st_size < 150_000
     assert re.search(r"\d+ more (added )?lines, not in this file", document.text)
-    assert f"{13 * 39} lines of blocks.1 .. blocks.39" in document.text.replace(",", "")
+    assert f"{13 * 19} lines of blocks.1 .. blocks.19" in document.text.replace(",", "")
 
 
 @pytest.mark.parametrize(
@@ -498,6 +506,7 @@ def test_on_paper(browser: Browser, full: Path) -> None:
     page = browser.open(full, width=800, dark=True, media="print")
     assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink').trim()") == "#1c2127"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert page.evaluate(OVERFLOWING) == []
     printed = browser.send("Page.printToPDF", printBackground=True)
     assert len(printed["data"]) > 20_000
 
