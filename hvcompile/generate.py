@@ -192,13 +192,18 @@ def generate(
         result = _compared(request, result, plain)
     if request.html_file is not None:
         observe("reporting")
-        _report(request, loaded, result, _since(stats, num_calls), calls)
+        _report(request.html_file, request, loaded, result, _since(stats, num_calls), calls)
         result = dataclasses.replace(result, report=request.html_file)
     return result
 
 
 def _report(
-    request: Request, loaded: pipelines.Loaded, result: Result, stats: hvcompile.Stats, calls: list[inductor.Call]
+    path: Path,
+    request: Request,
+    loaded: pipelines.Loaded,
+    result: Result,
+    stats: hvcompile.Stats,
+    calls: list[inductor.Call],
 ) -> None:
     """Write the report of a run; the first call of its transformer is traced once more, and nothing is computed."""
     num_frames, height, width, _ = result.run.frames.shape
@@ -219,8 +224,8 @@ def _report(
         explanation = explain(loaded.pipe.transformer, *args, **kwargs, **request.compile_arguments())
     except UntraceableModelError as error:  # Dynamo broke the call into several graphs; the run itself is there
         facts["not shown"] = f"the trunk and the graphs: {error}"
-    title = "the embedded tiny pipeline" if request.model is None else request.model
-    report.write(Path(request.html_file or ""), explanation=explanation, stats=stats, title=title, facts=facts)
+    title = request.model or type(loaded.pipe).__name__
+    report.write(path, explanation=explanation, stats=stats, title=title, facts=facts)
 
 
 def _num_calls(transformer: torch.nn.Module) -> int:
@@ -234,9 +239,10 @@ def _num_calls(transformer: torch.nn.Module) -> int:
 
 def _since(stats: hvcompile.Stats, num_calls: int) -> hvcompile.Stats:
     """What was done after the first ``num_calls`` decisions."""
-    steps = stats.steps[-(stats.hits + stats.misses - num_calls) :] if stats.hits + stats.misses > num_calls else []
     if num_calls == 0:
         return stats
+    num_new = stats.hits + stats.misses - num_calls
+    steps = stats.steps[-num_new:] if num_new else []
     hits = sum(step.reused for step in steps)
     return dataclasses.replace(stats, steps=steps, hits=hits, misses=len(steps) - hits)
 

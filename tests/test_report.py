@@ -383,15 +383,16 @@ def test_generate_writes_a_report_of_its_run(tmp_path: Path, monkeypatch: pytest
         raise UntraceableModelError("the model does not trace as one graph: a length depends on data")
 
     monkeypatch.setattr(generate, "BACKEND", rewritten)
+    monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
     loaded, path = pipelines.load(), tmp_path / "report.html"
     transformer = loaded.pipe.transformer
     shape = {**transformer.config, "num_layers": 1, "num_single_layers": 2}
     loaded.pipe.transformer = type(transformer).from_config(shape).eval()
     small: dict[str, Any] = {"prompt": NASTY, "steps": 3, "frames": 5, "height": 32, "width": 48, "threshold": 0.5}
-    request = generate.Request(**small, output=tmp_path / "a.mp4", html_file=path)
     for can_trace in (True, False):
         if not can_trace:
             monkeypatch.setattr(generate, "explain", untraceable)
+        request = generate.Request(**small, output=tmp_path / "a.mp4", html_file=path, compare=not can_trace)
         events: list[Any] = []
         result = generate.generate(request, events.append, loaded)
         assert result.report == path
@@ -405,6 +406,7 @@ def test_generate_writes_a_report_of_its_run(tmp_path: Path, monkeypatch: pytest
         assert NASTY in document.text
         assert ("What a step costs" in text) == can_trace
         assert ("a length depends on data" in text) != can_trace
+        assert ("times as fast a step" in text) != can_trace
 
 
 @pytest.fixture(scope="module")
