@@ -28,6 +28,8 @@ from hvcompile.pictures import Generation
 from hvcompile.pipeline import JournalRow, PassReport
 from hvcompile.runtime import Stats, Step
 
+pytestmark = pytest.mark.xdist_group("report")  # one browser, and one run of the model, for all of them
+
 NASTY = "<script>alert('a')</script> \"><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
 BLOCKS, STEPS = 6, 12
 
