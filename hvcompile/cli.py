@@ -80,6 +80,9 @@ def generate(
         Path | None, typer.Option(help="Contact sheet of --compare (default: beside the output, .sheet.png).")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures of --compare go.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a report: each step, the trunk, the passes (.html).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
@@ -107,6 +110,7 @@ def generate(
         compare=compare,
         sheet_file=sheet,
         json_file=json_file,
+        html_file=html_file,
         device=device,
         dtype=dtype,
         fps=fps,
@@ -161,6 +165,9 @@ def explain(
     ] = "h100",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a report with pictures and the graphs (.html).")
+    ] = None,
 ) -> None:
     """Say what hvfast would do with MODEL, what it would not and why, and what a step costs; runs nothing.
 
@@ -181,6 +188,7 @@ def explain(
             gpu=gpu,
             dtype=dtype,
             json_file=json_file,
+            html_file=html_file,
         )
         explanation = explaining.explain_request(request)
     except Exception as error:
@@ -309,6 +317,8 @@ def summary(result: Result) -> Table:
     table.add_row("output", Text(str(result.output), overflow="fold"))
     if result.sheet is not None:
         table.add_row("contact sheet", Text(str(result.sheet), overflow="fold"))
+    if result.report is not None:
+        table.add_row("report", Text(str(result.report), overflow="fold"))
     return table
 
 

@@ -7,8 +7,9 @@ where it does not fit: build it under ``torch.device("meta")`` and hand in input
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import fx
 from hvcompile import inductor, pipeline
 from hvcompile.costs import Cost, Device, costs
 from hvcompile.errors import UntraceableModelError
+from hvcompile.graph_text import Stage, stage
 from hvcompile.inductor import is_data_dependent, numel_hint, size_hint, value
 from hvcompile.nodes import is_tensor, is_weight
 from hvcompile.options import parse
@@ -46,6 +48,21 @@ class BlockKind:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Blocks of one kind that run one after the other.
+
+    ``kind`` is their place in ``Explanation.kinds``; ``is_skipped`` says that a pass put them into a branch that a
+    reused step does not run.
+    """
+
+    kind: int
+    count: int
+    first: str
+    last: str
+    is_skipped: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PartCost:
     """What one part of a step costs: operations, bytes moved, and seconds at least on a device, if one is named."""
 
@@ -63,6 +80,7 @@ class Explanation:
         reason: why no trunk was found; empty if one was.
         lists: the module lists of the trunk with their lengths.
         kinds: block kinds in order of first call.
+        stretches: the blocks in the order in which they run.
         num_prologue: operations before the first block.
         num_epilogue: operations after the last block.
         journal: what each pass would do, and why not.
@@ -71,14 +89,17 @@ class Explanation:
         weight_bytes: of the parameters that the graph reads.
         state_bytes: that the passes keep from step to step, for each generation (or guidance half) that runs.
         dtype: that most products compute in.
+        device: whose peaks bound the seconds; empty if none was named.
         depends_on_data: whether some length is known only when the model runs (text without its padding, say); such a
             length counts as 1 in operations and bytes, which are too low by that.
+        stages: the program as it was captured and after each rewrite, as text.
 
     """
 
     reason: str
     lists: str
     kinds: tuple[BlockKind, ...]
+    stretches: tuple[Stretch, ...]
     num_prologue: int
     num_epilogue: int
     journal: tuple[JournalRow, ...]
@@ -87,7 +108,9 @@ class Explanation:
     weight_bytes: int
     state_bytes: int
     dtype: str
+    device: str
     depends_on_data: bool
+    stages: tuple[Stage, ...] = dataclasses.field(repr=False)
 
     @property
     def flops(self) -> int:
@@ -185,6 +208,7 @@ def explain_graph(
         "weight_bytes": _weight_bytes(captured.graph),
         "depends_on_data": any(is_data_dependent(value(node)) for node in captured.graph.nodes if is_tensor(node)),
         "dtype": str(spent[-1].dtype).removeprefix("torch."),
+        "device": device.name if device is not None else "",
     }
     if isinstance(trunk, NoTrunk):
         total = sum(part.flops for part in parts)
@@ -192,22 +216,30 @@ def explain_graph(
             reason=trunk.reason,
             lists="",
             kinds=(),
+            stretches=(),
             num_prologue=0,
             num_epilogue=0,
             journal=(),
             reused_flops=total,
             state_bytes=0,
+            stages=(stage("captured", captured),),
             **common,
         )
     kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
     prologue, epilogue = _around(trunk)
+    stages = [stage("captured", captured, [block.path for block in trunk.blocks]), stage("outline", trunk.module)]
     journal: list[JournalRow] = []
-    pipeline.run(trunk, [(item, False) for item, _ in settings.passes], lambda _name, _trunk: None, journal)
+
+    def keep(name: str, after: Trunk) -> None:
+        stages.append(stage(name, after.module))
+
+    pipeline.run(trunk, [(item, False) for item, _ in settings.passes], keep, journal)
     journal += pipeline.off_rows(settings.switched_off)
     return Explanation(
         reason="",
         lists=trunk.lists,
         kinds=kinds,
+        stretches=tuple(_stretches(trunk)),
         num_prologue=prologue,
         num_epilogue=epilogue,
         journal=tuple(journal),
@@ -216,6 +248,7 @@ def explain_graph(
         state_bytes=sum(
             numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
         ),
+        stages=tuple(stages),
         **common,
     )
 
@@ -257,6 +290,17 @@ def _kind(trunk: Trunk, number: int) -> BlockKind:
             Stream(name=node.name, shape=tuple(size_hint(size) for size in value(node).shape)) for node in streams
         ),
     )
+
+
+def _stretches(trunk: Trunk) -> Iterator[Stretch]:
+    """Group the blocks as they run, after the passes."""
+
+    def group(block: BlockCall) -> tuple[int, bool]:
+        return trunk.bodies.index(block.body), block.call.graph is not trunk.graph
+
+    for (kind, is_skipped), members in itertools.groupby(trunk.blocks, group):
+        blocks = list(members)
+        yield Stretch(kind=kind, count=len(blocks), first=blocks[0].path, last=blocks[-1].path, is_skipped=is_skipped)
 
 
 def _around(trunk: Trunk) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from unittest import mock
 
 from torch import fx
 
-from hvcompile import backend, outputs, pipelines, tiny
+from hvcompile import backend, outputs, pipelines, report, tiny
 from hvcompile.costs import DEVICES
 from hvcompile.errors import InputError
 from hvcompile.explain import Explanation, explain, explain_graph
@@ -32,7 +32,8 @@ class Request:
         mode: as for ``torch.compile``.
         gpu: a key of ``costs.DEVICES``.
         dtype: a key of ``pipelines.DTYPES``.
-        json_file: where the explanation goes as JSON.
+        json_file: where the explanation goes as JSON, without the text of the graphs.
+        html_file: where it goes as a report.
 
     """
 
@@ -45,6 +46,7 @@ class Request:
     gpu: str = "h100"
     dtype: str = "bfloat16"
     json_file: Path | None = None
+    html_file: Path | None = None
 
     def check(self) -> None:
         """Raise InputError for all that is wrong whatever the model; loads nothing."""
@@ -60,6 +62,8 @@ class Request:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         if self.json_file is not None:
             outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
+        if self.html_file is not None:
+            report.check(self.html_file)
         if self.is_script:
             for name in ("frames", "height", "width", "mode"):
                 if getattr(self, name) is not None:
@@ -80,7 +84,7 @@ class _SeenError(BaseException):
 
 
 def explain_request(request: Request) -> Explanation:
-    """Explain what the request names, and write the JSON file if one is asked for.
+    """Explain what the request names, and write the JSON file and the report that it asks for.
 
     Raises:
         InputError: the request can't be met; the message says why.
@@ -88,10 +92,18 @@ def explain_request(request: Request) -> Explanation:
 
     """
     request.check()
-    explanation = explain_script(request) if request.is_script else explain_pipeline(request)
+    if request.is_script:
+        explanation, facts = explain_script(request), {"script": str(request.model)}
+    else:
+        explanation, facts = explain_pipeline(request)
     if request.json_file is not None:
-        figures = dataclasses.asdict(explanation) | {"flops": explanation.flops, "seconds": explanation.seconds}
+        figures = dataclasses.asdict(dataclasses.replace(explanation, stages=()))
+        del figures["stages"]
+        figures |= {"flops": explanation.flops, "seconds": explanation.seconds}
         outputs.write_json(figures, request.json_file)
+    if request.html_file is not None:
+        title = "the embedded tiny pipeline" if request.model is None else request.model
+        report.write(request.html_file, explanation=explanation, title=title, facts=facts)
     return explanation
 
 
@@ -135,8 +147,8 @@ def explain_script(request: Request) -> Explanation:
     )
 
 
-def explain_pipeline(request: Request) -> Explanation:
-    """Explain the transformer of a pipeline as its first step calls it.
+def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
+    """Explain the transformer of a pipeline as its first step calls it, and name what was explained.
 
     Raises:
         InputError: the request can't be met; the message says why.
@@ -155,4 +167,7 @@ def explain_pipeline(request: Request) -> Explanation:
         pipe = skeleton(request.model, dtype)
     pipelines.Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
     args, kwargs = transformer_call(pipe, request.prompt, arguments)
-    return explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
+    explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
+    facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
+    given = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]
+    return explanation, facts | ({"clip": ", ".join(given)} if given else {})

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 import hvcompile
-from hvcompile import metrics, outputs, pipelines, sheet, video
+from hvcompile import inductor, metrics, outputs, pipelines, report, sheet, video
 from hvcompile.compare import check_files
-from hvcompile.errors import InputError, UncompiledModelError
+from hvcompile.errors import InputError, UncompiledModelError, UntraceableModelError
+from hvcompile.explain import explain
 from hvcompile.options import MODES, parse
 from hvcompile.passes import PASSES
 
@@ -39,6 +40,7 @@ class Request:
         compare: also run the plain compiled model, and measure against it.
         sheet_file: the contact sheet of the comparison; None for one beside ``output``.
         json_file: where the figures of the comparison go; None for nowhere.
+        html_file: where the report of the run goes; None for nowhere.
         fps: frames a second of the file.
 
     """
@@ -60,6 +62,7 @@ class Request:
     compare: bool = False
     sheet_file: Path | None = None
     json_file: Path | None = None
+    html_file: Path | None = None
     device: str | None = None
     dtype: str | None = None
     fps: int = 24
@@ -98,6 +101,8 @@ class Request:
         for name, path in (("sheet", self.sheet_file), ("json", self.json_file)):
             if path is not None and not self.compare:
                 raise InputError(f"{name} {str(path)!r} is of a comparison: give compare too, or leave it out")
+        if self.html_file is not None:
+            report.check(self.html_file)
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
         if self.model is not None:
@@ -144,7 +149,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished generation; ``comparison`` and ``sheet``, its picture, are None unless they were asked for."""
+    """A finished generation; ``comparison``, ``sheet``, its picture, and ``report`` are None unless asked for."""
 
     output: Path
     run: metrics.Run
@@ -152,6 +157,7 @@ class Result:
     recompiles: int
     comparison: metrics.Comparison | None = None
     sheet: Path | None = None
+    report: Path | None = None
 
 
 Observer = Callable[["str | metrics.Step"], None]
@@ -181,15 +187,71 @@ def generate(
     plain = _run(request, loaded, observe, PLAIN_BACKEND, {}) if request.compare else None
     if plain is not None:
         video.check_finite(plain.frames, "the plain compiled model")
-    run = _run(request, loaded, observe, BACKEND, request.compile_arguments())
+    num_calls = _num_calls(loaded.pipe.transformer)
+    calls: list[inductor.Call] = []
+    run = _run(request, loaded, observe, BACKEND, request.compile_arguments(), calls if request.html_file else None)
     stats = hvcompile.stats(loaded.pipe.transformer)
     observe("writing")
     video.write(run.frames, request.output, fps=request.fps)
     result = Result(output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles)
-    if plain is None:
-        return result
-    observe("comparing")
-    return _compared(request, result, plain)
+    if plain is not None:
+        observe("comparing")
+        result = _compared(request, result, plain)
+    if request.html_file is not None:
+        observe("reporting")
+        _report(request.html_file, request, loaded, result, _since(stats, num_calls), calls)
+        result = dataclasses.replace(result, report=request.html_file)
+    return result
+
+
+def _report(
+    path: Path,
+    request: Request,
+    loaded: pipelines.Loaded,
+    result: Result,
+    stats: hvcompile.Stats,
+    calls: list[inductor.Call],
+) -> None:
+    """Write the report of a run; the first call of its transformer is traced once more, and nothing is computed."""
+    num_frames, height, width, _ = result.run.frames.shape
+    arguments = request.call_arguments(loaded)
+    facts = {
+        "prompt": request.prompt,
+        "clip": f"{width}x{height}, {num_frames} frames, seed {request.seed}, in {result.output}",
+        "settings": ", ".join(f"{name} {held}" for name, held in arguments.items() if isinstance(held, (int, float))),
+        "time": f"{result.run.seconds:.2f} s in all, {result.run.compile_seconds:.2f} s compiling",
+    }
+    if result.run.step_seconds is not None:
+        facts["time"] += f", {result.run.step_seconds:.4f} s a step after"
+    if result.comparison is not None and result.comparison.step_speedup is not None:
+        facts["against inductor"] = f"{result.comparison.step_speedup:.2f} times as fast a step"
+    explanation = None
+    try:
+        (args, kwargs), *_ = calls
+        explanation = explain(loaded.pipe.transformer, *args, **kwargs, **request.compile_arguments())
+    except UntraceableModelError as error:  # Dynamo broke the call into several graphs; the run itself is there
+        facts["not shown"] = f"the trunk and the graphs: {error}"
+    title = request.model or type(loaded.pipe).__name__
+    report.write(path, explanation=explanation, stats=stats, title=title, facts=facts)
+
+
+def _num_calls(transformer: torch.nn.Module) -> int:
+    """How many decisions a transformer's cache has made so far."""
+    try:
+        stats = hvcompile.stats(transformer)
+    except UncompiledModelError:
+        return 0
+    return stats.hits + stats.misses
+
+
+def _since(stats: hvcompile.Stats, num_calls: int) -> hvcompile.Stats:
+    """What was done after the first ``num_calls`` decisions."""
+    if num_calls == 0:
+        return stats
+    num_new = stats.hits + stats.misses - num_calls
+    steps = stats.steps[-num_new:] if num_new else []
+    hits = sum(step.reused for step in steps)
+    return dataclasses.replace(stats, steps=steps, hits=hits, misses=len(steps) - hits)
 
 
 def _compared(request: Request, result: Result, plain: metrics.Run) -> Result:
@@ -223,12 +285,22 @@ def _record(request: Request, result: Result, comparison: metrics.Comparison) ->
 
 
 def _run(
-    request: Request, loaded: pipelines.Loaded, observe: Observer, backend: str, compile_arguments: dict[str, Any]
+    request: Request,
+    loaded: pipelines.Loaded,
+    observe: Observer,
+    backend: str,
+    compile_arguments: dict[str, Any],
+    calls: list[inductor.Call] | None = None,
 ) -> metrics.Run:
-    """Compile the transformer with ``backend`` and run the pipeline once, step by step under ``observe``."""
+    """Compile the transformer with ``backend`` and run the pipeline once, step by step under ``observe``.
+
+    ``calls`` gains the transformer's first call.
+    """
     pipe, arguments = loaded.pipe, request.call_arguments(loaded)
     num_steps = int(arguments.get("num_inference_steps") or loaded.default("num_inference_steps"))
     pipe.transformer.compile(backend=backend, **compile_arguments)
+    if calls is not None:
+        inductor.keep_first_call(pipe.transformer, calls)
     decisions = _decisions(pipe.transformer) if backend == BACKEND else _no_decisions
     decisions()  # those of an earlier generation on the same model
     steps: list[metrics.Step] = []

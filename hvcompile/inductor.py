@@ -13,6 +13,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._guards.CompileContext``: the only place that says whether Dynamo captures a frame anew or again.
 - ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph.
 - ``SymInt.node.hint`` and ``SymInt.node.expr``: reading a symbolic size without installing a guard on it.
+- ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
+  the graph.
 - ``torch._dynamo.exc``: what Dynamo raises where it can't keep a call in one graph.
 - ``torch._dynamo.convert_frame.register_bytecode_hook``: the only way to the code that Dynamo generated for a frame.
 - ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
@@ -295,3 +297,22 @@ def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:
         )
         env[node].meta = copy.copy(node.meta)
     return carry_over(module, fx.GraphModule(module, graph))
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:
+    """Put the arguments of the next call of a module that was compiled in place into ``calls``.
+
+    A hook would do so too, but Dynamo traces hooks, and the graph would be another one.
+    """
+    compiled: Any = module._compiled_call_impl
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        module._compiled_call_impl = compiled
+        return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = keep

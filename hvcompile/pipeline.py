@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import fx
@@ -35,7 +35,8 @@ class PassReport:
 class JournalRow:
     """One line of the journal: a pass, its report, and how the number of each operation changed.
 
-    ``section`` is the pass's key in ``options``, empty where it has none; ``is_exact`` as in ``Pass``.
+    ``section`` is the pass's key in ``options``, empty where it has none; ``is_exact`` as in ``Pass``; ``options`` are
+    the pass's fields.
     """
 
     name: str
@@ -43,6 +44,7 @@ class JournalRow:
     op_changes: dict[str, int]
     section: str = ""
     is_exact: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """The row in one line, for the log."""
@@ -144,6 +146,7 @@ def run(
             op_changes={op: n for op, n in sorted(changes.items()) if n},
             section=item.section,
             is_exact=item.is_exact,
+            options=dataclasses.asdict(item),
         )
         log.info("%s", row.line())
         journal.append(row)

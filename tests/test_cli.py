@@ -60,7 +60,7 @@ def test_every_option_reaches_the_request(requests: list[generate.Request], tmp_
     done = invoke(
         *("generate", "a cat", "--steps", "9", "--frames", "5", "--height", "32", "--width", "48", "--seed", "3"),
         *("--guidance", "4", "--true-cfg", "2", "--negative-prompt", "dog", "--threshold", "0.1", "--compare"),
-        *("--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "f.json")),
+        *("--sheet", str(tmp_path / "s.png"), "--json", str(tmp_path / "f.json"), "--html", str(tmp_path / "r.html")),
         *(
             "--device",
             "cpu",
@@ -91,6 +91,7 @@ def test_every_option_reaches_the_request(requests: list[generate.Request], tmp_
             compare=True,
             sheet_file=tmp_path / "s.png",
             json_file=tmp_path / "f.json",
+            html_file=tmp_path / "r.html",
             device="cpu",
             dtype="bfloat16",
             fps=8,
