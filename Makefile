@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-PROMPT ?= A cat walks on the grass, realistic
+PROMPT ?= A cat walks on the grass
 
 .PHONY: setup video test check bench pareto clean
 
