@@ -64,34 +64,7 @@ def pipeline(*, seed: int = SEED) -> HunyuanVideoPipeline:
     """Build the tiny pipeline in memory: fp32, on the CPU, the same weights every time for one ``seed``."""
     tokenizer, tokenizer_2 = llama_tokenizer(), clip_tokenizer()
     with torch.random.fork_rng(devices=[]):  # the constructors draw from the global generator; the caller's is kept
-        text_encoder = LlamaModel(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=4,  # the pipeline reads the output of the last but two
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        text_encoder_2 = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer_2),
-                hidden_size=64,
-                projection_dim=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=77,
-                bos_token_id=tokenizer_2.bos_token_id,
-                eos_token_id=tokenizer_2.eos_token_id,
-                pad_token_id=tokenizer_2.pad_token_id,
-            )
-        )
+        text_encoder, text_encoder_2 = llama(tokenizer), clip(tokenizer_2)
         transformer = HunyuanVideoTransformer3DModel(
             in_channels=16,
             out_channels=16,
@@ -123,6 +96,42 @@ def pipeline(*, seed: int = SEED) -> HunyuanVideoPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
+    )
+
+
+def llama(tokenizer: LlamaTokenizer) -> LlamaModel:
+    """Build the first text encoder, untrained; the pipeline reads the output of its last layer but two."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Build the second text encoder, untrained; the pipeline reads its pooled output."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            projection_dim=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""The architecture of the trained tiny HunyuanVideo: its parts as they are before training."""
+"""The trained tiny HunyuanVideo before training: VAE and transformer; its text encoders are ``hvcompile.tiny``'s."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Final
 
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, LlamaTokenizer
 
 DIRECTORY: Final = Path("runs/tiny_hunyuan_video")
 """Where ``publish.py`` writes the trained pipeline, in the layout of diffusers, and ``check.py`` looks for it."""
@@ -40,40 +39,4 @@ def transformer() -> HunyuanVideoTransformer3DModel:
         text_embed_dim=64,
         pooled_projection_dim=64,
         rope_axes_dim=(8, 12, 12),
-    )
-
-
-def llama(tokenizer: LlamaTokenizer) -> LlamaModel:
-    """Build the first text encoder, untrained; the pipeline reads the output of its last layer but two."""
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Build the second text encoder, untrained; the pipeline reads its pooled output."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            projection_dim=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
     )

@@ -163,12 +163,12 @@ def new_pipeline(vae: Path) -> HunyuanVideoPipeline:
     """Put the trained VAE and untrained other parts together."""
     tokenizer, tokenizer_2 = tiny.llama_tokenizer(), tiny.clip_tokenizer()
     pipe = HunyuanVideoPipeline(
-        text_encoder=architecture.llama(tokenizer),
+        text_encoder=tiny.llama(tokenizer),
         tokenizer=tokenizer,
         transformer=architecture.transformer(),
         vae=AutoencoderKLHunyuanVideo.from_pretrained(vae),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=architecture.clip(tokenizer_2),
+        text_encoder_2=tiny.clip(tokenizer_2),
         tokenizer_2=tokenizer_2,
     )
     initialise(pipe)
