@@ -30,7 +30,7 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList(Block(scale) for _ in range(blocks))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        frequencies = torch.exp(-torch.arange(WIDTH // 2) * 0.7)
+        frequencies = torch.exp(-torch.arange(WIDTH // 2, device=timestep.device) * 0.7)
         angles = timestep[:, None].float() / 1000 * frequencies[None]
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
         hidden = self.embed(sample)
