@@ -139,7 +139,8 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 def check_model(model: str) -> None:
     """Raise InputError where ``model`` is a path with no pipeline at it; a hub id is only tried by ``load``."""
     path = Path(model).expanduser()
-    if model.strip() and path.is_dir():
+    is_path = bool(model.strip())  # nothing at all would be the current directory
+    if is_path and path.is_dir():
         index = path / "model_index.json"
         if not index.is_file():
             raise InputError(f"model {model!r} is a directory without model_index.json: give the root of a pipeline")
@@ -149,7 +150,7 @@ def check_model(model: str) -> None:
             is_index = False
         if not is_index:
             raise InputError(f"model {model!r}: its model_index.json is damaged: copy or download the pipeline again")
-    elif path.exists():
+    elif is_path and path.exists():
         raise InputError(f"model {model!r} is a file: give a directory in the layout of diffusers, or a hub id")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile import cli, generate, metrics, video
+from hvcompile import cli, generate, metrics, outputs, video
 
 
 def invoke(*arguments: str) -> Any:
@@ -248,3 +248,29 @@ def test_the_version_and_the_help() -> None:
     assert wrong.exit_code == 2
     assert "--steps" in wrong.output
     assert invoke("generate").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a cat", "-o", "a" * 260 + ".mp4"], "give a shorter name"),
+        (["\udcff\udcfe"], "prompt is no valid text"),
+        (["a cat", "--device", "meta"], "device 'meta' can't be used: it computes nothing"),
+        (["a cat", "--threshold", "1e10"], "allowed is a number from 0 to 1e+09"),
+        (["a cat", "--model", ""], "neither a directory nor a hub id"),
+    ],
+)
+def test_what_a_reader_broke_is_one_line(arguments: list[str], message: str) -> None:
+    done = invoke("generate", *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_link_leads_to_the_file_that_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("{}")
+    link.symlink_to(target)
+    outputs.write_json({"a": 1}, link)
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
