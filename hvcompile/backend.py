@@ -63,9 +63,7 @@ def hvfast(
     calling = seal(trunk)
     dump.graph("sealed", trunk.module)
     inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
-    with dump.lowering():
-        compiled = inductor.LOWERINGS[settings.lower](trunk.module, inputs)
-    return dump.recording(runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id()))
+    return _lower(trunk.module, inputs, settings, dump, calling, journal)
 
 
 def needs_gradients(graph_module: fx.GraphModule) -> str:
@@ -107,8 +105,20 @@ def _plain(
         states=(),
         has_record=False,
     )
+    return _lower(graph_module, inputs, settings, dump, calling, journal)
+
+
+def _lower(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    settings: Options,
+    dump: Dump,
+    calling: runtime.Calling,
+    journal: list[JournalRow],
+) -> Callable[..., Any]:
+    """Hand a graph to the lowering that was chosen, and its result to the runtime."""
     with dump.lowering():
-        compiled = inductor.LOWERINGS[settings.lower](graph_module, inputs)
+        compiled = inductor.LOWERINGS[settings.lower](module, inputs)
     return dump.recording(runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id()))
 
 

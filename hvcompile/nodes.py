@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hvcompile.inductor import source_name, value
+from hvcompile.inductor import shape_key, source_name, value
 
 _CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
 _IN_PLACE_OPERATORS = {
@@ -25,6 +25,11 @@ _IN_PLACE_OPERATORS = {
 def is_tensor(node: fx.Node) -> bool:
     """Whether a node's value is one tensor."""
     return isinstance(value(node), torch.Tensor)
+
+
+def tensor_kind(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype]:
+    """Shape and dtype of a tensor: equal for two versions of one stream."""
+    return shape_key(value(node)), value(node).dtype
 
 
 def is_scalar(node: fx.Node) -> bool:

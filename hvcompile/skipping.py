@@ -8,7 +8,7 @@ import operator
 from torch import fx
 
 from hvcompile.graph_code import run_on_fakes
-from hvcompile.inductor import is_data_dependent, numel_hint, provenance, shape_key, value
+from hvcompile.inductor import is_data_dependent, numel_hint, provenance, value
 from hvcompile.inputs import classify
 from hvcompile.nodes import (
     ancestors,
@@ -20,6 +20,7 @@ from hvcompile.nodes import (
     mutated_operand,
     op_name,
     storage,
+    tensor_kind,
 )
 from hvcompile.streams import is_residual
 from hvcompile.trunk import BlockCall, Trunk
@@ -159,10 +160,7 @@ def _alike(node: fx.Node) -> list[fx.Node]:
     """The operands of work between the blocks that are tensors like its result: the streams that it changes."""
     if not is_tensor(node):
         return []
-    kind = (shape_key(value(node)), value(node).dtype)
-    return [
-        item for item in node.all_input_nodes if is_tensor(item) and (shape_key(value(item)), value(item).dtype) == kind
-    ]
+    return [item for item in node.all_input_nodes if is_tensor(item) and tensor_kind(item) == tensor_kind(node)]
 
 
 def counterpart(

@@ -6,11 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from hvcompile.inductor import shape_key, value
-from hvcompile.nodes import is_tensor, op_name
+from hvcompile.nodes import is_tensor, op_name, tensor_kind
 from hvcompile.structure import Block
 from hvcompile.trunk import Body
 
@@ -83,17 +81,13 @@ def residual_sources(output: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _kind(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype]:
-    return shape_key(value(node)), value(node).dtype
-
-
 def _stream_of(body: fx.GraphModule, position: int, likely: set[int]) -> int | None:
     """The operand that an output continues, found inside the body: by its residual path, else by its shape alone."""
     placeholders = list(body.graph.find_nodes(op="placeholder"))
     results: Any = body.graph.output_node().args[0]
-    kind = _kind(results[position])
+    kind = tensor_kind(results[position])
     carried = residual_sources(results[position])
-    alike = [place for place, node in enumerate(placeholders) if is_tensor(node) and _kind(node) == kind]
+    alike = [place for place, node in enumerate(placeholders) if is_tensor(node) and tensor_kind(node) == kind]
     by_residual = [place for place in alike if placeholders[place] in carried]
     for candidates in (by_residual, [p for p in by_residual if p in likely], [p for p in alike if p in likely]):
         if len(candidates) == 1:
