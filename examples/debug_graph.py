@@ -19,7 +19,7 @@ from torch import nn
 from hvcompile import bisect, cli, dumped
 from hvcompile.inductor import provenance, value
 from hvcompile.passes import PASSES
-from hvcompile.pipeline import Pass, PassReport
+from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.trunk import Trunk
 
 
@@ -32,7 +32,7 @@ class ScaledResidual(Pass):
 
     factor: float = 1.01
 
-    def apply(self, trunk: Trunk) -> PassReport:
+    def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Scale the residual of every stream in every body."""
         for body in trunk.bodies:
             graph = body.module.graph

@@ -6,11 +6,13 @@ Installing the package registers the backend; ``torch.compile(model, backend="hv
 from hvcompile.errors import (
     HvcompileError,
     OptionError,
+    QuantizedWeightError,
     RequestedPassError,
     UncompiledModelError,
     UntraceableModelError,
 )
 from hvcompile.explain import explain
+from hvcompile.quantized_weights import Restored, restore
 from hvcompile.runtime import Stats, Step, reset, stats
 
 __version__ = "0.1.0"
@@ -18,12 +20,15 @@ __version__ = "0.1.0"
 __all__ = [
     "HvcompileError",
     "OptionError",
+    "QuantizedWeightError",
     "RequestedPassError",
+    "Restored",
     "Stats",
     "Step",
     "UncompiledModelError",
     "UntraceableModelError",
     "explain",
     "reset",
+    "restore",
     "stats",
 ]

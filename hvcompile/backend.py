@@ -11,7 +11,7 @@ from torch import fx
 
 from hvcompile import inductor, pipeline, runtime
 from hvcompile.dump import Dump
-from hvcompile.errors import RequestedPassError
+from hvcompile.errors import QuantizedWeightError, RequestedPassError
 from hvcompile.graph_code import inline
 from hvcompile.inputs import classify
 from hvcompile.nodes import is_parameter, is_tensor, is_weight
@@ -19,6 +19,8 @@ from hvcompile.options import Options, parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow, PassReport
+from hvcompile.quantized_weights import QuantizedWeight
+from hvcompile.structure import parameter_path
 from hvcompile.trunk import NoTrunk, Trunk
 
 log = logging.getLogger(__name__)
@@ -56,14 +58,40 @@ def hvfast(
 
     journal = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     dump.graph("outlined", trunk.module)
+    context = pipeline.Context(given=dict(zip(trunk.inputs, example_inputs, strict=True)))
     try:
-        pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
+        pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal, context)
     finally:
         dump.journal(journal)
+    require_values(trunk, context)
     calling = seal(trunk)
     dump.graph("sealed", trunk.module)
-    inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
-    return _lower(trunk.module, inputs, settings, dump, calling, journal)
+    passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
+    inputs = [*passed, *map(inductor.value, trunk.added)]
+    run = _lower(trunk.module, inputs, settings, dump, calling, journal)
+    # Now, not at the first call: Dynamo's guards are made next, and see the weights as they will be.
+    dump.hold(example_inputs, [place for layout in calling.stored for place in layout.positions])
+    for layout, stored in zip(calling.stored, trunk.stored, strict=True):
+        joined = layout.of(example_inputs)
+        dump.store(stored.data.name, joined.data)
+        dump.store(stored.scale.name, joined.scale)
+    return run
+
+
+def require_values(trunk: Trunk, context: pipeline.Context) -> None:
+    """See that nothing in the graph reads a weight that is kept in float8 alone.
+
+    Raises:
+        QuantizedWeightError: something does, as where a model is compiled again without float8.
+
+    """
+    for node, given in context.given.items():
+        if node.users and isinstance(given, QuantizedWeight):
+            raise QuantizedWeightError(
+                f"{given.path} has been kept in float8 alone since this model was first compiled, and now "
+                f"{next(iter(node.users)).format_node()} reads it. Compile it with the same options, or call "
+                "hvcompile.restore(model) first"
+            )
 
 
 def needs_gradients(graph_module: fx.GraphModule) -> str:
@@ -83,6 +111,12 @@ def _plain(
     graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Options, dump: Dump, reason: str
 ) -> Callable[..., Any]:
     """Compile without any rewrite, and say why."""
+    for given in inputs:
+        if isinstance(given, QuantizedWeight):
+            raise QuantizedWeightError(
+                f"{given.path} has been kept in float8 alone since this model was first compiled, and this graph of it "
+                f"can't be rewritten: {reason}. Call hvcompile.restore(model) first"
+            )
     for item, requested in settings.passes:
         if requested:
             raise RequestedPassError(
@@ -130,7 +164,10 @@ def _outline_row(trunk: Trunk) -> JournalRow:
 
 
 def seal(trunk: Trunk) -> runtime.Calling:
-    """Add the next state and the decision to the graph's outputs, and say how the runtime must call it."""
+    """Give the graph its last inputs and outputs, and say how the runtime must call it.
+
+    The next state and the decision are added to the outputs; weights that float8 copies stand for leave the inputs.
+    """
     roles = classify(trunk)
     weights = set(roles.weights)
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
@@ -139,23 +176,39 @@ def seal(trunk: Trunk) -> runtime.Calling:
     if trunk.observed:
         extra.append(inline(trunk.graph, _record, trunk.observed, before=trunk.output, tag="runtime")["record"])
     trunk.output.args = ((*results, *extra),)
-    trunk.module.graph.lint()
-    trunk.module.recompile()
+    symbols = inductor.symbols_of(trunk.graph)
+    sources = {node for stored in trunk.stored for node in stored.sources}
+    passed = [place for place, node in enumerate(trunk.inputs) if node not in sources]
     first = [node for node in trunk.blocks[0].operands if node in weights]
     # A parameter rather than a buffer, which a forward may replace.
     anchors = [*filter(is_parameter, first), *filter(is_parameter, roles.weights), *first, *roles.weights]
-    return runtime.Calling(
+    calling = runtime.Calling(
         anchor=placeholders.index(anchors[0]) if anchors else None,
-        weights=tuple(place for place, node in enumerate(placeholders) if node in weights),
+        weights=tuple(place for place, node in enumerate(placeholders) if node in weights - sources),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
-        numbers=tuple(place for place, node in enumerate(placeholders[: len(trunk.inputs)]) if not is_tensor(node)),
-        symbols=inductor.symbols_of(trunk.graph),
+        numbers=tuple(place for place, node in enumerate(trunk.inputs) if not is_tensor(node)),
+        symbols=symbols,
         num_outputs=len(results),
         states=tuple(
             runtime.StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states
         ),
         has_record=bool(trunk.observed),
+        passed=tuple(passed) if sources else None,
+        stored=tuple(
+            runtime.WeightLayout(
+                positions=tuple(map(placeholders.index, stored.sources)),
+                paths=tuple(map(parameter_path, stored.sources)),
+                granularity=stored.granularity,
+                keep_original=stored.keep_original,
+            )
+            for stored in trunk.stored
+        ),
     )
+    for node in sources:
+        trunk.graph.erase_node(node)
+    trunk.module.graph.lint()
+    trunk.module.recompile()
+    return calling
 
 
 def _record(*, reused: fx.Proxy, difference: fx.Proxy) -> dict[str, Any]:

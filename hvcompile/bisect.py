@@ -137,6 +137,7 @@ def bisect(
     allowed = tolerance if tolerance is not None else max(map(_tolerance, dumped.dtypes()), default=_tolerance())
 
     stages: list[Stage] = []
+    spread = 0.0
     finding: Finding | None = None
     before: Sequence[Any] = ()
     for name, what, run in _stages(dumped, lower or dumped.lower):
@@ -158,7 +159,13 @@ def bisect(
             figures = tuple(_figures(before, results))
         stages.append(Stage(name=name, what=what, figures=figures))
         previous = stages[-2].name if len(stages) > 1 else ""
-        fault = _fault(figures, allowed, previous) if len(results) == len(before) else (None, _lacking(before, results))
+        if tolerance is None and name in dumped.rows:
+            # What a pass may change it may; and values that are rounded coarsely are so otherwise after another sum.
+            spread = max(spread, dumped.rows[name]["tolerance"] / 10)
+        within = max(
+            allowed, spread, dumped.rows[name]["tolerance"] if tolerance is None and name in dumped.rows else 0
+        )
+        fault = _fault(figures, within, previous) if len(results) == len(before) else (None, _lacking(before, results))
         if fault is not None:
             finding = Finding(stage=name, output=fault[0], problem=fault[1], switch_off=_advice(name, dumped, allowed))
             break

@@ -30,15 +30,17 @@ class Device:
     bandwidth: float
 
 
-def _gpu(name: str, half: float, single: float, bandwidth: float) -> Device:
-    """Peaks in TFLOP/s (16-bit tensor cores, fp32 without them) and TB/s."""
+def _gpu(name: str, half: float, single: float, bandwidth: float, *, has_float8: bool = True) -> Device:
+    """Peaks in TFLOP/s (16-bit tensor cores, of which float8 gives twice as much; fp32 without them) and TB/s."""
     flops = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
+    if has_float8:
+        flops[torch.float8_e4m3fn] = 2 * half * 1e12
     return Device(name=name, flops=flops, bandwidth=bandwidth * 1e12)
 
 
 DEVICES: Mapping[str, Device] = {
     # NVIDIA's data sheets, without sparsity; Ada's 16-bit figures are those with fp32 accumulation.
-    "a100": _gpu("NVIDIA A100 80 GB SXM", 312.0, 19.5, 2.039),
+    "a100": _gpu("NVIDIA A100 80 GB SXM", 312.0, 19.5, 2.039, has_float8=False),
     "l20": _gpu("NVIDIA L20", 119.5, 59.8, 0.864),
     "l40s": _gpu("NVIDIA L40S", 362.0, 91.6, 0.864),
     "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 165.2, 82.6, 1.008),

@@ -8,7 +8,7 @@ import logging
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from hvcompile.pipeline import JournalRow
 
 log = logging.getLogger(__name__)
 
-_FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone.
+_FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone, and
+hvcompile where layers compute in float8.
 
 Run this file to compute it on the inputs of the first call, or import it: ``build()(*example_inputs())``. Inputs
 that ``inputs.pt`` does not hold are drawn at random, in the recorded shapes. An input of the same name has the same
@@ -121,6 +122,8 @@ class Dump:
         self._inputs: list[tuple[str, bool]] = []  # of the captured graph: its name, and whether it is a weight
         self._passes: list[dict[str, Any]] = []
         self._notes: list[str] = []
+        self._held: dict[int, torch.Tensor] = {}
+        self._stored: dict[str, torch.Tensor] = {}
         self._folder = _fresh_folder(directory, "graph_{}_{}".format(*compile_id)) if directory is not None else None
 
     def journal(self, rows: Sequence[JournalRow]) -> None:
@@ -132,9 +135,11 @@ class Dump:
                 "name": row.name,
                 "section": row.section,
                 "is_exact": row.is_exact,
+                "tolerance": row.tolerance,
                 "matched": row.report.matched,
                 "declined": [{"what": what, "why": why} for what, why in row.report.declined],
                 "op_changes": row.op_changes,
+                "table": row.report.table,
             }
             for row in rows
         ]
@@ -187,6 +192,18 @@ class Dump:
         if self._lower == "inductor" and not codes:
             self._note("Inductor's code is not here: it handed none out")
 
+    def hold(self, given: Sequence[Any], places: Iterable[int]) -> None:
+        """Hold inputs, by place, that will have lost their memory when the first call comes."""
+        if self._folder is not None:
+            held = {place: given[place] for place in places if can_save(given[place])}
+            if sum(map(num_bytes, held.values())) <= self._limit_gib * 2**30:
+                self._held = {place: item.detach() for place, item in held.items()}
+
+    def store(self, name: str, tensor: torch.Tensor) -> None:
+        """Hold a weight that the compiled graph takes beside its inputs, by the name of its placeholder."""
+        if self._folder is not None:
+            self._stored[name] = tensor
+
     def recording(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Give a callable that runs ``run``, and saves what the first call is given and gives."""
         return run if self._folder is None else FirstCall(run, self._save_inputs, self._save_outputs)
@@ -216,6 +233,7 @@ class Dump:
         """Save a call's inputs; returns whether these are all."""
         if self._folder is None or len(given) != len(self._inputs):
             return False
+        given = [self._held.get(place, item) for place, item in enumerate(given)]
         wanted = {name: item for (name, _), item in zip(self._inputs, given, strict=True) if can_save(item)}
         weights = {name for name, weighs in self._inputs if weighs and name in wanted}
         size = sum(num_bytes(wanted[name]) for name in weights)
@@ -230,8 +248,12 @@ class Dump:
                 f"the weights are not kept and are drawn at random instead: they take {size / 2**30:.3g} GiB, more "
                 f"than the {self._limit_gib:g} of options['dump_limit_gib']"
             )
+        kept = {name: compact(item) for name, item in wanted.items()}
+        if weights <= set(wanted):
+            kept |= self._stored
         with _writing(self._folder):
-            save({name: compact(item) for name, item in wanted.items()}, self._folder / "inputs.pt")
+            save(kept, self._folder / "inputs.pt")
+        self._held, self._stored = {}, {}
         return len(wanted) == len(given)
 
     def _save_outputs(self, results: Sequence[Any]) -> None:

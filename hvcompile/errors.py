@@ -21,6 +21,10 @@ class UncompiledModelError(HvcompileError):
     """A model was asked about that this backend has not compiled and run yet."""
 
 
+class QuantizedWeightError(HvcompileError, RuntimeError):
+    """Something asks for the values of a weight that is kept in float8 alone."""
+
+
 class UntraceableModelError(HvcompileError):
     """A model that is to be explained does not trace as one graph."""
 

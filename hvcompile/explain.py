@@ -233,7 +233,10 @@ def explain_graph(
     def keep(name: str, after: Trunk) -> None:
         stages.append(stage(name, after.module))
 
-    pipeline.run(trunk, [(item, False) for item, _ in settings.passes], keep, journal)
+    context = pipeline.Context(planned_for=device)
+    # A pass that was asked for and can't apply is told of, not raised.
+    wished = [(item, False) for item, _ in settings.passes]
+    pipeline.run(trunk, wished, keep, journal, context)
     journal += pipeline.off_rows(settings.switched_off)
     return Explanation(
         reason="",

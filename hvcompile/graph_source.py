@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.inductor import TAG, number_hint, numel_hint, size_hint, source_name, value
+from hvcompile.inductor import STORED, TAG, number_hint, numel_hint, size_hint, source_name, value
 from hvcompile.nodes import is_weight, op_name
-from hvcompile.structure import module_path
+from hvcompile.structure import module_path, parameter_path
 
 _WITH_TORCH = {"torch._C", "torch.functional", "torch.nn", "torch.nn.functional", "torch.ops"}  # import torch suffices
 
@@ -30,7 +30,7 @@ class GraphSource:
         self.constants: dict[str, torch.Tensor] = {}
         self._names: dict[fx.GraphModule, str] = {}
         placeholders = list(root.graph.find_nodes(op="placeholder"))
-        self._paths = {node.name: _weight_path(node) for node in placeholders if is_weight(node)}
+        self._paths = {node.name: parameter_path(node) for node in placeholders if is_weight(node)}
         self._add(root, "root")
         self.names = [self._paths.get(node.name, str(node.target)) for node in placeholders]
         self.inputs = [f"{_example(*item, fixed)}," for item in zip(placeholders, self.names, strict=True)]
@@ -75,11 +75,6 @@ def _referenced(module: fx.GraphModule) -> dict[str, Any]:
     """What a module's graph reads from the module, by dotted path, in graph order."""
     targets = [str(node.target) for node in module.graph.nodes if node.op in {"get_attr", "call_module"}]
     return {target: operator.attrgetter(target)(module) for target in targets}
-
-
-def _weight_path(placeholder: fx.Node) -> str:
-    path = [part for part in module_path(source_name(placeholder)) if part not in {"_parameters", "_buffers"}]
-    return ".".join(path) or placeholder.name
 
 
 def _short_names(graph: fx.Graph, paths: Mapping[str, str]) -> dict[str, str]:
@@ -205,7 +200,7 @@ def _example(placeholder: fx.Node, name: str, fixed: Mapping[str, float]) -> str
         number = size_hint(held) if isinstance(held, torch.SymInt) else held
         return f'KEPT.get("{name}", {number if isinstance(number, (bool, int, float)) else None})'
     shape = tuple(map(size_hint, held.shape))
-    if not source_name(placeholder):  # state is no input of Dynamo's
+    if not source_name(placeholder) and STORED not in placeholder.meta:  # state is no input of Dynamo's
         return f'torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}")'
     if placeholder.name in fixed:
         number = fixed[placeholder.name]

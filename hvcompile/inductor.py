@@ -19,6 +19,12 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._dynamo.convert_frame.register_bytecode_hook``: the only way to the code that Dynamo generated for a frame.
 - ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
 - ``torch._logging.trace_structured`` and its ``trace_log``: artifacts for tlparse.
+- ``torch._scaled_mm``: the public ``torch.nn.functional.scaled_mm`` has no CPU kernel in 2.11, and no Inductor lowering
+  before 2.13. On CPUs 2.11 and 2.12 take one scale a tensor only.
+- ``torch._C._set_throw_on_mutable_data_ptr``: makes a tensor without memory raise, rather than crash, where compiled
+  code asks for its address.
+- ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
+  backend.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 """
 
@@ -45,7 +51,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 Compiled = Callable[..., Any]
 
 TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
+STORED = "hvcompile_stored"  # node.meta key: a placeholder for a weight that the runtime keeps
 UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
+FAKES: tuple[type, ...] = (FakeTensor,)
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
@@ -316,3 +324,39 @@ def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:
         return compiled(*args, **kwargs)
 
     module._compiled_call_impl = keep
+
+
+def has_row_scales(device: torch.device) -> bool:
+    """Whether ``scaled_mm`` takes a scale a row on this device."""
+    return device.type != "cpu" or torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+
+
+def scaled_mm(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    first_scale: torch.Tensor,
+    second_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(first * first_scale) @ (second * second_scale) + bias`` of float8 matrices; ``second`` is column-major."""
+    # On Hopper the fast accumulation sums in 14 bits between additions to float32, as torchao and vLLM have it.
+    return torch._scaled_mm(first, second, first_scale, second_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def forbid_address(tensor: torch.Tensor) -> None:
+    """Make whoever asks a tensor for its address to write to it get an error, also through its views."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def tracing_backend() -> Callable[..., Any] | None:
+    """The backend that Dynamo is capturing a graph for, in this thread; None where it captures none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        return None
+    for wrapping in ("_torchdynamo_orig_backend", "compiler_fn", "func"):  # debugging aids, then options, then partial
+        backend = getattr(backend, wrapping, backend)
+    return backend  # type: ignore[no-any-return]

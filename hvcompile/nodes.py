@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from hvcompile.inductor import shape_key, source_name, value
+from hvcompile.inductor import STORED, shape_key, source_name, value
 
 _CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
 _IN_PLACE_OPERATORS = {
@@ -45,8 +45,10 @@ def is_parameter(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Whether a node is a placeholder for a parameter or buffer of the model."""
-    return is_parameter(node) or (node.op == "placeholder" and "_buffers[" in source_name(node))
+    """Whether a node is a placeholder for a parameter or buffer of the model, or for what is kept in its place."""
+    return is_parameter(node) or (
+        node.op == "placeholder" and ("_buffers[" in source_name(node) or STORED in node.meta)
+    )
 
 
 def op_name(node: fx.Node) -> str:

@@ -92,7 +92,7 @@ def _configure(item: type[Pass], setting: Any) -> Pass:
     hints = typing.get_type_hints(item)
     for name, held in setting.items():
         _require_type(held, hints[name], f"{item.section}.{name}")
-    return item(**setting)
+    return item(**{name: tuple(held) if isinstance(held, list) else held for name, held in setting.items()})
 
 
 def _require_known(given: Mapping[Any, Any], allowed: Iterable[str], where: str) -> None:
@@ -105,6 +105,11 @@ def _require_known(given: Mapping[Any, Any], allowed: Iterable[str], where: str)
 
 
 def _require_type(held: Any, hint: Any, name: str) -> None:
+    if typing.get_origin(hint) is tuple:  # of any length; a list does as well
+        (kind, _) = typing.get_args(hint)
+        if not isinstance(held, (list, tuple)) or not all(isinstance(item, kind) for item in held):
+            raise OptionError(f"{name} is {held!r}; allowed is a list of {kind.__name__}")
+        return
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in allowed:
         exact = isinstance(held, kind) and (kind is bool or not isinstance(held, bool))

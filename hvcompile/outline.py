@@ -141,6 +141,10 @@ def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tu
     unsupported = [operand for operand in operands if not is_tensor(operand) and not is_scalar(operand)]
     if unsupported:
         return f"{block.path} reads {unsupported[0].format_node()}, which is neither a tensor nor a number"
+    special = [operand for operand in operands if is_tensor(operand) and not isinstance(value(operand), inductor.FAKES)]
+    if special:
+        kind = type(value(special[0])).__name__
+        return f"{block.path} reads {special[0].name}, a {kind}: no subgraph takes tensors of such a kind"
     feedback = set(inside)
     for node in _between(block):
         if any(operand in feedback for operand in node.all_input_nodes):

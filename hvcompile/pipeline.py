@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from hvcompile.costs import Device
 from hvcompile.errors import InvalidRewriteError, RequestedPassError
 from hvcompile.inductor import layout_key, shape_key, value
 from hvcompile.nodes import is_tensor, op_name
@@ -19,11 +20,31 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may know beside the graph.
+
+    Attributes:
+        requested: whether the user asked for the pass by name.
+        given: the inputs of the call that is being compiled, by placeholder; empty where nothing will run.
+        planned_for: a device that is planned for, where nothing will run.
+
+    """
+
+    requested: bool = False
+    given: Mapping[fx.Node, Any] = dataclasses.field(default_factory=dict)
+    planned_for: Device | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PassReport:
-    """What a pass did: what it matched, and what it left alone with the reason for each."""
+    """What a pass did: what it matched, and what it left alone with the reason for each.
+
+    ``table`` holds details: rows of equal columns, in order.
+    """
 
     matched: tuple[str, ...] = ()
     declined: tuple[tuple[str, str], ...] = ()
+    table: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def applied(self) -> bool:
@@ -35,8 +56,8 @@ class PassReport:
 class JournalRow:
     """One line of the journal: a pass, its report, and how the number of each operation changed.
 
-    ``section`` is the pass's key in ``options``, empty where it has none; ``is_exact`` as in ``Pass``; ``options`` are
-    the pass's fields.
+    ``section`` is the pass's key in ``options``, empty where it has none; ``is_exact`` and ``tolerance`` as in
+    ``Pass``; ``options`` are the pass's fields.
     """
 
     name: str
@@ -44,6 +65,7 @@ class JournalRow:
     op_changes: dict[str, int]
     section: str = ""
     is_exact: bool = True
+    tolerance: float = 0.0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
@@ -58,13 +80,15 @@ class Pass:
     """A rewrite of the trunk; a subclass's fields are its options.
 
     ``section`` is its key in ``options``; ``is_exact`` says that it does not change numerics (it then also runs under
-    ``mode="exact"``).
+    ``mode="exact"``). ``tolerance`` is the relative difference that it may make to the outputs of a step that computes
+    all blocks.
     """
 
     section: ClassVar[str]
     is_exact: ClassVar[bool]
+    tolerance: ClassVar[float] = 0.0
 
-    def apply(self, trunk: Trunk) -> PassReport:
+    def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk in place, or leave it as it was and say why."""
         raise NotImplementedError(f"{type(self).__name__} has no apply")
 
@@ -108,8 +132,8 @@ def _check(trunk: Trunk, before: tuple[Any, ...], name: str) -> None:
     if _signature(trunk) != before:
         raise InvalidRewriteError(f"{name} changed the graph's signature from {before} to {_signature(trunk)}")
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
-    if placeholders[len(trunk.inputs) :] != [state.placeholder for state in trunk.states]:
-        raise InvalidRewriteError(f"{name} left state placeholders out of order")
+    if placeholders[len(trunk.inputs) :] != trunk.added:
+        raise InvalidRewriteError(f"{name} left the placeholders that it added out of order")
     for state in trunk.states:
         if state.next_value is None or shape_key(value(state.next_value)) != shape_key(value(state.placeholder)):
             raise InvalidRewriteError(f"{name} left state {state.name!r} without a next value of its own shape")
@@ -120,6 +144,7 @@ def run(
     passes: Sequence[tuple[Pass, bool]],
     observe: Callable[[str, Trunk], None],
     journal: list[JournalRow],
+    context: Context | None = None,
 ) -> None:
     """Run the passes in order.
 
@@ -128,6 +153,7 @@ def run(
         passes: each with whether the user asked for it by name.
         observe: called with the pass's name and the trunk after each pass (dumps).
         journal: gains a row a pass, also where one raises.
+        context: what the passes may know beside the graph; ``requested`` is set for each.
 
     Raises:
         RequestedPassError: a pass that was asked for by name could not apply.
@@ -136,7 +162,7 @@ def run(
     """
     for item, requested in passes:
         name, signature, counts = type(item).__name__, _signature(trunk), op_counts(trunk)
-        report = item.apply(trunk)
+        report = item.apply(trunk, dataclasses.replace(context or Context(), requested=requested))
         _check(trunk, signature, name)
         changes = op_counts(trunk)
         changes.subtract(counts)
@@ -146,6 +172,7 @@ def run(
             op_changes={op: n for op, n in sorted(changes.items()) if n},
             section=item.section,
             is_exact=item.is_exact,
+            tolerance=item.tolerance,
             options=dataclasses.asdict(item),
         )
         log.info("%s", row.line())

@@ -25,7 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hvcompile import inductor
 from hvcompile.errors import UncompiledModelError
+from hvcompile.float8 import Granularity
 from hvcompile.pipeline import JournalRow
+from hvcompile.quantized_weights import Joined, join
 
 log = logging.getLogger(__name__)
 
@@ -286,11 +288,27 @@ class StateLayout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightLayout:
+    """Weights that the graph takes as one float8 matrix: their positions among the inputs and paths in the model."""
+
+    positions: tuple[int, ...]
+    paths: tuple[str, ...]
+    granularity: Granularity
+    keep_original: bool
+
+    def of(self, args: Sequence[Any]) -> Joined:
+        """The matrix for a call with these inputs; made, and the weights freed, where it is not there yet."""
+        weights = [args[place] for place in self.positions]
+        return join(weights, self.paths, granularity=self.granularity, keep_original=self.keep_original)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Calling:
-    """Positions of the inputs that the runtime looks at, and what the graph returns beyond its own outputs.
+    """Positions of the inputs that the runtime looks at, and what the graph takes and returns beyond its own.
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
-    inputs that are no tensors: sizes, and Python numbers given to the model.
+    inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
+    compiled graph takes; None for all.
     """
 
     anchor: int | None
@@ -301,10 +319,34 @@ class Calling:
     num_outputs: int
     states: tuple[StateLayout, ...]
     has_record: bool
+    passed: tuple[int, ...] | None = None
+    stored: tuple[WeightLayout, ...] = ()
+
+
+class _StoredWeights:
+    """The float8 weights of one compiled graph, as they are passed to it, for the model that called it last."""
+
+    def __init__(self, layouts: Sequence[WeightLayout]) -> None:
+        self._layouts = layouts
+        self._sources = _picker([place for layout in layouts for place in layout.positions])
+        self._lock = threading.Lock()
+        self._held: tuple[list[weakref.ref[torch.Tensor]], list[torch.Tensor]] = ([], [])
+
+    def of(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """What to pass for a call with these inputs."""
+        sources = self._sources(args)
+        seen, tensors = self._held
+        if len(seen) == len(sources) and all(map(operator.is_, sources, map(operator.call, seen))):
+            return tensors
+        with self._lock:
+            joined = [layout.of(args) for layout in self._layouts]
+        tensors = [tensor for item in joined for tensor in (item.data, item.scale)]
+        self._held = ([weakref.ref(source) for source in sources], tensors)
+        return tensors
 
 
 class CompiledTrunk:
-    """The callable that Dynamo gets: adds a slot's state to the inputs and takes the next state from the outputs."""
+    """The callable that Dynamo gets: adds weights and a slot's state to the inputs, takes the next from the outputs."""
 
     def __init__(
         self, compiled: Callable[..., Any], calling: Calling, journal: list[JournalRow], compile_id: tuple[int, int]
@@ -314,6 +356,8 @@ class CompiledTrunk:
         # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
         self._number = next(_NUMBERS)
         self._fingerprints = _Fingerprints()
+        self._passed = _picker(calling.passed) if calling.passed is not None else None
+        self._stored = _StoredWeights(calling.stored)
         self._lock = threading.Lock()
         self._has_warned = False
 
@@ -326,10 +370,12 @@ class CompiledTrunk:
         if self._number not in model.graphs:
             with model.lock:
                 model.graphs[self._number] = (self._compile_id, self._journal)
+        stored = self._stored.of(args) if calling.stored else []
+        passed = self._passed(args) if self._passed is not None else args
         if not calling.states:
-            return self._compiled(*args)  # type: ignore[no-any-return]
+            return self._compiled(*passed, *stored)  # type: ignore[no-any-return]
         slot = self._slot(model, args)
-        results = self._compiled(*args, *slot.tensors)
+        results = self._compiled(*passed, *stored, *slot.tensors)
         end = calling.num_outputs + len(calling.states)
         slot.tensors = list(results[calling.num_outputs : end])
         if calling.has_record:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from hvcompile.inductor import numel_hint, shape_key, size_hint, value
+from hvcompile.inductor import numel_hint, shape_key, size_hint, source_name, value
 from hvcompile.nodes import is_scalar, is_tensor, op_name
 
 # Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
@@ -39,6 +39,12 @@ def module_path(expression: str) -> tuple[str, ...]:
     """
     parts = tuple(next(filter(None, match)) for match in _PATH_PART.findall(expression))
     return tuple(part for part in parts[1:] if part not in _PLUMBING)
+
+
+def parameter_path(placeholder: fx.Node) -> str:
+    """A parameter's or buffer's path in the model, such as ``blocks.0.norm.weight``; else the placeholder's name."""
+    parts = [part for part in module_path(source_name(placeholder)) if part not in {"_parameters", "_buffers"}]
+    return ".".join(parts) or placeholder.name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

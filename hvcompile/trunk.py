@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from hvcompile import inductor
-from hvcompile.inductor import provenance, value
+from hvcompile import float8, inductor
+from hvcompile.float8 import Granularity
+from hvcompile.inductor import STORED, provenance, value
 from hvcompile.nodes import is_tensor, is_weight, storage
 
 
@@ -62,9 +63,23 @@ class State:
     next_value: fx.Node | None = None
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class StoredWeights:
+    """Linear layers' weights that the graph takes as one float8 matrix: placeholders for its data and its scales.
+
+    The runtime makes both from the sources, of which nothing else in the graph reads any (``quantized_weights.join``).
+    """
+
+    sources: tuple[fx.Node, ...]
+    data: fx.Node
+    scale: fx.Node
+    granularity: Granularity
+    keep_original: bool
+
+
 @dataclasses.dataclass(eq=False)
 class Trunk:
-    """A captured graph with its blocks outlined, and the state that passes have added to it.
+    """A captured graph with its blocks outlined, and the inputs that passes have added to it: weights, then state.
 
     Prologue and epilogue are the nodes before the first and after the last block; they stay in ``module``'s graph.
     """
@@ -72,6 +87,7 @@ class Trunk:
     module: fx.GraphModule
     blocks: list[BlockCall]
     lists: str
+    stored: list[StoredWeights] = dataclasses.field(default_factory=list)
     states: list[State] = dataclasses.field(default_factory=list)
     observed: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
 
@@ -87,9 +103,15 @@ class Trunk:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The placeholders of the captured graph, without the added state."""
-        states = {state.placeholder for state in self.states}
-        return [node for node in self.graph.nodes if node.op == "placeholder" and node not in states]
+        """The placeholders of the captured graph, without the added weights and state."""
+        added = set(self.added)
+        return [node for node in self.graph.nodes if node.op == "placeholder" and node not in added]
+
+    @property
+    def added(self) -> list[fx.Node]:
+        """The placeholders that passes have added, in order."""
+        stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
+        return [*stored, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
@@ -100,17 +122,40 @@ class Trunk:
         self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
     ) -> State:
         """Add a state tensor as a placeholder after all others; set ``next_value`` once its node exists."""
-        placeholders = list(self.graph.find_nodes(op="placeholder"))
-        with self.graph.inserting_after(placeholders[-1]):
-            placeholder = self.graph.placeholder(f"state_{name}")
-        mode = inductor.fake_mode(self.graph)
-        if mode is None:
-            raise ValueError("the graph has no tensor, so no state can be added to it")
+        placeholder = self._add_placeholder(f"state_{name}", shape, dtype, device)
         state = State(name=name, placeholder=placeholder, shape=tuple(shape), dtype=dtype, device=device)
-        placeholder._dynamo_source = None  # AOTAutograd reads it of every placeholder
-        placeholder.meta["example_value"] = inductor.fake_like(mode, state.shape, dtype, device)
         self.states.append(state)
         return state
+
+    def store(
+        self, sources: Sequence[fx.Node], name: str, *, granularity: Granularity, keep_original: bool
+    ) -> StoredWeights:
+        """Add the float8 matrix of some weights ``[N, K]``, stacked, as placeholders after all others."""
+        first: torch.Tensor = value(sources[0])
+        rows = sum(value(node).shape[0] for node in sources)
+        data = self._add_placeholder(f"{name}_float8", (rows, first.shape[1]), float8.DTYPE, first.device)
+        shape = (rows, 1) if granularity == "row" else ()
+        scale = self._add_placeholder(f"{name}_scale", shape, torch.float32, first.device)
+        for node in (data, scale):
+            node.meta[STORED] = True
+        stored = StoredWeights(
+            sources=tuple(sources), data=data, scale=scale, granularity=granularity, keep_original=keep_original
+        )
+        self.stored.append(stored)
+        return stored
+
+    def _add_placeholder(
+        self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
+    ) -> fx.Node:
+        placeholders = list(self.graph.find_nodes(op="placeholder"))
+        with self.graph.inserting_after(placeholders[-1]):
+            placeholder = self.graph.placeholder(name)
+        mode = inductor.fake_mode(self.graph)
+        if mode is None:
+            raise ValueError("the graph has no tensor, so no input can be added to it")
+        placeholder._dynamo_source = None  # AOTAutograd reads it of every placeholder
+        placeholder.meta["example_value"] = inductor.fake_like(mode, tuple(shape), dtype, device)
+        return placeholder
 
 
 @dataclasses.dataclass(frozen=True)

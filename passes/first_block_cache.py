@@ -15,7 +15,7 @@ from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
 from hvcompile.inductor import value
 from hvcompile.nodes import settle
-from hvcompile.pipeline import Pass, PassReport
+from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.trunk import Trunk, as_operands, symbolic_sizes
 
@@ -83,8 +83,9 @@ class FirstBlockCache(Pass):
                 allowed = f"a whole number, {least} or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.{name} is {number}; allowed is {allowed}")
 
-    def apply(self, trunk: Trunk) -> PassReport:
+    def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
+        del context
         plan = plan_skip(trunk)
         if isinstance(plan, str):
             return PassReport(declined=((trunk.lists or "graph", plan),))

@@ -82,8 +82,8 @@ def spoil_stage(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> No
     (kind,) = [item for item in PASSES if item.__name__ == name]
     apply = kind.apply
 
-    def applied(self: Any, trunk: Trunk) -> Any:
-        report = apply(self, trunk)
+    def applied(self: Any, trunk: Trunk, context: Any) -> Any:
+        report = apply(self, trunk, context)
         spoil(trunk, factor)
         return report
 

@@ -17,6 +17,7 @@ from hvcompile import pipeline
 from hvcompile.inductor import COND, INVOKE_SUBGRAPH, TAG
 from hvcompile.outline import recover
 from hvcompile.passes.first_block_cache import FirstBlockCache, steps_left
+from hvcompile.pipeline import Context
 from hvcompile.trunk import Trunk
 
 
@@ -78,9 +79,9 @@ def test_graph() -> None:
 
 def test_applied_twice_changes_nothing() -> None:
     trunk = recovered(Toy(), **toy_inputs())
-    FirstBlockCache().apply(trunk)
+    FirstBlockCache().apply(trunk, Context())
     before = str(trunk.graph)
-    report = FirstBlockCache().apply(trunk)
+    report = FirstBlockCache().apply(trunk, Context())
     assert not report.applied
     assert "already" in report.declined[0][1]
     assert str(trunk.graph) == before

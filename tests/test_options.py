@@ -16,6 +16,7 @@ from hvcompile.errors import OptionError
 from hvcompile.options import DUMP_VARIABLE, parse
 from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
+from hvcompile.passes.float8_linears import Float8Linears
 
 
 @pytest.mark.parametrize(
@@ -56,13 +57,25 @@ def test_invalid_modes() -> None:
 
 def test_defaults_and_modes() -> None:
     settings = parse(PASSES, None, None)
-    assert settings.passes == ((FirstBlockCache(threshold=0.06), False),)
+    assert settings.passes == tuple((item(), False) for item in PASSES)
     assert (settings.lower, settings.dump, settings.dump_limit_gib) == ("inductor", None, 2.0)
-    assert parse(PASSES, {"first_block_cache": True}, None).passes == ((FirstBlockCache(), True),)
-    assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[0][0].threshold == 1  # type: ignore[attr-defined]
-    assert parse(PASSES, {"first_block_cache": False}, None).passes == ()
-    assert parse(PASSES, None, "exact").passes == ()
-    assert "numerics" in parse(PASSES, None, "exact").switched_off[0][1]
+    assert dict(parse(PASSES, {"first_block_cache": True}, None).passes)[FirstBlockCache(threshold=0.06)]
+    given = parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes
+    assert (FirstBlockCache(threshold=1), True) in given
+    off = parse(PASSES, {"first_block_cache": False}, None)
+    assert FirstBlockCache not in [type(item) for item, _ in off.passes]
+    exact = parse(PASSES, None, "exact")
+    assert [type(item) for item, _ in exact.passes] == [item for item in PASSES if item.is_exact]
+    assert all("numerics" in why for _, why in exact.switched_off)
+
+
+def test_lists() -> None:
+    """A list or tuple of strings, and no bare string, which is a list of letters."""
+    (given,) = [item for item, asked in parse(PASSES, {"fp8": {"skip": ["a", "b"]}}, None).passes if asked]
+    assert given == Float8Linears(skip=("a", "b"))
+    for wrong in ("a", [1], None):
+        with pytest.raises(OptionError, match=r"fp8\.skip is .*allowed is a list of str"):
+            parse(PASSES, {"fp8": {"skip": wrong}}, None)
 
 
 def test_dump_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Linear layers as float8 products: torchao's primitives for scales and casts, torch's scaled matrix product.
+
+``float8_e4m3fn`` (4 exponent and 3 mantissa bits, largest value 448, no infinity) on both sides, scales in float32.
+Scaled row by row, a row's scale is its largest magnitude over 448, so that a row's outliers, and its NaN or infinity,
+are its own. The functions stand in compiled graphs as they are; AOTAutograd traces through them.
+
+Source: Micikevicius et al., FP8 Formats for Deep Learning (arXiv:2209.05433); scales as in torchao's dynamic float8
+quantisation.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Literal
+
+import torch
+
+from hvcompile import inductor
+
+DTYPE = torch.float8_e4m3fn
+SMALLEST_MAGNITUDE = 1e-12
+"""Rows of zeros get the scale of this magnitude: theirs would be 0, and zero over zero is no number."""
+
+Granularity = Literal["row", "tensor"]
+GRANULARITIES: tuple[Granularity, ...] = ("row", "tensor")
+
+
+def is_available() -> bool:
+    """Whether torchao, whose primitives are used, can be imported; imports it, without its complaints at that."""
+    quiet = logging.getLogger("torchao")
+    level = quiet.level
+    quiet.setLevel(logging.CRITICAL)  # about kernels of its own that it could not load, of which none is used here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torchao.quantization.quant_primitives  # noqa: F401
+    except ImportError:
+        return False
+    finally:
+        quiet.setLevel(level)
+    return True
+
+
+def quantize(tensor: torch.Tensor, granularity: Granularity = "row") -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise the rows of a tensor, or all of it with one scale.
+
+    Args:
+        tensor: ``[..., K]``, any floating dtype; leading dimensions are taken as rows.
+        granularity: "row" for a scale a row, "tensor" for one in all.
+
+    Returns:
+        Data ``[rows, K]`` in float8, and scales in float32, ``[rows, 1]`` or ``[]``: data times scale is the tensor.
+
+    """
+    from torchao.quantization.quant_primitives import _choose_scale_float8, _quantize_affine_float8
+
+    rows = tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
+    block = [1, rows.shape[1]] if granularity == "row" else list(rows.shape)
+    scale = _choose_scale_float8(rows, block, DTYPE, hp_value_lb=SMALLEST_MAGNITUDE)
+    if granularity == "tensor":
+        scale = scale.reshape([])
+    return _quantize_affine_float8(rows, scale, DTYPE), scale
+
+
+def dequantize(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give back what ``quantize`` was given, to within half a step of float8 (relative error 2**-4 at most)."""
+    from torchao.quantization.quant_primitives import _dequantize_affine_float8
+
+    return _dequantize_affine_float8(data, scale, dtype)  # type: ignore[no-any-return]
+
+
+def linear(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``input @ weight.T + bias`` on quantised operands, summed in float32 and rounded once.
+
+    Args:
+        data: float8 ``[rows, K]``.
+        scale: float32 ``[rows, 1]``, or ``[]`` for one scale in all.
+        weight: float8 ``[N, K]``.
+        weight_scale: float32 ``[N, 1]``, or ``[]`` where ``scale`` is.
+        bias: ``[N]``, or None.
+        dtype: of the result.
+
+    Returns:
+        ``[rows, N]``.
+
+    """
+    if bias is not None:
+        bias = bias.to(dtype)
+    if scale.ndim == 0 or inductor.has_row_scales(data.device):
+        return inductor.scaled_mm(data, weight.t(), scale, weight_scale.t(), bias, dtype)
+    # Row scales are factors of the result's rows and columns, so they may as well follow the product.
+    one = torch.ones([], device=data.device)
+    product = inductor.scaled_mm(data, weight.t(), one, one, None, torch.float32) * scale * weight_scale.t()
+    return (product if bias is None else product + bias).to(dtype)
+
+
+def shape_like(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Give a product's rows ``[rows, N]`` the leading dimensions of what the product was of."""
+    return rows.reshape(*source.shape[:-1], rows.shape[-1])
+
+
+def reason_unfit(device: torch.device) -> str:
+    """Why float8 products do not run, or do not pay, on a device; empty where they do."""
+    if device.type != "cuda":
+        return f"the model is on {device.type}, where float8 products are emulated; they pay on GPUs"
+    if torch.version.hip is not None:
+        return "ROCm's float8 has another format on some GPUs and none was tried"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; float8 products need 8.9 or newer"
+    return ""

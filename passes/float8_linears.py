@@ -1,0 +1,260 @@
+"""FP8 linears: the linear layers of the blocks as float8 products, their inputs quantised once."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import fx
+
+from hvcompile import float8, inductor
+from hvcompile.errors import OptionError
+from hvcompile.float8 import Granularity
+from hvcompile.float8_audit import measure_errors
+from hvcompile.float8_plan import Plan, groups_of, placeholder_names
+from hvcompile.graph_code import run_on_fakes
+from hvcompile.inductor import TAG, value
+from hvcompile.linears import Linear, linears_of
+from hvcompile.nodes import is_tensor
+from hvcompile.pipeline import Context, Pass, PassReport
+from hvcompile.quantized_weights import is_quantized
+from hvcompile.trunk import BlockCall, Body, Trunk
+
+KEEPS = ("free", "cpu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Float8Linears(Pass):
+    """Run the linear layers of the blocks as float8 products with scales for each row.
+
+    Inputs are quantised as they come, once however many layers read them, which Inductor fuses into what computes
+    them; layers of one input become one product (with a scale a row that is exact). Weights are quantised once, when
+    the first graph is compiled, and the originals let go: see ``hvcompile.restore``.
+
+    By itself it applies on NVIDIA GPUs of compute capability 8.9 or newer; asked for by name, on CPUs too, slowly.
+
+    Args:
+        granularity: "row" for a scale a row of input and weight, "tensor" for one in all, which joins no products.
+        skip: patterns (as of ``fnmatch``) of layers to leave alone, by their path in the model or its end: "proj_out",
+            "transformer_blocks.0.*", "*.ff.*".
+        keep_blocks: blocks at either end whose layers are left alone, 0 or more.
+        keep_original: "free" lets the originals go, "cpu" keeps exact copies there for ``hvcompile.restore``.
+        audit: measure each layer's relative error on the inputs of the call that is compiled, into the journal. It
+            takes a step without compilation, and both kinds of weights in memory at once.
+
+    Source: dynamic scaling as in torchao's ``Float8DynamicActivationFloat8WeightConfig(PerRow())``; Micikevicius et
+    al., FP8 Formats for Deep Learning (arXiv:2209.05433).
+
+    Before::
+
+        q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv, bv)
+
+    After::
+
+        data, scale = quantize(x)
+        q, k, v = linear(data, scale, w_float8, w_scale, cat(bq, bk, bv)).split(...)
+
+    """
+
+    section: ClassVar[str] = "fp8"
+    is_exact: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 0.1
+
+    granularity: str = "row"
+    skip: tuple[str, ...] = ()
+    keep_blocks: int = 0
+    keep_original: str = "free"
+    audit: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("granularity", float8.GRANULARITIES), ("keep_original", KEEPS)):
+            if getattr(self, name) not in allowed:
+                raise OptionError(
+                    f"fp8.{name} is {getattr(self, name)!r}; allowed is {' or '.join(map(repr, allowed))}"
+                )
+        if self.keep_blocks < 0:
+            raise OptionError(f"fp8.keep_blocks is {self.keep_blocks}; allowed is a whole number, 0 or more")
+
+    def apply(self, trunk: Trunk, context: Context) -> PassReport:
+        """Rewrite the bodies; see the class."""
+        unfit = self._unfit(trunk, context)
+        if unfit:
+            return PassReport(declined=(("graph", unfit),))
+        granularity = cast("Granularity", self.granularity)
+        plan = Plan(trunk, context, granularity=granularity, skip=self.skip, keep_blocks=self.keep_blocks)
+        if plan.is_empty:
+            return PassReport(declined=plan.declined(), table=plan.table())
+        if self.audit:
+            plan.errors = measure_errors(trunk, plan.done(), granularity, context)
+        # What the report says is found before the graph is another.
+        report = PassReport(matched=plan.matched(), declined=plan.declined(), table=plan.table())
+        for (body, names), blocks in plan.variants().items():
+            if names:
+                _rewrite(trunk, body, names, blocks, granularity, keep_original=self.keep_original == "cpu")
+        _drop_unused(trunk)
+        return report
+
+    def _unfit(self, trunk: Trunk, context: Context) -> str:
+        """Why this device or installation can't; empty if it can."""
+        if not float8.is_available():
+            return "torchao can't be imported: pip install torchao"
+        device = next(
+            (value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None
+        )
+        if device is None:
+            return "the blocks take no tensor"
+        if device.type == "meta":
+            planned = context.planned_for
+            is_fit = planned is not None and float8.DTYPE in planned.flops
+            return "" if context.requested or is_fit else "it is not known to run on a GPU with float8 products"
+        unfit = float8.reason_unfit(device)
+        if any(is_quantized(given) for given in context.given.values()):
+            return ""  # it did apply, and there is no way back but to restore
+        return "" if context.requested and device.type == "cpu" else unfit
+
+
+def _rewrite(
+    trunk: Trunk,
+    body: Body,
+    names: frozenset[str],
+    blocks: Sequence[BlockCall],
+    granularity: Granularity,
+    *,
+    keep_original: bool,
+) -> None:
+    """Give these blocks a body in which the named linear layers are float8 products."""
+    made = Body(_fresh_name(trunk, body, blocks), _copy(body.module), {})
+    graph = made.module.graph
+    before = list(graph.find_nodes(op="placeholder"))
+    streams = {place: before[operand] for place, operand in body.streams.items()}
+    items = [item for item in linears_of(made) if item.weight.name in names]
+    groups = groups_of(items, granularity)
+    mode = inductor.fake_mode(trunk.graph)
+    assert mode is not None  # the blocks take tensors
+    quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    added: list[tuple[list[str], fx.Node, fx.Node]] = []
+    with mode, torch.no_grad():
+        for group in groups:
+            data, scale = _weight_placeholders(graph, group, granularity)
+            added.append(([item.weight.name for item in group], data, scale))
+            _replace(graph, group, data, scale, quantized, granularity)
+    graph.eliminate_dead_code()
+    for item in items:
+        graph.erase_node(item.weight)
+    graph.lint()
+    made.module.recompile()
+    after = list(graph.find_nodes(op="placeholder"))
+    made.streams = {place: after.index(node) for place, node in streams.items()}
+    setattr(trunk.module, made.name, made.module)
+
+    placeholders = placeholder_names(body)
+    stored = {tuple(weights.sources): weights for weights in trunk.stored}
+    for block in blocks:
+        passed = dict(zip(placeholders, block.operands, strict=True))
+        for group_names, data, scale in added:
+            sources = tuple(passed[name] for name in group_names)
+            if sources not in stored:
+                name = sources[0].name if len(sources) == 1 else f"{sources[0].name}_and_{len(sources) - 1}"
+                stored[sources] = trunk.store(sources, name, granularity=granularity, keep_original=keep_original)
+            passed |= {data.name: stored[sources].data, scale.name: stored[sources].scale}
+        with trunk.graph.inserting_before(block.call):
+            reference = trunk.graph.get_attr(made.name)
+        reference.meta = {TAG: Float8Linears.__name__}
+        old = block.call.args[0]
+        block.call.args = (reference, made.name, *(passed[node.name] for node in after))
+        if isinstance(old, fx.Node) and not old.users:
+            trunk.graph.erase_node(old)
+        block.body = made
+
+
+def _fresh_name(trunk: Trunk, body: Body, blocks: Sequence[BlockCall]) -> str:
+    """The body's own name where all its blocks get the new one, else another."""
+    if all(block in blocks for block in trunk.blocks if block.body is body):
+        return body.name
+    count = 0
+    while hasattr(trunk.module, f"{body.name}_float8_{count}"):
+        count += 1
+    return f"{body.name}_float8_{count}"
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta = dict(node.meta)
+    copied = fx.GraphModule(module, graph)
+    copied.meta = dict(module.meta)
+    return copied
+
+
+def _weight_placeholders(graph: fx.Graph, group: Sequence[Linear], granularity: str) -> tuple[fx.Node, fx.Node]:
+    first: torch.Tensor = value(group[0].weight)
+    rows = sum(value(item.weight).shape[0] for item in group)
+    stem = group[0].weight.name if len(group) == 1 else f"{group[0].weight.name}_and_{len(group) - 1}"
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    with graph.inserting_after(last):
+        data = graph.placeholder(f"{stem}_float8")
+    with graph.inserting_after(data):
+        scale = graph.placeholder(f"{stem}_scale")
+    data.meta["example_value"] = torch.empty((rows, first.shape[1]), dtype=float8.DTYPE, device=first.device)
+    shape = (rows, 1) if granularity == "row" else ()
+    scale.meta["example_value"] = torch.empty(shape, dtype=torch.float32, device=first.device)
+    return data, scale
+
+
+def _replace(
+    graph: fx.Graph,
+    group: Sequence[Linear],
+    data: fx.Node,
+    scale: fx.Node,
+    quantized: dict[fx.Node, tuple[fx.Node, fx.Node]],
+    granularity: str,
+) -> None:
+    """Put one float8 product in the place of a group's linear layers; their input is quantised once for all groups."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    group = sorted(group, key=lambda item: places[item.node])
+    first, source = group[0].node, group[0].source
+
+    def call(function: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(function, args)
+        node.meta = {key: first.meta[key] for key in ("nn_module_stack", "stack_trace") if key in first.meta}
+        node.meta |= {TAG: Float8Linears.__name__, "example_value": run_on_fakes(node)}
+        return node
+
+    if source not in quantized:
+        with graph.inserting_after(source if source.op != "placeholder" else _last_placeholder(graph)):
+            pair = call(float8.quantize, source, granularity)
+        with graph.inserting_after(pair):
+            rows = call(operator.getitem, pair, 0)
+        with graph.inserting_after(rows):
+            quantized[source] = (rows, call(operator.getitem, pair, 1))
+    with graph.inserting_before(first):
+        biases = [item.bias for item in group if item.bias is not None]
+        bias: Any = call(torch.cat, biases) if len(biases) > 1 else biases[0] if biases else None
+        product = call(float8.linear, *quantized[source], data, scale, bias, value(first).dtype)
+        shaped = call(float8.shape_like, product, source)
+        pieces = [shaped]
+        if len(group) > 1:
+            sizes = [int(value(item.weight).shape[0]) for item in group]
+            split = call(torch.split, shaped, sizes, -1)
+            pieces = [call(operator.getitem, split, place) for place in range(len(group))]
+    for item, piece in zip(group, pieces, strict=True):
+        item.node.replace_all_uses_with(piece)
+        graph.erase_node(item.node)
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    *_, last = graph.find_nodes(op="placeholder")
+    return last
+
+
+def _drop_unused(trunk: Trunk) -> None:
+    """Delete the bodies that no block calls any more."""
+    used = {body.name for body in trunk.bodies}
+    for name, child in list(trunk.module.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in used:
+            delattr(trunk.module, name)
