@@ -159,12 +159,10 @@ def bisect(
             figures = tuple(_figures(before, results))
         stages.append(Stage(name=name, what=what, figures=figures))
         previous = stages[-2].name if len(stages) > 1 else ""
-        if tolerance is None and name in dumped.rows:
-            # What a pass may change it may; and values that are rounded coarsely are so otherwise after another sum.
-            spread = max(spread, dumped.rows[name]["tolerance"] / 10)
-        within = max(
-            allowed, spread, dumped.rows[name]["tolerance"] if tolerance is None and name in dumped.rows else 0
-        )
+        row = dumped.rows.get(name, {"matched": (), "tolerance": 0.0})
+        may_change = row["tolerance"] if row["matched"] and tolerance is None else 0.0
+        spread = max(spread, may_change / 10)  # coarsely rounded values are others after another sum
+        within = max(allowed, spread, may_change)
         fault = _fault(figures, within, previous) if len(results) == len(before) else (None, _lacking(before, results))
         if fault is not None:
             finding = Finding(stage=name, output=fault[0], problem=fault[1], switch_off=_advice(name, dumped, allowed))

@@ -248,8 +248,8 @@ def _replace(
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:
-    *_, last = graph.find_nodes(op="placeholder")
-    return last
+    found: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
+    return found[-1]
 
 
 def _drop_unused(trunk: Trunk) -> None:
