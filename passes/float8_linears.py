@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
@@ -22,6 +23,8 @@ from hvcompile.nodes import is_tensor
 from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.quantized_weights import is_quantized
 from hvcompile.trunk import BlockCall, Body, Trunk
+
+log = logging.getLogger(__name__)
 
 KEEPS = ("free", "cpu")
 
@@ -99,21 +102,25 @@ class Float8Linears(Pass):
 
     def _unfit(self, trunk: Trunk, context: Context) -> str:
         """Why this device or installation can't; empty if it can."""
-        if not float8.is_available():
-            return "torchao can't be imported: pip install torchao"
         device = next(
             (value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None
         )
         if device is None:
             return "the blocks take no tensor"
-        if device.type == "meta":
-            planned = context.planned_for
-            is_fit = planned is not None and float8.DTYPE in planned.flops
-            return "" if context.requested or is_fit else "it is not known to run on a GPU with float8 products"
-        unfit = float8.reason_unfit(device)
         if any(is_quantized(given) for given in context.given.values()):
             return ""  # it did apply, and there is no way back but to restore
-        return "" if context.requested and device.type == "cpu" else unfit
+        unfit = float8.reason_unfit(device)
+        if device.type == "meta":
+            planned = context.planned_for
+            is_fit = context.requested or (planned is not None and float8.DTYPE in planned.flops)
+            unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
+        elif device.type == "cpu" and context.requested:
+            unfit = ""
+        if unfit or float8.is_available():  # importing torchao takes a second, where it is of any use
+            return unfit
+        missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
+        log.warning("float8 products would run on %s, but %s", device, missing)
+        return missing
 
 
 def _rewrite(

@@ -15,6 +15,7 @@ from wide import TEXT, TOKENS, WIDTH, Wide, wide_inputs
 
 import hvcompile
 from hvcompile import bisect, dumped, float8, pipeline
+from hvcompile.costs import DEVICES
 from hvcompile.nodes import op_name
 from hvcompile.options import parse
 from hvcompile.passes import PASSES
@@ -170,6 +171,27 @@ def test_on_a_cpu_only_where_asked_for() -> None:
     assert not report.applied
     assert "emulated" in report.declined[0][1]
     assert Float8Linears().apply(trunk, Context(requested=True)).applied
+
+
+def test_without_torchao(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(float8, "is_available", lambda: False)
+    trunk = recovered(Wide(), **wide_inputs())
+    report = Float8Linears().apply(trunk, Context(requested=True))
+    assert report.declined == (("graph", "torchao can't be imported: pip install 'hvcompile[fp8]'"),)
+    assert "pip install 'hvcompile[fp8]'" in caplog.text
+
+
+def test_planned_for_a_gpu() -> None:
+    """Explained on the meta device, it says what it would do on the GPU that is named."""
+    model = Wide(4).to("meta")
+    inputs = {name: item.to("meta") for name, item in wide_inputs(dtype=torch.float32).items()}
+    reports = {}
+    for gpu in (None, "a100", "h100"):
+        explanation = hvcompile.explain(model, **inputs, device=DEVICES[gpu] if gpu else None)
+        (reports[gpu],) = [row.report for row in explanation.journal if row.name == "Float8Linears"]
+    assert "not known to run on a GPU" in reports[None].declined[0][1]
+    assert not reports["a100"].applied
+    assert "20 of 24 linear layers as 8 float8 products" in reports["h100"].matched[0]
 
 
 @pytest.mark.parametrize("lower", ["eager", "aot"])

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from hvcompile import inductor
+from hvcompile.dump import stem_of
+from hvcompile.passes import PASSES
 
 ROOT = Path(inductor.__file__).parents[1]
 RUN = """
@@ -58,7 +60,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[di
 
 def test_torch_logs_turns_the_log_on(traced: tuple[str, Any]) -> None:
     lines = traced[0].splitlines()
-    assert [line.split("] ")[-1].split(":")[0] for line in lines] == ["outline", "FirstBlockCache"]
+    assert [line.split("] ")[-1].split(":")[0] for line in lines] == ["outline", *(item.__name__ for item in PASSES)]
     assert all("hvcompile/" in line for line in lines)
 
 
@@ -80,20 +82,18 @@ def test_every_pass_and_the_journal_are_artifacts_of_the_trace(traced: tuple[str
         for record, payload in traced[1]
         if record.get("artifact", {}).get("name", "").startswith("hvcompile_")
     }
+    passes = [f"hvcompile_{place:02d}_{stem_of(item.__name__)}" for place, item in enumerate(PASSES, start=2)]
     assert list(found) == [
-        "hvcompile_00_captured",
-        "hvcompile_01_outlined",
-        "hvcompile_02_first_block_cache",
-        "hvcompile_journal",
-        "hvcompile_03_sealed",
+        *("hvcompile_00_captured", "hvcompile_01_outlined", *passes),
+        *("hvcompile_journal", f"hvcompile_{2 + len(passes):02d}_sealed"),
     ]
-    record, text = found["hvcompile_02_first_block_cache"]
+    record, text = found[passes[-1]]
     assert (record["artifact"]["encoding"], record["frame_id"], record["frame_compile_id"]) == ("string", 0, 0)
     assert "torch.ops.higher_order.cond(" in text
     compile(text, "a graph", "exec")
     record, text = found["hvcompile_journal"]
     assert record["artifact"]["encoding"] == "json"
-    assert [row["name"] for row in json.loads(text)["passes"]] == ["outline", "FirstBlockCache"]
+    assert [row["name"] for row in json.loads(text)["passes"]] == ["outline", *(item.__name__ for item in PASSES)]
 
 
 def test_a_torch_without_this_trace_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
