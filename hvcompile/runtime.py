@@ -93,6 +93,7 @@ class ModelState:
     graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
     slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
     weights: dict[int, _Weights] = dataclasses.field(default_factory=lambda: collections.defaultdict(_Weights))
+    stored: dict[int, _StoredWeights] = dataclasses.field(default_factory=dict)
     numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
     calls: int = 0
     hits: int = 0
@@ -113,6 +114,7 @@ class ModelState:
 
 # There are over a thousand weights to look at in every step: what runs for each of them runs in C.
 _VERSION = operator.attrgetter("_version")
+_JOINED = operator.attrgetter("joined")
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -324,25 +326,35 @@ class Calling:
 
 
 class _StoredWeights:
-    """The float8 weights of one compiled graph, as they are passed to it, for the model that called it last."""
+    """One model's float8 weights as they are passed to one compiled graph, and a number that changes when any does."""
 
     def __init__(self, layouts: Sequence[WeightLayout]) -> None:
         self._layouts = layouts
         self._sources = _picker([place for layout in layouts for place in layout.positions])
-        self._lock = threading.Lock()
-        self._held: tuple[list[weakref.ref[torch.Tensor]], list[torch.Tensor]] = ([], [])
+        self.revision = 0
+        self._seen: list[weakref.ref[torch.Tensor]] = []
+        self._joined: list[Joined] = []
+        self._tensors: list[torch.Tensor] = []
 
     def of(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """What to pass for a call with these inputs."""
         sources = self._sources(args)
-        seen, tensors = self._held
-        if len(seen) == len(sources) and all(map(operator.is_, sources, map(operator.call, seen))):
-            return tensors
-        with self._lock:
-            joined = [layout.of(args) for layout in self._layouts]
-        tensors = [tensor for item in joined for tensor in (item.data, item.scale)]
-        self._held = ([weakref.ref(source) for source in sources], tensors)
-        return tensors
+        if not self._is_as_before(sources):
+            joined = [(layout, layout.of(args)) for layout in self._layouts]
+            self._tensors = [tensor for _, item in joined for tensor in (item.data, item.scale)]
+            self._joined = [item for layout, item in joined for _ in layout.positions]
+            self._seen = [weakref.ref(source) for source in sources]
+            self.revision += 1
+        return self._tensors
+
+    def _is_as_before(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the weights of the last call, neither restored since then nor quantised anew."""
+        if len(sources) != len(self._seen) or not all(map(operator.is_, sources, map(operator.call, self._seen))):
+            return False
+        try:
+            return all(map(operator.is_, map(_JOINED, sources), self._joined))
+        except AttributeError:  # restored, which not every version of Dynamo guards against
+            return False
 
 
 class CompiledTrunk:
@@ -357,7 +369,6 @@ class CompiledTrunk:
         self._number = next(_NUMBERS)
         self._fingerprints = _Fingerprints()
         self._passed = _picker(calling.passed) if calling.passed is not None else None
-        self._stored = _StoredWeights(calling.stored)
         self._lock = threading.Lock()
         self._has_warned = False
 
@@ -370,11 +381,11 @@ class CompiledTrunk:
         if self._number not in model.graphs:
             with model.lock:
                 model.graphs[self._number] = (self._compile_id, self._journal)
-        stored = self._stored.of(args) if calling.stored else []
+        stored, revision = self._stored_weights(model, args) if calling.stored else ([], 0)
         passed = self._passed(args) if self._passed is not None else args
         if not calling.states:
             return self._compiled(*passed, *stored)  # type: ignore[no-any-return]
-        slot = self._slot(model, args)
+        slot = self._slot(model, args, revision)
         results = self._compiled(*passed, *stored, *slot.tensors)
         end = calling.num_outputs + len(calling.states)
         slot.tensors = list(results[calling.num_outputs : end])
@@ -385,7 +396,13 @@ class CompiledTrunk:
                 model.read_pending()
         return results[: calling.num_outputs]  # type: ignore[no-any-return]
 
-    def _slot(self, model: ModelState, args: Sequence[Any]) -> Slot:
+    def _stored_weights(self, model: ModelState, args: Sequence[Any]) -> tuple[list[torch.Tensor], int]:
+        """The float8 weights to pass, and their revision."""
+        with model.lock:
+            stored = model.stored.setdefault(self._number, _StoredWeights(self._calling.stored))
+            return stored.of(args), stored.revision
+
+    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int) -> Slot:
         calling = self._calling
         numbers = self._numbers(args)
         with self._lock:
@@ -393,7 +410,7 @@ class CompiledTrunk:
         with model.lock:
             weights = model.weights[self._number].look(self._weights(args))
             thread = weakref.ref(threading.current_thread())
-            key = (thread, self._number, weights, numbers, conditions)
+            key = (thread, self._number, weights, stored_revision, numbers, conditions)
             model.calls += 1
             for other, slot in list(model.slots.items()):
                 owner = other[0]()
