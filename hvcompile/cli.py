@@ -1,9 +1,11 @@
-"""The command line: ``hvcompile generate``, ``compare``, ``explain`` and ``bisect``."""
+"""The command line: ``hvcompile generate``, ``compare``, ``explain``, ``bisect`` and ``bench``."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -13,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.text import Text
 
-from hvcompile import tables
+from hvcompile import outputs, tables
 from hvcompile.errors import HvcompileError
 
 if TYPE_CHECKING:
@@ -213,7 +215,7 @@ def bisect(
     """
     try:
         from hvcompile import bisect as bisecting
-        from hvcompile import dumped, outputs
+        from hvcompile import dumped
 
         if json_file is not None:
             outputs.check(json_file, name="json", kind="JSON file", suffixes=(".json",))
@@ -236,6 +238,122 @@ def bisect(
         _leave(error)
     if any(one.finding for one in found):
         raise typer.Exit(1)
+
+
+@app.command("bench")
+def bench_contenders(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory or hub id of a HunyuanVideo pipeline (default: a tiny one, random weights)."),
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Dual-stream and single-stream blocks of the random model, such as 20+40.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the random model, a multiple of 16.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Size of the clip in video tokens, about.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Or: length of the clip,")] = None,
+    height: Annotated[int | None, typer.Option(help="its height in pixels,")] = None,
+    width: Annotated[int | None, typer.Option(help="and its width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.")] = None,
+    threshold: Annotated[float, typer.Option(help="Of every first-block cache.")] = 0.06,
+    repeats: Annotated[int, typer.Option(help="Rounds, in each of which every contender runs once.")] = 3,
+    contenders: Annotated[
+        str, typer.Option(help="Which, with commas between; eager always runs.")
+    ] = "eager,inductor,diffusers,cache-dit,exact,hvfast",
+    seed: Annotated[int, typer.Option(help="Of the first latents and the prompt's embedding.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch, on the CPU.")] = None,
+    lower: Annotated[
+        str, typer.Option(help="inductor; aot or eager try the command out without compiling.")
+    ] = "inductor",
+    full: Annotated[
+        bool, typer.Option("--full", help="The full model at 1280x720, 129 frames, 30 steps, in bfloat16.")
+    ] = False,
+    shapes: Annotated[
+        bool | None,
+        typer.Option("--shapes/--no-shapes", help="Count recompilations over other shapes too (default: not in full)."),
+    ] = None,
+    restart: Annotated[
+        bool | None,
+        typer.Option("--restart/--resident", help="End a process after its turn, to free memory (default: in full)."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds for one answer of a contender (default: 1800; in full 21600).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw it (.png).")] = None,
+) -> None:
+    """Measure hvfast beside eager, torch.compile and other caches, compiled as far as they compile.
+
+    All are given the same weights, latents, prompt, threshold and schedule; each runs in a process of its own, and
+    only one at a time. A peer that is missing (it comes with the extra "bench") or fails is a row that says so.
+
+    Leaves with 1 where eager, torch.compile or hvfast itself failed.
+    """
+    from hvcompile import bench, bench_results
+    from hvcompile.contenders import PEERS
+
+    request = bench.Request(
+        model=model,
+        blocks=blocks,
+        hidden=hidden,
+        tokens=tokens,
+        frames=frames,
+        height=height,
+        width=width,
+        steps=steps,
+        threshold=threshold,
+        repeats=repeats,
+        contenders=tuple(key.strip() for key in contenders.split(",") if key.strip()),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        lower=lower,
+        full=full,
+        shapes=shapes,
+        restart=restart,
+        timeout=timeout,
+        json_file=json_file,
+        plot_file=plot_file,
+    )
+    try:
+        _quieten_loading()
+        with err.status("") as status:
+
+            def show(doing: str) -> None:
+                if err.is_terminal:
+                    status.update(Text(doing))
+                else:
+                    err.print(Text(doing), soft_wrap=True)
+
+            result = bench.bench(request, show)
+        if json_file is not None:
+            outputs.write_json({"command": _command(), **result.record()}, json_file)
+        if plot_file is not None:
+            bench_results.plot(result, plot_file)
+    except ImportError as error:
+        if error.name != "matplotlib":
+            raise
+        err.print(Text("no plot, for matplotlib is missing: pip install '.[bench]'"), soft_wrap=True)
+    except Exception as error:
+        _leave(error)
+    out.print(Text(result.title()), soft_wrap=True)
+    for table in tables.bench_tables(result):
+        out.print(table)
+    for path in (json_file, plot_file):
+        if path is not None and path.exists():
+            out.print(Text(f"written to {path}"), soft_wrap=True)
+    if any(row.error and row.system not in PEERS for row in result.rows):
+        raise typer.Exit(1)
+
+
+def _command() -> str:
+    """What the user typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 class Display:

@@ -19,6 +19,7 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._dynamo.convert_frame.register_bytecode_hook``: the only way to the code that Dynamo generated for a frame.
 - ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
 - ``torch._logging.trace_structured`` and its ``trace_log``: artifacts for tlparse.
+- ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 """
 
@@ -178,6 +179,13 @@ def compile_id() -> tuple[int, int]:
     if current is None:
         return (-1, 0)
     return (int(current.frame_id or 0), int(current.frame_compile_id or 0))
+
+
+def num_captured() -> int:
+    """How many graphs Dynamo has captured in this process so far, by whatever backend they were compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from hvcompile.bench_results import Result as BenchResult
+    from hvcompile.bench_results import Spread
     from hvcompile.bisect import Bisection
     from hvcompile.compare import FileComparison
     from hvcompile.explain import Explanation
@@ -104,6 +107,98 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
 def _cost_row(flops: int, share: float, moved: int | None, seconds: float | None) -> tuple[str, ...]:
     gigabytes = "" if moved is None else f"{moved / 1e9:.3g}"
     return f"{flops / 1e12:.4g}", f"{share:.1%}", gigabytes, "" if seconds is None else f"{seconds:.3g}"
+
+
+def bench_tables(result: BenchResult) -> list[Table]:
+    """Lay out what contenders took: speed, hvfast against each, and what else was seen of each."""
+    from hvcompile.bench_process import COMPUTED, REUSED
+    from hvcompile.contenders import CACHED, DIFFUSERS, EAGER, HVFAST
+
+    failed = any(row.error for row in result.rows)
+    speed = Table(title="runs in turn: median (min to max over the rounds)", title_justify="left")
+    headings = ["s a run", "times as fast\nas eager", "ms a step,\ncomputed", "reused", "s compiling"]
+    _columns(speed, "contender", *headings, *(["failed"] if failed else []))
+    for row in result.rows:
+        cells = [""] * len(headings)
+        if not row.error:
+            seconds = list(row.seconds.values())
+            cells[0] = _number(statistics.median(seconds) if seconds else None, ".3f")
+            cells[1] = _spread(result.ratio(EAGER, row.system)) if row.system != EAGER else "1"
+            cells[2:4] = [_milliseconds(row.step_seconds(mark)) for mark in (COMPUTED, REUSED)]
+            cells[4] = _number(row.compile_seconds, ".1f")
+        speed.add_row(row.system, *cells, *([Text(row.error)] if failed else []))
+
+    against = Table(title="hvfast is so many times as fast", title_justify="left")
+    _columns(against, "as", "a run", "a computed\nstep", "a reused\nstep", "compiling", "same steps\nreused")
+    ours = result.row(HVFAST)
+    for row in result.rows:
+        spread = result.ratio(row.system, HVFAST)
+        if row.system == HVFAST or spread is None or ours is None:
+            continue
+        by_step = [result.ratio(row.system, HVFAST, mark) for mark in (COMPUTED, REUSED)]
+        compiling = (row.compile_seconds or 0) / (ours.compile_seconds or math.inf) or None
+        medians = [_number(held.median if held else None, ".2f") for held in by_step]
+        same = result.has_same_steps(row.system, HVFAST)
+        against.add_row(row.system, _spread(spread), *medians, _number(compiling, ".2f"), _yes(same))
+
+    seen = Table(title="what runs, what it takes, and what comes out", title_justify="left")
+    headings = ["regions run,\ncomputed", "reused", "graphs", "recompiles", "MB,\ncompiling", "running"]
+    _columns(seen, "contender", *headings, "PSNR, dB", "SSIM")
+    steps = Table(title="steps: # computed, + partly, . reused", title_justify="left")
+    for heading in ("contender", "steps", "reused", "as diffusers"):
+        steps.add_column(heading, overflow="fold")
+    for row in result.rows:
+        if row.error:
+            continue
+        quality = row.quality
+        seen.add_row(
+            row.system,
+            *(_number(row.num_regions(mark), "d") for mark in (COMPUTED, REUSED)),
+            _number(row.graphs, "d"),
+            "-" if row.cases is None else "+".join(str(case["graphs"]) for case in row.cases),
+            _megabytes(row.compiling_bytes),
+            _megabytes(row.running_bytes),
+            _number(quality.mean_psnr if quality else None, ".2f"),
+            _number(quality.mean_ssim if quality else None, ".4f"),
+        )
+        reused = f"{len(row.steps) - row.steps.count(COMPUTED)} of {len(row.steps)}"
+        is_comparable = row.system in CACHED and row.system != DIFFUSERS
+        same = result.has_same_steps(row.system, DIFFUSERS) if is_comparable else None
+        steps.add_row(row.system, Text(row.steps or "unknown"), reused if row.steps else "-", _yes(same))
+    cases = next((row.cases for row in result.rows if row.cases), None)
+    if cases:
+        seen.caption = f"recompiles: graphs captured for {', '.join(case['case'] for case in cases)}"
+
+    how = Table(show_header=False, title="how each runs", title_justify="left")
+    for row in result.rows:
+        if row.how:
+            how.add_row(row.system, Text(row.how))
+    return [table for table in (speed, against, seen, steps, how) if table.rows]
+
+
+def _columns(table: Table, first: str, *headings: str) -> None:
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        is_text = heading == "failed"
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread.median:.2f} ({spread.least:.2f} to {spread.largest:.2f})"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return _number(None if seconds is None else 1e3 * seconds, ".1f")
+
+
+def _megabytes(taken: int | None) -> str:
+    return _number(None if taken is None else taken / 1e6, ".0f")
+
+
+def _yes(held: bool | None) -> str:
+    return "-" if held is None else "yes" if held else "no"
 
 
 def comparison_summary(result: FileComparison, sheet: Path | None) -> Table:
