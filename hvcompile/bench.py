@@ -408,7 +408,7 @@ def _round(seat: Seat, row: Row, number: int, latents: Path) -> None:
     answer = _steady(seat, latents)
     if not answer["finite"]:
         raise FailedError("its latents are not all finite: give another dtype")
-    row.rounds[number] = answer["step_seconds"]
+    row.rounds[number], row.cpu_rounds[number] = answer["step_seconds"], answer["step_cpu_seconds"]
     row.digests.append(answer["digest"])
     row.running_bytes = _larger(row.running_bytes, answer["peak_bytes"])
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Contender:
             torch.set_num_threads(protocol.threads)
         self.protocol, self.device = protocol, torch.device(protocol.device)
         self.pipe = pipeline(protocol)
-        self.marks: list[float] = []
+        self.marks: list[tuple[float, float]] = []
         self.baseline = self._memory()
         self._stack = contextlib.ExitStack()
         self.how = self._stack.enter_context(
@@ -103,7 +104,9 @@ class Contender:
         }
 
     def run(self, latents_file: Path | None = None) -> dict[str, Any]:
-        """Generate once; seconds of each step, what the peak of memory was, and a digest of the latents.
+        """Generate once; seconds of each step, the peak of memory, and a digest of the latents.
+
+        Seconds are wall time, and processor time of this process, all its threads.
 
         Args:
             latents_file: where the latents go, as an array of the shape (frames, height, width, channels); None for
@@ -120,7 +123,8 @@ class Contender:
         if latents_file is not None:
             np.save(latents_file, array)
         return {
-            "step_seconds": self._step_seconds(),
+            "step_seconds": self._step_seconds(0),
+            "step_cpu_seconds": self._step_seconds(1),
             "peak_bytes": None if peak is None else max(0, peak - self.baseline),
             "digest": hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest(),
             "finite": bool(np.isfinite(array).all()),
@@ -191,10 +195,10 @@ class Contender:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.marks.append(time.perf_counter())
+        self.marks.append((time.perf_counter(), time.process_time()))
 
-    def _step_seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
+    def _step_seconds(self, clock: int) -> list[float]:
+        return [after[clock] - before[clock] for before, after in pairwise(self.marks)]
 
     @staticmethod
     def _captured() -> int:

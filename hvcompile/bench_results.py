@@ -43,6 +43,8 @@ class Row:
         error: why it is missing or failed; empty where all went well.
         warm_seconds: of each run that captured graphs, compiling included.
         rounds: seconds of each step of a run, by the number of the round.
+        cpu_rounds: the same in processor time of the process, all its threads: where torch has one thread, what a run
+            takes on a machine that does nothing else.
         graphs: captured by Dynamo for the first shape.
         steps: a mark a step, of ``hvcompile.bench_process``; empty where that is not known.
         regions: compiled regions that ran, a number a step.
@@ -59,6 +61,7 @@ class Row:
     error: str = ""
     warm_seconds: list[float] = field(default_factory=list)
     rounds: dict[int, list[float]] = field(default_factory=dict)
+    cpu_rounds: dict[int, list[float]] = field(default_factory=dict)
     graphs: int | None = None
     steps: str = ""
     regions: list[int] = field(default_factory=list)
@@ -111,6 +114,7 @@ class Row:
             "error": self.error or None,
             "seconds": {str(number): seconds for number, seconds in self.seconds.items()},
             "step_seconds": {str(number): steps for number, steps in self.rounds.items()},
+            "step_cpu_seconds": {str(number): steps for number, steps in self.cpu_rounds.items()},
             "warm_seconds": self.warm_seconds,
             "compile_seconds": self.compile_seconds,
             "median_step_seconds": {
@@ -147,33 +151,25 @@ class Result:
         """The row of a contender that went well; None where it failed or was not asked for."""
         return next((row for row in self.rows if row.system == system and not row.error), None)
 
-    def ratio(self, slower: str, faster: str, mark: str | None = None) -> Spread | None:
+    def ratio(self, slower: str, faster: str, mark: str | None = None, *, cpu: bool = False) -> Spread | None:
         """How many times as long the one takes as the other, each compared within a round.
 
         Args:
             slower: the numerator.
             faster: the denominator.
             mark: of the steps that count (the median of a round's); None for whole runs.
+            cpu: in processor time rather than wall time.
 
         """
         above, below = self.row(slower), self.row(faster)
         if above is None or below is None:
             return None
+        sides = [row.cpu_rounds if cpu else row.rounds for row in (above, below)]
         found = []
-        for number in sorted(above.rounds.keys() & below.rounds.keys()):
-            if mark is None:
-                found.append(above.seconds[number] / below.seconds[number])
-                continue
-            sides = [
-                [
-                    seconds
-                    for seconds, held in list(zip(row.rounds[number], row.steps, strict=False))[1:]
-                    if held == mark
-                ]
-                for row in (above, below)
-            ]
-            if all(sides):
-                found.append(statistics.median(sides[0]) / statistics.median(sides[1]))
+        for number in sorted(sides[0].keys() & sides[1].keys()):
+            taken = [_taken(side[number], row.steps, mark) for side, row in zip(sides, (above, below), strict=True)]
+            if all(taken):
+                found.append(taken[0] / taken[1])
         return Spread.of(found)
 
     def has_same_steps(self, one: str, other: str) -> bool | None:
@@ -201,6 +197,7 @@ class Result:
                     "numerator": slower,
                     "denominator": faster,
                     "run": spread.record(),
+                    "run_cpu": cpu.record() if (cpu := self.ratio(slower, faster, cpu=True)) else None,
                     **by_step,
                     "same_steps_reused": self.has_same_steps(slower, faster),
                 }
@@ -223,6 +220,14 @@ class Result:
             f"{held['model']}, {held['blocks']} blocks, hidden {held['hidden']}, {clip}, {held['steps']} steps, "
             f"threshold {held['threshold']:g}, {held['dtype']} on {held['device']}, {held['repeats']} rounds"
         )
+
+
+def _taken(seconds: Sequence[float], steps: str, mark: str | None) -> float:
+    """What a run took in all, or its steps with a mark, but for the first, in the median; 0 where none has it."""
+    if mark is None:
+        return sum(seconds)
+    chosen = [second for second, held in list(zip(seconds, steps, strict=False))[1:] if held == mark]
+    return statistics.median(chosen) if chosen else 0.0
 
 
 COLOURS = {

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -114,36 +115,36 @@ def bench_tables(result: BenchResult) -> list[Table]:
     from hvcompile.bench_process import COMPUTED, REUSED
     from hvcompile.contenders import CACHED, DIFFUSERS, EAGER, HVFAST
 
-    failed = any(row.error for row in result.rows)
-    speed = Table(title="runs in turn: median (min to max over the rounds)", title_justify="left")
-    headings = ["s a run", "times as fast\nas eager", "ms a step,\ncomputed", "reused", "s compiling"]
-    _columns(speed, "contender", *headings, *(["failed"] if failed else []))
+    headings = ["run, s", "times as fast\nas eager", "CPU\ntime", "step, ms:\ncomputed", "reused", "compile,\ns"]
+    title = "runs in turn: median (min-max over the rounds)"
+    speed = _plain_table(title, "contender", *headings)
     for row in result.rows:
-        cells = [""] * len(headings)
+        cells = ["failed" if row.error else "", *[""] * (len(headings) - 1)]
         if not row.error:
             seconds = list(row.seconds.values())
             cells[0] = _number(statistics.median(seconds) if seconds else None, ".3f")
-            cells[1] = _spread(result.ratio(EAGER, row.system)) if row.system != EAGER else "1"
-            cells[2:4] = [_milliseconds(row.step_seconds(mark)) for mark in (COMPUTED, REUSED)]
-            cells[4] = _number(row.compile_seconds, ".1f")
-        speed.add_row(row.system, *cells, *([Text(row.error)] if failed else []))
+            if row.system != EAGER:
+                cells[1] = _spread(result.ratio(EAGER, row.system))
+                cells[2] = _median(result.ratio(EAGER, row.system, cpu=True))
+            cells[3:5] = [_milliseconds(row.step_seconds(mark)) for mark in (COMPUTED, REUSED)]
+            cells[5] = _number(row.compile_seconds, ".1f")
+        speed.add_row(row.system, *cells)
 
-    against = Table(title="hvfast is so many times as fast", title_justify="left")
-    _columns(against, "as", "a run", "a computed\nstep", "a reused\nstep", "compiling", "same steps\nreused")
+    headings = ["a run", "CPU\ntime", "computed\nstep", "reused\nstep", "compile", "same\nsteps"]
+    against = _plain_table("hvfast is so many times as fast", "as", *headings)
     ours = result.row(HVFAST)
     for row in result.rows:
         spread = result.ratio(row.system, HVFAST)
         if row.system == HVFAST or spread is None or ours is None:
             continue
-        by_step = [result.ratio(row.system, HVFAST, mark) for mark in (COMPUTED, REUSED)]
+        others = [result.ratio(row.system, HVFAST, cpu=True)]
+        others += [result.ratio(row.system, HVFAST, mark) for mark in (COMPUTED, REUSED)]
         compiling = (row.compile_seconds or 0) / (ours.compile_seconds or math.inf) or None
-        medians = [_number(held.median if held else None, ".2f") for held in by_step]
         same = result.has_same_steps(row.system, HVFAST)
-        against.add_row(row.system, _spread(spread), *medians, _number(compiling, ".2f"), _yes(same))
+        against.add_row(row.system, _spread(spread), *map(_median, others), _number(compiling, ".2f"), _yes(same))
 
-    seen = Table(title="what runs, what it takes, and what comes out", title_justify="left")
-    headings = ["regions run,\ncomputed", "reused", "graphs", "recompiles", "MB,\ncompiling", "running"]
-    _columns(seen, "contender", *headings, "PSNR, dB", "SSIM")
+    headings = ["regions\na step", "graphs", "later", "MB:\ncompile", "running", "PSNR, dB", "SSIM"]
+    seen = _plain_table("what runs, what it takes, and what comes out", "contender", *headings)
     steps = Table(title="steps: # computed, + partly, . reused", title_justify="left")
     for heading in ("contender", "steps", "reused", "as diffusers"):
         steps.add_column(heading, overflow="fold")
@@ -153,7 +154,7 @@ def bench_tables(result: BenchResult) -> list[Table]:
         quality = row.quality
         seen.add_row(
             row.system,
-            *(_number(row.num_regions(mark), "d") for mark in (COMPUTED, REUSED)),
+            " / ".join(_number(row.num_regions(mark), "d") for mark in (COMPUTED, REUSED)),
             _number(row.graphs, "d"),
             "-" if row.cases is None else "+".join(str(case["graphs"]) for case in row.cases),
             _megabytes(row.compiling_bytes),
@@ -166,27 +167,35 @@ def bench_tables(result: BenchResult) -> list[Table]:
         same = result.has_same_steps(row.system, DIFFUSERS) if is_comparable else None
         steps.add_row(row.system, Text(row.steps or "unknown"), reused if row.steps else "-", _yes(same))
     cases = next((row.cases for row in result.rows if row.cases), None)
+    seen.caption = "regions that a step runs: computed / reused"
     if cases:
-        seen.caption = f"recompiles: graphs captured for {', '.join(case['case'] for case in cases)}"
+        seen.caption += f"; later: graphs captured for {', '.join(case['case'] for case in cases)}"
 
     how = Table(show_header=False, title="how each runs", title_justify="left")
+    failed = Table(show_header=False, title="failed, and why", title_justify="left")
     for row in result.rows:
         if row.how:
             how.add_row(row.system, Text(row.how))
-    return [table for table in (speed, against, seen, steps, how) if table.rows]
+        if row.error:
+            failed.add_row(row.system, Text(row.error))
+    return [table for table in (speed, against, seen, steps, how, failed) if table.rows]
 
 
-def _columns(table: Table, first: str, *headings: str) -> None:
+def _plain_table(title: str, first: str, *headings: str) -> Table:
+    """A table whose figures stand in one line each, 80 columns wide at most."""
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for heading in headings:
-        is_text = heading == "failed"
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.median:.2f} ({spread.least:.2f} to {spread.largest:.2f})"
+    return "-" if spread is None else f"{spread.median:.2f} ({spread.least:.2f}-{spread.largest:.2f})"
+
+
+def _median(spread: Spread | None) -> str:
+    return _number(None if spread is None else spread.median, ".2f")
 
 
 def _milliseconds(seconds: float | None) -> str:

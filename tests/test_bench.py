@@ -102,6 +102,7 @@ def check_schema(record: dict[str, Any]) -> None:
         "error": (str, type(None)),
         "seconds": dict,
         "step_seconds": dict,
+        "step_cpu_seconds": dict,
         "warm_seconds": list,
         "compile_seconds": (*number, type(None)),
         "median_step_seconds": dict,
@@ -123,7 +124,7 @@ def check_schema(record: dict[str, Any]) -> None:
             assert isinstance(row[name], kind), f"{row['system']}: {name} is {row[name]!r}"
     for ratio in record["ratios"]:
         assert set(ratio) == {
-            *("numerator", "denominator", "run", "computed_step", "reused_step", "same_steps_reused"),
+            *("numerator", "denominator", "run", "run_cpu", "computed_step", "reused_step", "same_steps_reused"),
         }
         assert ratio["run"]["min"] <= ratio["run"]["median"] <= ratio["run"]["max"]
 
@@ -294,6 +295,7 @@ def result() -> Callable[..., Result]:
             runs[1] = [9.0, *runs[1][1:]] if system == "eager" else runs[1]
             graphs = 0 if system == "eager" else 3
             rows.append(Row(system=system, how="so", rounds=runs, steps=steps, regions=[graphs] * 4, graphs=graphs))
+            rows[-1].cpu_rounds = {n: [second / 2 + (system == "eager") for second in run] for n, run in runs.items()}
             rows[-1].warm_seconds = [30.0, 20.0] if graphs else []
         rows.append(Row(system="cache-dit", error="can't be imported | [bench]", **changed))
         protocol = {
@@ -310,6 +312,9 @@ def test_ratios_are_taken_within_a_round(result: Callable[..., Result]) -> None:
     whole = made.ratio("eager", "hvfast")
     assert whole is not None
     assert (whole.least, whole.largest) == (16 / 5, 33 / 10)
+    cpu = made.ratio("eager", "hvfast", cpu=True)
+    assert cpu is not None
+    assert cpu.largest == pytest.approx((16 / 2 + 4) / 2.5)
     computed, reused = made.ratio("diffusers", "hvfast", COMPUTED), made.ratio("diffusers", "hvfast", REUSED)
     assert computed is not None
     assert reused is not None
@@ -330,7 +335,7 @@ def test_tables_and_plot_of_a_result(result: Callable[..., Result], tmp_path: Pa
         console.print(table)
     text = console.export_text()
     assert "can't be imported | [bench]" in text
-    assert "3.25 (3.20 to 3.30)" in text
+    assert "3.25 (3.20-3.30)" in text
     assert "##.." in text
     pytest.importorskip("matplotlib")
     bench_results.plot(result(), tmp_path / "b.png")
