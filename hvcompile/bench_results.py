@@ -216,9 +216,10 @@ class Result:
         """The conditions in a line."""
         held = self.conditions["protocol"]
         clip = f"{held['width']}x{held['height']}, {held['frames']} frames ({held['tokens']} tokens)"
+        lowered = "" if held["lower"] == "inductor" else f", lowered to {held['lower']} alone"
         return (
             f"{held['model']}, {held['blocks']} blocks, hidden {held['hidden']}, {clip}, {held['steps']} steps, "
-            f"threshold {held['threshold']:g}, {held['dtype']} on {held['device']}, {held['repeats']} rounds"
+            f"threshold {held['threshold']:g}, {held['dtype']} on {held['device']}, {held['repeats']} rounds{lowered}"
         )
 
 

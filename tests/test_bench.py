@@ -300,7 +300,7 @@ def result() -> Callable[..., Result]:
         rows.append(Row(system="cache-dit", error="can't be imported | [bench]", **changed))
         protocol = {
             **{"model": "m", "blocks": "1+2", "hidden": 32, "width": 32, "height": 32, "frames": 5, "tokens": 8},
-            **{"steps": 4, "threshold": 0.06, "dtype": "float32", "device": "cpu", "repeats": 2},
+            **{"steps": 4, "threshold": 0.06, "dtype": "float32", "device": "cpu", "repeats": 2, "lower": "inductor"},
         }
         return Result(conditions={"protocol": protocol}, rows=tuple(rows))
 
