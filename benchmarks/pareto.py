@@ -32,25 +32,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pareto_report import (
-    CACHE_DIT,
-    DIFFUSERS,
-    EAGER,
-    EXACT,
-    HVFAST,
-    INDUCTOR,
-    MEASURES,
-    PEERS,
-    REFERENCE,
-    Setting,
-    markdown,
-    plot,
-    setting_of,
-    table_of,
-)
+from pareto_report import MEASURES, REFERENCE, Setting, markdown, plot, setting_of, table_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from hvcompile import contenders
+from hvcompile.contenders import EAGER, EXACT, HVFAST, INDUCTOR, PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,11 +136,8 @@ class Model:
 
     @property
     def blocks(self) -> list[Any]:
-        """The transformer's blocks: what its own module lists hold, not those of its embedders."""
-        import torch
-
-        lists = [part for part in self.transformer.children() if isinstance(part, torch.nn.ModuleList)]
-        return [block for part in lists for block in part]
+        """The transformer's blocks."""
+        return contenders.blocks_of(self.transformer)
 
     def generate(self, prompt: str, seed: int, **changed: Any) -> Clip:
         """Run the pipeline once."""
@@ -203,34 +188,17 @@ class Clip:
 @contextlib.contextmanager
 def applied(model: Model, setting: Setting) -> Iterator[Callable[[], int]]:
     """Put a setting on a model; gives a count of the block computations it saved so far."""
-    pipe, transformer, lower = model.pipe, model.transformer, model.job.lower
-    if setting.system == INDUCTOR:
-        transformer.compile(backend="inductor" if lower == "inductor" else "eager")
-        yield lambda: 0
-    elif setting.system in (EXACT, HVFAST):
-        cache: Any = {"threshold": setting.threshold, **dict(setting.options)} if setting.system == HVFAST else False
-        transformer.compile(backend="hvfast", options={"first_block_cache": cache, "lower": lower})
-        yield functools.partial(saved_by_hvfast, model)
-    elif setting.system == DIFFUSERS:
-        from diffusers.hooks import FirstBlockCacheConfig
-
-        saved = saved_eagerly(model)
-        transformer.enable_cache(FirstBlockCacheConfig(threshold=setting.threshold))
-        yield saved
-    elif setting.system == CACHE_DIT:
-        import cache_dit
-
-        saved = saved_eagerly(model)
-        config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0, residual_diff_threshold=setting.threshold
-        )
-        cache_dit.enable_cache(pipe, cache_config=config)
-        try:
-            yield saved
-        finally:
-            cache_dit.disable_cache(pipe)  # it changes the pipeline's class, which the next model has too
+    if setting.system in (EXACT, HVFAST):
+        saved: Callable[[], int] = functools.partial(saved_by_hvfast, model)
+    elif setting.system == INDUCTOR:
+        saved = int  # none
     else:
-        yield saved_eagerly(model)
+        saved = saved_eagerly(model)
+    options = dict(setting.options)
+    with contenders.applied(
+        setting.system, model.pipe, threshold=setting.threshold, options=options, lower=model.job.lower
+    ):
+        yield saved
 
 
 def saved_by_hvfast(model: Model) -> int:

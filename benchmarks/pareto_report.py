@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-INDUCTOR, EAGER, EXACT = "Inductor", "eager", "hvfast, exact"
-HVFAST, DIFFUSERS, CACHE_DIT = "hvfast", "diffusers", "cache-dit"
-PEERS = (DIFFUSERS, CACHE_DIT)
+from hvcompile.contenders import CACHE_DIT, DIFFUSERS, EAGER, HVFAST, INDUCTOR
+
 REFERENCE = INDUCTOR
 
 MEASURES = ("saved", "seconds", "cpu_seconds", "psnr_db", "worst_psnr_db", "ssim", "temporal_psnr_db")

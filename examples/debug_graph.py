@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from hvcompile import bisect, cli, dumped
+from hvcompile import bisect, cli, dumped, tables
 from hvcompile.inductor import provenance, value
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import Context, Pass, PassReport
@@ -89,7 +89,7 @@ def main(directory: Path) -> None:
         folder = dumped.folders(directory)[-1]
         print(f"2. hvcompile bisect {folder}")
         found = bisect.bisect(folder)
-        cli.out.print(cli.bisection_table(found))
+        cli.out.print(tables.bisection_table(found))
         print(found.verdict())
 
         torch._dynamo.reset()

@@ -1,9 +1,11 @@
-"""The command line: ``hvcompile generate``, ``compare``, ``explain`` and ``bisect``."""
+"""The command line: ``hvcompile generate``, ``compare``, ``explain``, ``bisect`` and ``bench``."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -11,17 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
+from hvcompile import outputs, tables
 from hvcompile.errors import HvcompileError
 
 if TYPE_CHECKING:
-    from hvcompile.bisect import Bisection
-    from hvcompile.compare import FileComparison
-    from hvcompile.explain import Explanation
-    from hvcompile.generate import Result
-    from hvcompile.metrics import Comparison, Quality, Step
+    from hvcompile.metrics import Step
 
 app = typer.Typer(name="hvcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 out = Console(highlight=False)
@@ -122,7 +120,7 @@ def generate(
             result = generation.generate(request, display)
     except Exception as error:
         _leave(error)
-    out.print(summary(result))
+    out.print(tables.summary(result))
 
 
 @app.command("compare")
@@ -143,8 +141,8 @@ def compare_clips(
         result = compare.compare_files(reference, clip, sheet_file=sheet, json_file=json_file)
     except Exception as error:
         _leave(error)
-    out.print(each_frame(result.quality))
-    out.print(comparison_summary(result, sheet))
+    out.print(tables.each_frame(result.quality))
+    out.print(tables.comparison_summary(result, sheet))
 
 
 @app.command()
@@ -193,7 +191,7 @@ def explain(
         explanation = explaining.explain_request(request)
     except Exception as error:
         _leave(error)
-    for part in explanation_tables(explanation, gpu):
+    for part in tables.explanation_tables(explanation, gpu):
         out.print(part)
 
 
@@ -217,7 +215,7 @@ def bisect(
     """
     try:
         from hvcompile import bisect as bisecting
-        from hvcompile import dumped, outputs
+        from hvcompile import dumped
 
         if json_file is not None:
             outputs.check(json_file, name="json", kind="JSON file", suffixes=(".json",))
@@ -230,7 +228,7 @@ def bisect(
 
                 one = bisecting.bisect(folder, tolerance=tolerance, lower=lower, observe=show)
             found.append(one)
-            out.print(bisection_table(one))
+            out.print(tables.bisection_table(one))
             for note in one.notes:
                 out.print(Text(f"note: {note}"), soft_wrap=True)
             out.print(Text(one.verdict()), soft_wrap=True)
@@ -242,21 +240,120 @@ def bisect(
         raise typer.Exit(1)
 
 
-def bisection_table(found: Bisection) -> Table:
-    """Lay out the stages that were run, and the worst of each stage's figures."""
-    table = Table(title=str(found.folder), title_justify="left")
-    for heading in ("stage", "what"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("differs by", "relative", "not finite"):
-        table.add_column(heading, justify="right")
-    for place, stage in enumerate(found.stages):
-        worst = max(stage.figures, key=lambda figure: figure.relative, default=None)
-        mark = " <-" if found.finding and place == len(found.stages) - 1 else ""
-        cells = ("", "") if worst is None or not place else (f"{worst.largest:.3g}", f"{worst.relative:.3g}")
-        table.add_row(
-            Text(stage.name + mark), Text(stage.what), *cells, str(sum(figure.not_finite for figure in stage.figures))
-        )
-    return table
+@app.command("bench")
+def bench_contenders(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Directory or hub id of a HunyuanVideo pipeline (default: a tiny one, random weights)."),
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Dual-stream and single-stream blocks of the random model, such as 20+40.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the random model, a multiple of 16.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Size of the clip in video tokens, about.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Or: length of the clip,")] = None,
+    height: Annotated[int | None, typer.Option(help="its height in pixels,")] = None,
+    width: Annotated[int | None, typer.Option(help="and its width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.")] = None,
+    threshold: Annotated[float, typer.Option(help="Of every first-block cache.")] = 0.06,
+    repeats: Annotated[int, typer.Option(help="Rounds, in each of which every contender runs once.")] = 3,
+    contenders: Annotated[
+        str, typer.Option(help="Which, with commas between; eager always runs.")
+    ] = "eager,inductor,diffusers,cache-dit,exact,hvfast",
+    seed: Annotated[int, typer.Option(help="Of the first latents and the prompt's embedding.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch, on the CPU.")] = None,
+    lower: Annotated[
+        str, typer.Option(help="inductor; aot or eager try the command out without compiling.")
+    ] = "inductor",
+    full: Annotated[
+        bool, typer.Option("--full", help="The full model at 1280x720, 129 frames, 30 steps, in bfloat16.")
+    ] = False,
+    shapes: Annotated[
+        bool | None,
+        typer.Option("--shapes/--no-shapes", help="Count recompilations over other shapes too (default: not in full)."),
+    ] = None,
+    restart: Annotated[
+        bool | None,
+        typer.Option("--restart/--resident", help="End a process after its turn, to free memory (default: in full)."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds for one answer of a contender (default: 1800; in full 21600).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw it (.png).")] = None,
+) -> None:
+    """Measure hvfast beside eager, torch.compile and other caches, compiled as far as they compile.
+
+    All are given the same weights, latents, prompt, threshold and schedule; each runs in a process of its own, and
+    only one at a time. A peer that is missing (it comes with the extra "bench") or fails is a row that says so.
+
+    Leaves with 1 where eager, torch.compile or hvfast itself failed.
+    """
+    from hvcompile import bench, bench_results
+    from hvcompile.contenders import PEERS
+
+    request = bench.Request(
+        model=model,
+        blocks=blocks,
+        hidden=hidden,
+        tokens=tokens,
+        frames=frames,
+        height=height,
+        width=width,
+        steps=steps,
+        threshold=threshold,
+        repeats=repeats,
+        contenders=tuple(key.strip() for key in contenders.split(",") if key.strip()),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        lower=lower,
+        full=full,
+        shapes=shapes,
+        restart=restart,
+        timeout=timeout,
+        json_file=json_file,
+        plot_file=plot_file,
+    )
+    try:
+        _quieten_loading()
+        with err.status("") as status:
+
+            def show(doing: str) -> None:
+                if err.is_terminal:
+                    status.update(Text(doing))
+                else:
+                    err.print(Text(doing), soft_wrap=True)
+
+            result = bench.bench(request, show)
+        if json_file is not None:
+            outputs.write_json({"command": _command(), **result.record()}, json_file)
+        if plot_file is not None:
+            bench_results.plot(result, plot_file)
+    except ImportError as error:
+        if error.name != "matplotlib":
+            raise
+        err.print(Text("no plot, for matplotlib is missing: pip install '.[bench]'"), soft_wrap=True)
+    except Exception as error:
+        _leave(error)
+    out.print(Text(result.title()), soft_wrap=True)
+    for table in tables.bench_tables(result):
+        out.print(table)
+    for path in (json_file, plot_file):
+        if path is not None and path.exists():
+            out.print(Text(f"written to {path}"), soft_wrap=True)
+    if any(row.error and row.system not in PEERS for row in result.rows):
+        raise typer.Exit(1)
+
+
+def _command() -> str:
+    """What the user typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 class Display:
@@ -294,125 +391,6 @@ class Display:
         if event.difference is not None and math.isfinite(event.difference):
             text += f", last {event.difference:.3f}"
         self.progress.update(self.run, advance=1, description=text)
-
-
-def summary(result: Result) -> Table:
-    """Lay out the closing table of a generation; with ``--compare``, two columns."""
-    runs = [result.run] + ([result.comparison.plain] if result.comparison else [])
-    table = Table(show_header=result.comparison is not None)
-    table.add_column("")
-    for run in runs:
-        table.add_column(run.steps[0].backend, justify="right")
-    table.add_row("seconds in all", *(f"{run.seconds:.2f}" for run in runs))
-    table.add_row("seconds compiling", *(f"{run.compile_seconds:.2f}" for run in runs))
-    table.add_row("seconds a step after", *(_number(run.step_seconds, ".4f") for run in runs))
-    table.add_row("steps computed", *(str(len(run.steps) - run.num_reused) for run in runs))
-    table.add_row("steps reused", *(str(run.num_reused) for run in runs))
-    table.add_row("graphs", str(result.graphs))
-    table.add_row("recompiles", str(result.recompiles))
-    if result.comparison is not None:
-        _add_comparison(table, result.comparison)
-    num_frames, height, width, _ = result.run.frames.shape
-    table.add_row("clip", _clip(width, height, num_frames))
-    table.add_row("output", Text(str(result.output), overflow="fold"))
-    if result.sheet is not None:
-        table.add_row("contact sheet", Text(str(result.sheet), overflow="fold"))
-    if result.report is not None:
-        table.add_row("report", Text(str(result.report), overflow="fold"))
-    return table
-
-
-def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
-    """Lay out an explanation: the trunk, the passes, and what a step costs."""
-    trunk = Table(title="trunk", title_justify="left")
-    for heading in ("blocks", "of them first .. last", "operations", "streams"):
-        trunk.add_column(heading, overflow="fold")
-    for kind in explanation.kinds:
-        streams = "\n".join(f"{stream.name} {list(stream.shape)}" for stream in kind.streams)
-        trunk.add_row(str(kind.count), Text(f"{kind.first} .. {kind.last}"), str(kind.num_operations), Text(streams))
-    trunk.caption = (
-        f"{explanation.num_prologue} operations before the blocks, {explanation.num_epilogue} after them"
-        if explanation.kinds
-        else f"none: {explanation.reason}"
-    )
-
-    passes = Table("pass", "would do", "would leave, and why", title="passes", title_justify="left")
-    for row in explanation.journal:
-        reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
-        passes.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
-
-    cost = Table(title=f"a step that computes everything, in {explanation.dtype}", title_justify="left")
-    cost.add_column("")
-    for heading in ("TFLOP", "share", "GB moved", f"seconds at least, {gpu}"):
-        cost.add_column(heading, justify="right")
-    for part in explanation.costs:
-        share = part.flops / explanation.flops if explanation.flops else 0.0
-        cost.add_row(part.part, *_cost_row(part.flops, share, part.bytes, part.seconds))
-    moved = sum(part.bytes for part in explanation.costs)
-    cost.add_section()
-    cost.add_row("all", *_cost_row(explanation.flops, 1.0, moved, explanation.seconds))
-    reused = explanation.reused_flops
-    cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
-
-    if explanation.depends_on_data:
-        cost.caption = "a length is known only when the model runs: it counts as 1, and these figures are too low"
-
-    memory = Table("", "GB", title="memory", title_justify="left")
-    memory.add_row("weights", f"{explanation.weight_bytes / 1e9:.3g}")
-    memory.add_row("kept from step to step, a generation", f"{explanation.state_bytes / 1e9:.3g}")
-    return [trunk, passes, cost, memory]
-
-
-def _cost_row(flops: int, share: float, moved: int | None, seconds: float | None) -> tuple[str, ...]:
-    gigabytes = "" if moved is None else f"{moved / 1e9:.3g}"
-    return f"{flops / 1e12:.4g}", f"{share:.1%}", gigabytes, "" if seconds is None else f"{seconds:.3g}"
-
-
-def comparison_summary(result: FileComparison, sheet: Path | None) -> Table:
-    """Lay out the closing table of a comparison of two files."""
-    table = Table(show_header=False)
-    table.add_column("")
-    table.add_row("clip", _clip(result.width, result.height, result.frames))
-    _add_quality(table, result.quality)
-    if sheet is not None:
-        table.add_row("contact sheet", Text(str(sheet), overflow="fold"))
-    return table
-
-
-def each_frame(quality: Quality) -> Table:
-    """Lay out the figures of every frame; the change is from the frame before."""
-    table = Table()
-    for heading in ("frame", "PSNR, dB", "SSIM", "PSNR of the change, dB"):
-        table.add_column(heading, justify="right")
-    changes = (None, *quality.temporal_psnr)
-    for frame, (psnr, ssim, change) in enumerate(zip(quality.psnr, quality.ssim, changes, strict=True)):
-        table.add_row(str(frame), _number(psnr, ".2f"), f"{ssim:.4f}", _number(change, ".2f"))
-    return table
-
-
-def _add_comparison(table: Table, comparison: Comparison) -> None:
-    table.add_row("speed-up a step", _number(comparison.step_speedup, ".2f", "x"))
-    table.add_row("speed-up in all", _number(comparison.total_speedup, ".2f", "x"))
-    _add_quality(table, comparison.quality)
-
-
-def _add_quality(table: Table, quality: Quality) -> None:
-    table.add_row("PSNR", _number(quality.mean_psnr, ".2f", " dB"))
-    table.add_row("PSNR, worst frame", _number(min(quality.psnr), ".2f", " dB"))
-    table.add_row("SSIM", _number(quality.mean_ssim, ".4f"))
-    table.add_row("SSIM, worst frame", _number(min(quality.ssim), ".4f"))
-    table.add_row("temporal PSNR", _number(quality.mean_temporal_psnr, ".2f", " dB"))
-    table.add_row("temporal PSNR, worst", _number(min(quality.temporal_psnr, default=None), ".2f", " dB"))
-
-
-def _clip(width: int, height: int, num_frames: int) -> str:
-    return f"{width}x{height}, {num_frames} frame{'' if num_frames == 1 else 's'}"
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    if value is None:
-        return "-"
-    return "identical" if math.isinf(value) else f"{value:{form}}{unit}"
 
 
 def _leave(error: Exception) -> NoReturn:

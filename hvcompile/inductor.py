@@ -25,6 +25,7 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
   code asks for its address.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
   backend.
+- ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 """
 
@@ -186,6 +187,13 @@ def compile_id() -> tuple[int, int]:
     if current is None:
         return (-1, 0)
     return (int(current.frame_id or 0), int(current.frame_compile_id or 0))
+
+
+def num_captured() -> int:
+    """How many graphs Dynamo has captured in this process so far, by whatever backend they were compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 
 from hvcompile.errors import InputError
 
@@ -158,11 +158,49 @@ def check_model(model: str) -> None:
         )
 
 
-def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
-    path = Path(model).expanduser()
-    is_local = path.is_dir()
+def transformer_config(model: str) -> dict[str, Any]:
+    """Read the configuration of a HunyuanVideo pipeline's transformer, and no weights.
+
+    Raises:
+        InputError: there is no such pipeline, or its transformer is of another kind.
+
+    """
+    check_model(model)
+    kind = HunyuanVideoTransformer3DModel.__name__
     try:
-        return DiffusionPipeline.from_pretrained(str(path) if is_local else model, dtype=dtype)
+        config = dict(HunyuanVideoTransformer3DModel.load_config(_place(model), subfolder="transformer"))
+    except Exception as error:  # every library below raises its own kind; the cause stays attached
+        raise InputError(
+            f"model {model!r} has no transformer that can be read: {first_line(error)}; give the directory or hub id "
+            "of a HunyuanVideo pipeline"
+        ) from error
+    if config.get("_class_name") != kind or config.get("image_condition_type") is not None:
+        wanted = f"a {kind} that makes video from text alone"
+        raise InputError(f"model {model!r} holds a {config.get('_class_name')}: give a pipeline with {wanted}")
+    return config
+
+
+def load_transformer(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load the transformer of a HunyuanVideo pipeline, and its scheduler; raises InputError as ``load`` does."""
+    try:
+        transformer = HunyuanVideoTransformer3DModel.from_pretrained(
+            _place(model), subfolder="transformer", dtype=dtype
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_place(model), subfolder="scheduler")
+    except Exception as error:  # as above
+        raise InputError(f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again") from error
+    return transformer, scheduler
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.is_dir() else model
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
+    is_local = Path(model).expanduser().is_dir()
+    try:
+        return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype)
     except Exception as error:  # every library below raises its own kind; the cause stays attached
         if is_local:
             raise InputError(

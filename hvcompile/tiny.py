@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -65,29 +66,13 @@ def pipeline(*, seed: int = SEED) -> HunyuanVideoPipeline:
     tokenizer, tokenizer_2 = llama_tokenizer(), clip_tokenizer()
     with torch.random.fork_rng(devices=[]):  # the constructors draw from the global generator; the caller's is kept
         text_encoder, text_encoder_2 = llama(tokenizer), clip(tokenizer_2)
-        transformer = HunyuanVideoTransformer3DModel(
-            in_channels=16,
-            out_channels=16,
-            num_attention_heads=8,
-            attention_head_dim=16,
-            num_layers=4,
-            num_single_layers=8,
-            num_refiner_layers=2,
-            mlp_ratio=4.0,
-            patch_size=2,
-            patch_size_t=1,
-            qk_norm="rms_norm",
-            guidance_embeds=True,
-            text_embed_dim=64,
-            pooled_projection_dim=64,
-            rope_axes_dim=(4, 6, 6),
-        )
+        transformer = HunyuanVideoTransformer3DModel(**transformer_config())
         vae = AutoencoderKLHunyuanVideo(
             latent_channels=16, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
         )
     generator = torch.Generator().manual_seed(seed)
     for module in (text_encoder, text_encoder_2, transformer, vae):
-        _initialise(module.eval(), generator)
+        initialise(module.eval(), generator)
     return HunyuanVideoPipeline(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -97,6 +82,27 @@ def pipeline(*, seed: int = SEED) -> HunyuanVideoPipeline:
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
     )
+
+
+def transformer_config(num_layers: int = 4, num_single_layers: int = 8, num_attention_heads: int = 8) -> dict[str, Any]:
+    """The configuration of a tiny HunyuanVideo transformer, 16 wide a head."""
+    return {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": 16,
+        "num_layers": num_layers,
+        "num_single_layers": num_single_layers,
+        "num_refiner_layers": 2,
+        "mlp_ratio": 4.0,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": True,
+        "text_embed_dim": 64,
+        "pooled_projection_dim": 64,
+        "rope_axes_dim": (4, 6, 6),
+    }
 
 
 def llama(tokenizer: LlamaTokenizer) -> LlamaModel:
@@ -205,7 +211,7 @@ def _merges(words: Sequence[str], end_of_word: str = "") -> list[tuple[str, str]
     return list(ranks)
 
 
-def _initialise(module: torch.nn.Module, generator: torch.Generator) -> None:
+def initialise(module: torch.nn.Module, generator: torch.Generator) -> None:
     """Draw all weights of ``module`` anew, in place, in the order of their names, from ``generator`` alone.
 
     Every matrix keeps the scale of its input (deviation 1 / sqrt(fan-in)), so no block is idle. A trained model changes
@@ -219,7 +225,8 @@ def _initialise(module: torch.nn.Module, generator: torch.Generator) -> None:
         torch.nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
         if name.endswith("timestep_embedder.linear_1.weight"):
             half = parameter.shape[1] // 2
-            frequency = torch.exp(-math.log(10_000) * torch.arange(half) / half).repeat(2)  # radians a timestep unit
+            place = torch.arange(half, device=parameter.device) / half
+            frequency = torch.exp(-math.log(10_000) * place).repeat(2)  # radians a timestep unit
             damping = 1 / (1 + (frequency / _SLOW) ** 2)
             parameter.data *= damping * math.sqrt(2 * half) / damping.norm()
         elif name.startswith("decoder.conv_out."):

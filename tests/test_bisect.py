@@ -20,7 +20,7 @@ from rich.console import Console
 from toy import Toy, toy_inputs
 from typer.testing import CliRunner
 
-from hvcompile import backend, bisect, cli, dumped, inductor, outline
+from hvcompile import backend, bisect, cli, dumped, inductor, outline, tables
 from hvcompile.bisect import Bisection
 from hvcompile.errors import InputError, InvalidRewriteError
 from hvcompile.passes import PASSES
@@ -259,7 +259,7 @@ def test_the_command_line_says_that_nothing_was_found(tmp_path: Path) -> None:
 
 def test_the_table_marks_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_stage(monkeypatch, "outlined", 1.01)
-    table = cli.bisection_table(bisect.bisect(dump(tmp_path)))
+    table = tables.bisection_table(bisect.bisect(dump(tmp_path)))
     assert list(map(str, table.columns[0]._cells)) == ["captured", "outlined <-"]
     assert [*table.columns[3]._cells][1] == "0.01"
 

@@ -15,6 +15,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from hvcompile import contenders
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = ("--seeds", "1", "--steps", "4", "--frames", "5", "--height", "32", "--width", "48", "--lower", "eager")
 
@@ -119,8 +121,8 @@ def test_cache_dit_is_undone(pareto: ModuleType, prompts: Path, tmp_path: Path) 
     encoded: dict[str, Any] = {}
     systems = {
         "Inductor": pareto.Setting(system=pareto.REFERENCE),
-        "cached": pareto.Setting(system=pareto.CACHE_DIT, threshold=1000.0),
-        "eager": pareto.Setting(system=pareto.EAGER),
+        "cached": pareto.Setting(system=contenders.CACHE_DIT, threshold=1000.0),
+        "eager": pareto.Setting(system=contenders.EAGER),
     }
     rows = {name: pareto.measure(setting, pareto.Model(job, encoded), tmp_path) for name, setting in systems.items()}
     assert len(encoded) == 1, "a prompt is encoded once"
