@@ -68,6 +68,10 @@ def generate(
     threshold: Annotated[
         float | None, typer.Option(help="Of the first-block cache: a larger one reuses more steps.")
     ] = None,
+    fp8: Annotated[
+        bool | None,
+        typer.Option("--fp8/--no-fp8", help="Linear layers in float8, or not (default: where GPUs gain from it)."),
+    ] = None,
     mode: Annotated[str | None, typer.Option(help="'exact': only rewrites that don't change numerics.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The video file; replaced if there.")] = Path(
         "out.mp4"
@@ -103,6 +107,7 @@ def generate(
         true_cfg=true_cfg,
         negative_prompt=negative_prompt,
         threshold=threshold,
+        fp8=fp8,
         mode=mode,
         dump=dump,
         compare=compare,

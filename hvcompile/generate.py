@@ -35,6 +35,7 @@ class Request:
         guidance: scale of embedded or classifier-free guidance, as the pipeline reads ``guidance_scale``.
         true_cfg: above 1, with ``negative_prompt``, the transformer runs twice a step.
         threshold: of the first-block cache, a relative difference; at 0 only what is the same is reused.
+        fp8: linear layers in float8: True asks for it, on a CPU too, False rules it out, None is where it pays.
         mode: "exact" for the rewrites that don't change numerics.
         dump: directory for the graphs before and after each pass.
         compare: also run the plain compiled model, and measure against it.
@@ -57,6 +58,7 @@ class Request:
     true_cfg: float | None = None
     negative_prompt: str | None = None
     threshold: float | None = None
+    fp8: bool | None = None
     mode: str | None = None
     dump: Path | None = None
     compare: bool = False
@@ -91,6 +93,8 @@ class Request:
         # torch.compile takes a mode or options, never both.
         if self.mode is not None and self.threshold is not None:
             raise InputError(f"threshold can't be given with a mode (it is {self.mode!r}): leave one of them out")
+        if self.mode is not None and self.fp8 is not None:
+            raise InputError(f"fp8 can't be given with a mode (it is {self.mode!r}): leave one of them out")
         if self.mode is not None and self.dump is not None:
             raise InputError(
                 f"dump can't be given with a mode: set HVCOMPILE_DUMP={self.dump} in the environment instead"
@@ -121,6 +125,8 @@ class Request:
         options: dict[str, Any] = {}
         if self.threshold is not None:
             options["first_block_cache"] = {"threshold": self.threshold}
+        if self.fp8 is not None:
+            options["fp8"] = self.fp8
         if self.dump is not None:
             options["dump"] = str(self.dump)
         return {"options": options} if options else {}

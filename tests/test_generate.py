@@ -179,6 +179,7 @@ def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path
         ({"threshold": math.nan}, "threshold is nan"),
         ({"mode": "fastest"}, "mode 'fastest' is unknown.*exact"),
         ({"mode": "exact", "threshold": 0.1}, "threshold can't be given with a mode"),
+        ({"mode": "exact", "fp8": True}, "fp8 can't be given with a mode"),
         ({"mode": "exact", "dump": Path("d")}, "HVCOMPILE_DUMP=d"),
         ({"true_cfg": 3.0}, "without negative_prompt"),
         ({"output": Path("/")}, "is a directory"),
