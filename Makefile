@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-PROMPT ?= A cat walks on the grass
+PROMPT ?= a red circle moves to the left over a blue background
 
 .PHONY: setup video test check bench pareto clean
 

@@ -1,13 +1,12 @@
 """The one line in a script of your own: a diffusers pipeline whose transformer runs under hvfast.
 
 ``python examples/one_line.py MODEL "a prompt"``, MODEL being a directory or hub id of a text-to-video pipeline of
-diffusers. Without a MODEL it writes the embedded tiny HunyuanVideo, takes that, and makes a short clip.
+diffusers. Without a MODEL it takes the embedded tiny HunyuanVideo and makes a short clip.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from typing import Any
 
 import imageio.v3
@@ -39,8 +38,6 @@ if __name__ == "__main__":
     if len(given) == 2:
         main(*given)
     elif not given:
-        with tempfile.TemporaryDirectory() as directory:
-            tiny.write(directory)
-            main(directory, "a red circle moves to the left", **tiny.DEFAULTS)
+        main(str(tiny.DIRECTORY), "a red circle moves to the left over a blue background", **tiny.DEFAULTS)
     else:
         raise SystemExit("give both a model and a prompt, or neither")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import runpy
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,9 +158,7 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
     sizes = {"num_frames": request.frames, "height": request.height, "width": request.width}
     arguments: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if request.model is None:
-        with tempfile.TemporaryDirectory(prefix="hvcompile-tiny-") as directory:
-            tiny.write(directory)
-            pipe = skeleton(directory, dtype)
+        pipe = skeleton(str(tiny.DIRECTORY), dtype)
         arguments = {**tiny.DEFAULTS, **arguments}
     else:
         pipe = skeleton(request.model, dtype)

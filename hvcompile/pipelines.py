@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,9 +107,7 @@ def load(model: str | None = None, dtype: str | None = None, device: str | None 
         return _loaded(_from_pretrained(model, precision), model, place, {})
     from hvcompile import tiny
 
-    with tempfile.TemporaryDirectory(prefix="hvcompile-tiny-") as directory:
-        tiny.write(directory)
-        return _loaded(_from_pretrained(directory, precision), "the tiny pipeline", place, tiny.DEFAULTS)
+    return _loaded(_from_pretrained(str(tiny.DIRECTORY), precision), "the tiny pipeline", place, tiny.DEFAULTS)
 
 
 def resolve_device(device: str | None) -> torch.device:

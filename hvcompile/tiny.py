@@ -1,8 +1,9 @@
-"""A complete HunyuanVideo pipeline of a few million parameters, made in code: the default model of the command line.
+"""Complete HunyuanVideo pipelines of a few million parameters: a trained one, shipped, and one made in code.
 
-The pipeline is the real diffusers ``HunyuanVideoPipeline`` with real tokenizers, text encoders, VAE and scheduler, each
-at its smallest; the directory that ``write`` leaves is loaded by ``HunyuanVideoPipeline.from_pretrained`` with no line
-of this project. The weights are random and seeded, so the pictures are abstract; what is real is the computation.
+Both are the real diffusers ``HunyuanVideoPipeline`` with real tokenizers, text encoders, VAE and scheduler, each at its
+smallest, and are loaded by ``HunyuanVideoPipeline.from_pretrained`` with no line of this project. The trained one
+(``DIRECTORY``; examples/tiny_model made it) is the default of the command line. The weights of the other are random and
+seeded, so its pictures are abstract: it is for tests and benchmarks, which want other sizes, and no file.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ SEED = 1959
 _SLOW = 2e-3
 """Radians a timestep unit (of 1000): sinusoids of the timestep much faster than this hardly reach the weights."""
 
-DEFAULTS = {"num_inference_steps": 30, "num_frames": 17, "height": 64, "width": 96}
-"""What is asked of the tiny pipeline where the user gives nothing: a clip in seconds on two cores."""
+DIRECTORY = Path(__file__).parent / "tiny_hunyuan_video"
+"""The trained pipeline, in the layout of diffusers; its README.md is the model card."""
+
+DEFAULTS = {"num_inference_steps": 30, "num_frames": 17, "height": 32, "width": 48}
+"""What is asked of the trained pipeline where the user gives nothing: what it was trained on."""
 
 _TEXT = """
 a an the and or of in on at to from with without over under into through across behind beside between near by around up

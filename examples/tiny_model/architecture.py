@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 
-DIRECTORY: Final = Path("runs/tiny_hunyuan_video")
+from hvcompile import tiny
+
+DIRECTORY: Final = tiny.DIRECTORY
 """Where ``publish.py`` writes the trained pipeline, in the layout of diffusers, and ``check.py`` looks for it."""
 
 SIZE: Final = {"num_frames": 17, "height": 32, "width": 48}
