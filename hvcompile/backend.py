@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import fx
 
 from hvcompile import inductor, pipeline, runtime
+from hvcompile.derived import DerivedCall
 from hvcompile.dump import Dump
 from hvcompile.errors import RequestedPassError
 from hvcompile.graph_code import inline
@@ -19,7 +22,7 @@ from hvcompile.options import Options, parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow, PassReport
-from hvcompile.trunk import NoTrunk, Trunk
+from hvcompile.trunk import Derived, NoTrunk, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -48,22 +51,61 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    dump = Dump(settings.dump, inductor.compile_id(), lower=settings.lower, limit_gib=settings.dump_limit_gib)
+    return _compile(graph_module, example_inputs, settings, inductor.compile_id(), [])
+
+
+def _compile(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Options,
+    compile_id: tuple[int, int],
+    journal: list[JournalRow],
+) -> Callable[..., Any]:
+    """Run the passes and lower what they make; ``journal`` may hold rows already."""
+    dump = Dump(settings.dump, compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
     dump.graph("captured", graph_module)
     trunk = NoTrunk(needs_gradients(graph_module)) if needs_gradients(graph_module) else recover(graph_module)
     if isinstance(trunk, NoTrunk):
         return _plain(graph_module, example_inputs, settings, dump, trunk.reason)
 
-    journal = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
+    journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     dump.graph("outlined", trunk.module)
     try:
         pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
     finally:
         dump.journal(journal)
-    calling = seal(trunk)
+    calling = seal(trunk, settings.lower)
     dump.graph("sealed", trunk.module)
-    inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
-    return _lower(trunk.module, inputs, settings, dump, calling, journal)
+    inputs = [*example_inputs, *(inductor.value(node) for node in trunk.added)]
+    instead = None
+    if any(item.read is not None for item in trunk.derived):
+        # Dynamo's own graph may be gone or changed by the time that another is wanted.
+        captured = inductor.clone_graph_module(graph_module)
+        instead = functools.partial(_compile_instead, captured, settings, compile_id)
+    return _lower(trunk.module, inputs, settings, dump, calling, journal, compile_id, instead)
+
+
+def _compile_instead(
+    captured: fx.GraphModule,
+    settings: Options,
+    compile_id: tuple[int, int],
+    inputs: Sequence[Any],
+    made_by: str,
+    reason: str,
+) -> Callable[..., Any]:
+    """Compile a graph for inputs that a pass's rewrite of it does not fit, without that rewrite."""
+    log.warning("%s does not fit a call, which is compiled without it: %s", made_by, reason)
+    passes = []
+    for item, requested in settings.passes:
+        if type(item).__name__ != made_by:
+            passes.append((item, requested))
+        elif (other := item.instead()) is not None:
+            passes.append((other, False))
+    settings = dataclasses.replace(settings, passes=tuple(passes))
+    row = JournalRow(name=made_by, report=PassReport(declined=(("compiled again at run time", reason),)), op_changes={})
+    with torch.no_grad():
+        module, fakes = inductor.specialise(captured, inputs)
+        return _compile(module, fakes, settings, compile_id, [row])
 
 
 def needs_gradients(graph_module: fx.GraphModule) -> str:
@@ -105,7 +147,7 @@ def _plain(
         states=(),
         has_record=False,
     )
-    return _lower(graph_module, inputs, settings, dump, calling, journal)
+    return _lower(graph_module, inputs, settings, dump, calling, journal, inductor.compile_id())
 
 
 def _lower(
@@ -115,11 +157,14 @@ def _lower(
     dump: Dump,
     calling: runtime.Calling,
     journal: list[JournalRow],
+    compile_id: tuple[int, int],
+    instead: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Hand a graph to the lowering that was chosen, and its result to the runtime."""
     with dump.lowering():
         compiled = inductor.LOWERINGS[settings.lower](module, inputs)
-    return dump.recording(runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id()))
+    run = runtime.CompiledTrunk(compiled, calling, journal, compile_id, instead)
+    return dump.recording(run, run.derived_inputs)
 
 
 def _outline_row(trunk: Trunk) -> JournalRow:
@@ -129,12 +174,16 @@ def _outline_row(trunk: Trunk) -> JournalRow:
     return row
 
 
-def seal(trunk: Trunk) -> runtime.Calling:
-    """Add the next state and the decision to the graph's outputs, and say how the runtime must call it."""
+def seal(trunk: Trunk, lower: str = "eager") -> runtime.Calling:
+    """Add the next state and the decision to the graph's outputs, and say how the runtime must call it.
+
+    ``lower`` is how the graphs of derived inputs are lowered, where they are.
+    """
     roles = classify(trunk)
     weights = set(roles.weights)
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
     results: Any = trunk.output.args[0]
+    symbols = inductor.symbols_of(trunk.graph)
     extra = [state.next_value for state in trunk.states]
     if trunk.observed:
         extra.append(inline(trunk.graph, _record, trunk.observed, before=trunk.output, tag="runtime")["record"])
@@ -149,12 +198,27 @@ def seal(trunk: Trunk) -> runtime.Calling:
         weights=tuple(place for place, node in enumerate(placeholders) if node in weights),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
         numbers=tuple(place for place, node in enumerate(placeholders[: len(trunk.inputs)]) if not is_tensor(node)),
-        symbols=inductor.symbols_of(trunk.graph),
+        symbols={place: symbol for place, symbol in symbols.items() if place < len(trunk.inputs)},
         num_outputs=len(results),
         states=tuple(
             runtime.StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states
         ),
         has_record=bool(trunk.observed),
+        derived=tuple(_derived_call(item, placeholders, lower) for item in trunk.derived),
+    )
+
+
+def _derived_call(item: Derived, placeholders: Sequence[fx.Node], lower: str) -> DerivedCall:
+    item.module.recompile()
+    run: Callable[..., Any] = item.module.forward
+    if item.is_lowered:
+        run = inductor.LOWERINGS[lower](item.module, [inductor.value(node) for node in item.sources])
+    return DerivedCall(
+        made_by=item.made_by,
+        names=tuple(node.name for node in item.placeholders),
+        run=run,
+        sources=tuple(placeholders.index(node) for node in item.sources),
+        read=item.read,
     )
 
 

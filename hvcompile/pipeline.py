@@ -68,6 +68,10 @@ class Pass:
         """Rewrite the trunk in place, or leave it as it was and say why."""
         raise NotImplementedError(f"{type(self).__name__} has no apply")
 
+    def instead(self) -> Pass | None:
+        """The pass as it runs for inputs that one of its derived inputs refuses; None for not at all."""
+        return None
+
 
 def off_rows(switched_off: Sequence[tuple[str, str]]) -> list[JournalRow]:
     """A row for each pass that does not run, given its name and the reason."""
@@ -108,8 +112,8 @@ def _check(trunk: Trunk, before: tuple[Any, ...], name: str) -> None:
     if _signature(trunk) != before:
         raise InvalidRewriteError(f"{name} changed the graph's signature from {before} to {_signature(trunk)}")
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
-    if placeholders[len(trunk.inputs) :] != [state.placeholder for state in trunk.states]:
-        raise InvalidRewriteError(f"{name} left state placeholders out of order")
+    if placeholders[len(trunk.inputs) :] != trunk.added:
+        raise InvalidRewriteError(f"{name} left the placeholders that passes add out of order")
     for state in trunk.states:
         if state.next_value is None or shape_key(value(state.next_value)) != shape_key(value(state.placeholder)):
             raise InvalidRewriteError(f"{name} left state {state.name!r} without a next value of its own shape")

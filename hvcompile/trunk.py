@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from hvcompile import inductor
-from hvcompile.inductor import provenance, value
+from hvcompile.inductor import TAG, provenance, value
 from hvcompile.nodes import is_tensor, is_weight, storage
 
 
@@ -62,6 +62,29 @@ class State:
     next_value: fx.Node | None = None
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Derived:
+    """Inputs of the trunk's graph that follow from other inputs: a graph of its own, run anew only where those changed.
+
+    Attributes:
+        made_by: name of the pass; what runs instead where ``read`` refuses is that pass's ``instead``.
+        module: takes ``sources`` in order and returns a tuple.
+        sources: placeholders of the captured graph: conditions, weights, sizes.
+        placeholders: what was added to the trunk's graph, one a value.
+        read: makes of ``module``'s results the values that the placeholders are given, or says why the trunk's graph
+            does not compute what was captured for them; None where the results are the values.
+        is_lowered: whether ``module`` is compiled as the trunk is; else it runs as it is.
+
+    """
+
+    made_by: str
+    module: fx.GraphModule
+    sources: tuple[fx.Node, ...]
+    placeholders: tuple[fx.Node, ...]
+    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None
+    is_lowered: bool = False
+
+
 @dataclasses.dataclass(eq=False)
 class Trunk:
     """A captured graph with its blocks outlined, and the state that passes have added to it.
@@ -74,6 +97,7 @@ class Trunk:
     lists: str
     states: list[State] = dataclasses.field(default_factory=list)
     observed: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    derived: list[Derived] = dataclasses.field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -87,9 +111,15 @@ class Trunk:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The placeholders of the captured graph, without the added state."""
-        states = {state.placeholder for state in self.states}
-        return [node for node in self.graph.nodes if node.op == "placeholder" and node not in states]
+        """The placeholders of the captured graph, without those that passes have added."""
+        added = set(self.added)
+        return [node for node in self.graph.nodes if node.op == "placeholder" and node not in added]
+
+    @property
+    def added(self) -> list[fx.Node]:
+        """The placeholders that passes have added, in order: derived inputs, then state."""
+        derived = [node for item in self.derived for node in item.placeholders]
+        return [*derived, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
@@ -111,6 +141,60 @@ class Trunk:
         placeholder.meta["example_value"] = inductor.fake_like(mode, state.shape, dtype, device)
         self.states.append(state)
         return state
+
+    def add_derived(
+        self,
+        names: Sequence[str],
+        examples: Sequence[Any],
+        *,
+        made_by: str,
+        module: fx.GraphModule,
+        sources: Sequence[fx.Node],
+        read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None,
+        is_lowered: bool = False,
+    ) -> Derived:
+        """Add inputs that ``module`` gives, a placeholder for each name, before the state; see ``Derived``."""
+        states = {state.placeholder for state in self.states}
+        anchor = [node for node in self.graph.find_nodes(op="placeholder") if node not in states][-1]
+        placeholders = []
+        for name, example in zip(names, examples, strict=True):
+            with self.graph.inserting_after(anchor):
+                anchor = self.graph.placeholder(name)
+            anchor._dynamo_source = None  # AOTAutograd reads it of every placeholder
+            anchor.meta = {TAG: made_by, "example_value": example}
+            placeholders.append(anchor)
+        made = Derived(
+            made_by=made_by,
+            module=module,
+            sources=tuple(sources),
+            placeholders=tuple(placeholders),
+            read=read,
+            is_lowered=is_lowered,
+        )
+        self.derived.append(made)
+        return made
+
+    def add_operand(self, body: Body, node: fx.Node) -> fx.Node:
+        """Hand one more value to every call of a body; returns the placeholder that it is inside."""
+        last = list(body.module.graph.find_nodes(op="placeholder"))[-1]
+        with body.module.graph.inserting_after(last):
+            placeholder = body.module.graph.placeholder(node.name)
+        placeholder.meta["example_value"] = value(node)
+        for block in self.blocks:
+            if block.body is body:
+                block.call.args = (*block.call.args, node)
+        return placeholder
+
+    def drop_operand(self, body: Body, placeholder: fx.Node) -> None:
+        """Hand a value that a body no longer reads to none of its calls."""
+        position = list(body.module.graph.find_nodes(op="placeholder")).index(placeholder)
+        body.module.graph.erase_node(placeholder)
+        body.streams = {output: place - (place > position) for output, place in body.streams.items()}
+        for block in self.blocks:
+            if block.body is body:
+                args = list(block.call.args)
+                del args[2 + position]
+                block.call.args = tuple(args)
 
 
 @dataclasses.dataclass(frozen=True)

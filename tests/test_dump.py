@@ -33,7 +33,7 @@ from hvcompile.errors import OptionError
 from hvcompile.graph_reader import load, read_graph
 from hvcompile.pipeline import JournalRow, PassReport
 
-FILES = ["00_captured.py", "01_outlined.py", "02_first_block_cache.py", "03_sealed.py"]
+FILES = ["00_captured.py", "01_outlined.py", "02_unmasked_attention.py", "03_first_block_cache.py", "04_sealed.py"]
 BESIDE = ["inputs.pt", "journal.json", "outputs.pt"]
 if importlib.util.find_spec("depyf") is not None:
     BESIDE.append("dynamo_frame.py")

@@ -83,11 +83,12 @@ def test_every_pass_and_the_journal_are_artifacts_of_the_trace(traced: tuple[str
     assert list(found) == [
         "hvcompile_00_captured",
         "hvcompile_01_outlined",
-        "hvcompile_02_first_block_cache",
+        "hvcompile_02_unmasked_attention",
+        "hvcompile_03_first_block_cache",
         "hvcompile_journal",
-        "hvcompile_03_sealed",
+        "hvcompile_04_sealed",
     ]
-    record, text = found["hvcompile_02_first_block_cache"]
+    record, text = found["hvcompile_03_first_block_cache"]
     assert (record["artifact"]["encoding"], record["frame_id"], record["frame_compile_id"]) == ("string", 0, 0)
     assert "torch.ops.higher_order.cond(" in text
     compile(text, "a graph", "exec")
