@@ -135,6 +135,8 @@ class Dump:
                 "is_exact": row.is_exact,
                 "matched": row.report.matched,
                 "declined": [{"what": what, "why": why} for what, why in row.report.declined],
+                "unmet": [{"what": what, "why": why} for what, why in row.report.unmet],
+                "noted": row.report.noted,
                 "op_changes": row.op_changes,
             }
             for row in rows

@@ -14,7 +14,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph, and to make another.
 - ``ShapeEnv.create_unbacked_symint``: a size that no code may be specialised to, and on which no guard can be put that
   Dynamo, which knows nothing of the input, would have to check.
-- ``SymInt.node.hint`` and ``SymInt.node.expr``: reading a symbolic size without installing a guard on it.
+- ``SymInt.node.hint``, ``SymInt.node.expr`` and ``ShapeEnv.bound_sympy``: reading a symbolic size without installing a
+  guard on it.
 - ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
   the graph.
 - ``torch._dynamo.exc``: what Dynamo raises where it can't keep a call in one graph.
@@ -29,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
@@ -94,10 +96,16 @@ def provenance(node: fx.Node, tag: str, fake: Any) -> dict[str, Any]:
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A symbolic size's value in the run that was captured, read without installing a guard."""
+    """A symbolic size's value in the run that was captured, read without installing a guard.
+
+    Of one that depends on data, the most that it can be, or 1 where nothing bounds it.
+    """
     if isinstance(size, torch.SymInt):
         hint = size.node.hint
-        return 1 if hint is None else int(hint)
+        if hint is None:
+            most = size.node.shape_env.bound_sympy(size.node.expr).upper
+            return int(most) if most.is_Integer and most < sys.maxsize else 1
+        return int(hint)
     return int(size)
 
 

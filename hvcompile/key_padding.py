@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.inductor import TAG, is_data_dependent, shape_key, value
+from hvcompile.inductor import TAG, is_data_dependent, shape_key, size_hint, value
 from hvcompile.invariants import copied_out, invariants
 from hvcompile.nodes import is_tensor, mutated_operand, op_name
 from hvcompile.trunk import Body, Trunk
@@ -18,6 +18,8 @@ from hvcompile.trunk import Body, Trunk
 # An additive mask drops a key where it adds this or less: beside it the softmax underflows to 0 in fp32, in which every
 # kernel takes it. What models write is -10000 (-9984 in bf16), the dtype's least number or minus infinity.
 DROPPED = -9000.0
+# Of a size that is only known at run time Inductor asks whether it is 1, and gets no answer unless it can't be.
+LEAST_KEYS = 2
 # Samples of a batch that are unrolled at most: each has an attention of its own in every block.
 MOST_SAMPLES = 8
 
@@ -109,6 +111,8 @@ def _match_one(
         return "its mask differs from query to query"
     if str(num_keys) != shape_key(key)[2]:
         return f"its mask is for {num_keys} keys, and there are {key.shape[2]}"
+    if size_hint(key.shape[2]) < LEAST_KEYS:
+        return "it has one key"
     if is_data_dependent(key) or is_data_dependent(query):
         return "it has a length that depends on data"
     if isinstance(batch, torch.SymInt) or isinstance(query.shape[0], torch.SymInt):
@@ -193,8 +197,8 @@ def read_lengths(masks: Sequence[torch.Tensor]) -> list[int] | str:
             return f"the mask adds something to keys that it does not drop (it is neither 0 nor {DROPPED:g} or less)"
         if not leading:
             return f"the valid keys ({', '.join(map(str, counts))} of {given.shape[-1]}) are not the first ones"
-        if min(counts) < 1:
-            return "a sample has no valid key at all"
+        if min(counts) < LEAST_KEYS:
+            return f"a sample has {min(counts)} valid keys, and the code is for {LEAST_KEYS} or more"
         lengths += counts
     return lengths
 

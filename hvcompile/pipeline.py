@@ -20,10 +20,16 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassReport:
-    """What a pass did: what it matched, and what it left alone with the reason for each."""
+    """What a pass did: what it matched, and what it left alone with the reason for each.
+
+    ``unmet`` is what one of its options asks for that can't be had, with the reason: an error where the user asked for
+    the pass. ``noted`` is what else a reader wants to know.
+    """
 
     matched: tuple[str, ...] = ()
     declined: tuple[tuple[str, str], ...] = ()
+    unmet: tuple[tuple[str, str], ...] = ()
+    noted: tuple[str, ...] = ()
 
     @property
     def applied(self) -> bool:
@@ -49,7 +55,8 @@ class JournalRow:
     def line(self) -> str:
         """The row in one line, for the log."""
         done = "; ".join(self.report.matched) or "left the graph as it was"
-        reasons = "; ".join(f"{what}: {why}" for what, why in self.report.declined)
+        rest = [f"{what}: {why}" for what, why in (*self.report.unmet, *self.report.declined)]
+        reasons = "; ".join([*rest, *self.report.noted])
         return f"{self.name}: {done}" + (f" ({reasons})" if reasons else "")
 
 
@@ -155,8 +162,8 @@ def run(
         log.info("%s", row.line())
         journal.append(row)
         observe(name, trunk)
-        if requested and not report.applied:
-            reasons = "; ".join(f"{what}: {why}" for what, why in report.declined)
+        if requested and (report.unmet or not report.applied):
+            reasons = "; ".join(f"{what}: {why}" for what, why in report.unmet or report.declined)
             raise RequestedPassError(
                 f"options ask for {item.section!r}, but {name} can't apply to this graph ({reasons}). "
                 f"Drop {item.section!r} from options to run without it."

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from hvcompile import inductor
+from hvcompile.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal
+from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
 from hvcompile.inductor import value
 from hvcompile.invariants import drop_dead
-from hvcompile.key_padding import Masked, Match, arguments, made_of, match, num_keys, read_lengths
+from hvcompile.key_padding import (
+    LEAST_KEYS,
+    Masked,
+    Match,
+    arguments,
+    is_attention,
+    made_of,
+    match,
+    num_keys,
+    read_lengths,
+)
 from hvcompile.nodes import is_tensor, is_weight
 from hvcompile.pipeline import Pass, PassReport
 from hvcompile.trunk import Trunk
@@ -25,14 +38,16 @@ class UnmaskedAttention(Pass):
     Fast kernels take no mask. One that hides the same keys from all queries and heads, and that is made of conditions
     alone, is read by the runtime, once for as long as those conditions stay the same tensors, unmodified; how many keys
     each sample keeps then goes into the graph as a number, so that prompts of any length run the same code. Where the
-    keys that are kept are not the first ones (or there are none), the call is computed by the graph with its mask,
-    which is compiled when that happens first; the log and the journal say so.
+    keys that are kept are not the first ones, or fewer than two, the call is computed by the graph with its mask, which
+    is compiled when that happens first; the log and the journal say so.
 
     An additive mask counts as hiding a key where it adds -9000 or less. Queries that are padding are computed as
     before. A batch is unrolled, a sample at a time.
 
     Args:
         unmask: whether masks are replaced.
+        kernel: "auto" for torch's own choice; "cudnn", "flash", "efficient" or "math" for that one in all blocks, an
+            error where it can't compute one of them.
 
     Before::
 
@@ -48,6 +63,12 @@ class UnmaskedAttention(Pass):
     is_exact: ClassVar[bool] = True
 
     unmask: bool = True
+    kernel: str = AUTO
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            allowed = ", ".join(map(repr, KERNELS))
+            raise OptionError(f"attention.kernel is {self.kernel!r}; allowed is one of {allowed}")
 
     def apply(self, trunk: Trunk) -> PassReport:
         """Rewrite the attention of every body; see the class."""
@@ -69,11 +90,31 @@ class UnmaskedAttention(Pass):
                 declined.append((trunk.lists, "no attention in the blocks has a mask"))
         else:
             declined.append(("masks", "options['attention']['unmask'] is False"))
-        return PassReport(matched=tuple(matched), declined=tuple(declined))
+        all_attention = [
+            (body, node) for body in trunk.bodies for node in body.module.graph.nodes if is_attention(node)
+        ]
+        kinds = {(body, node): _describe(node) for body, node in all_attention}
+        unmet: list[tuple[str, str]] = []
+        noted: list[str] = []
+        if self.kernel == AUTO:
+            for kind in dict.fromkeys(kinds.values()):
+                noted.append(f"kernel left to torch, which takes {expected(kind)} by itself for {kind}")
+        else:
+            reasons = {key: refusal(self.kernel, kind) for key, kind in kinds.items()}
+            told = f"kernel {self.kernel!r}"
+            unmet = [(f"{told} for {node.name} of {body.name}", why) for (body, node), why in reasons.items() if why]
+            if not kinds:
+                unmet = [(told, "the blocks hold no attention")]
+            if not unmet:
+                for _, node in all_attention:
+                    _pin(node, self.kernel)
+                kinds_told = "; ".join(dict.fromkeys(map(str, kinds.values())))
+                matched.append(f"{len(all_attention)} attentions run {told}, asked for by options: {kinds_told}")
+        return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=tuple(unmet), noted=tuple(noted))
 
     def instead(self) -> Pass:
-        """Attention with its masks."""
-        return dataclasses.replace(self, unmask=False)
+        """Attention with its masks, which not every kernel takes."""
+        return dataclasses.replace(self, unmask=False, kernel=AUTO)
 
 
 def _say(found: Match) -> str:
@@ -90,7 +131,7 @@ def _unmask(trunk: Trunk, found: Match) -> None:
     for place, masked in enumerate(found.lengths.values()):
         for sample in range(masked.samples):
             names.append(f"valid_keys_{place}_{sample}")
-            sizes.append(inductor.unbacked_size(mode, 1, num_keys(masked)))
+            sizes.append(inductor.unbacked_size(mode, LEAST_KEYS, num_keys(masked)))
     derived = trunk.add_derived(names, sizes, made_by=tag, module=found.masks, sources=found.sources, read=read_lengths)
     placeholders = iter(derived.placeholders)
     lengths = {source: [next(placeholders) for _ in range(item.samples)] for source, item in found.lengths.items()}
@@ -132,9 +173,36 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], tag: str) -> fx.Node:
             parts.append(attend(q, k.narrow(2, 0, length), v.narrow(2, 0, length), **given))
         return {"out": torch.cat(parts) if len(parts) > 1 else parts[0]}
 
-    out = inline(node.graph, shortened, names, before=node, tag=tag)["out"]
-    out.meta = {**{key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}, **out.meta}
-    assert inductor.shape_key(value(out)) == inductor.shape_key(value(node))
-    node.replace_all_uses_with(out)
-    node.graph.erase_node(node)
+    _replace(node, inline(node.graph, shortened, names, before=node, tag=tag)["out"])
     return mask
+
+
+def _describe(node: fx.Node) -> Attention:
+    given = arguments(node)
+    query, key, held = (value(given[name]) for name in ("query", "key", "value"))
+    return describe(query, key, held, has_mask=isinstance(given.get("attn_mask"), fx.Node))
+
+
+def _pin(node: fx.Node, kernel: str) -> None:
+    """Put a kernel's own operator in place of an attention."""
+    given = arguments(node)
+    names = {name: given[name] for name in ("query", "key", "value", "attn_mask") if given.get(name) is not None}
+    dtype = value(given["query"]).dtype
+    is_bool = "attn_mask" in names and value(names["attn_mask"]).dtype == torch.bool
+    attend = pinned(kernel, value(given["query"]).device.type)
+
+    def run(query: Any, key: Any, value: Any, attn_mask: Any = None) -> dict[str, Any]:
+        if is_bool:  # the operators themselves would add it
+            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(attn_mask.logical_not(), -math.inf)
+        out = attend(query, key, value, attn_mask, given.get("is_causal", False), given.get("scale"))
+        return {"out": out}
+
+    _replace(node, inline(node.graph, run, names, before=node, tag=UnmaskedAttention.__name__)["out"])
+
+
+def _replace(node: fx.Node, other: fx.Node) -> None:
+    """Put a node in place of another, traced where that was."""
+    other.meta = inductor.provenance(node, other.meta[inductor.TAG], value(other))
+    assert inductor.shape_key(value(other)) == inductor.shape_key(value(node))
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
