@@ -74,7 +74,7 @@ def _compile(
         pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
     finally:
         dump.journal(journal)
-    calling = seal(trunk, settings.lower)
+    calling = seal(trunk)
     dump.graph("sealed", trunk.module)
     inputs = [*example_inputs, *(inductor.value(node) for node in trunk.added)]
     instead = None
@@ -174,11 +174,8 @@ def _outline_row(trunk: Trunk) -> JournalRow:
     return row
 
 
-def seal(trunk: Trunk, lower: str = "eager") -> runtime.Calling:
-    """Add the next state and the decision to the graph's outputs, and say how the runtime must call it.
-
-    ``lower`` is how the graphs of derived inputs are lowered, where they are.
-    """
+def seal(trunk: Trunk) -> runtime.Calling:
+    """Add the next state and the decision to the graph's outputs, and say how the runtime must call it."""
     roles = classify(trunk)
     weights = set(roles.weights)
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
@@ -204,19 +201,16 @@ def seal(trunk: Trunk, lower: str = "eager") -> runtime.Calling:
             runtime.StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states
         ),
         has_record=bool(trunk.observed),
-        derived=tuple(_derived_call(item, placeholders, lower) for item in trunk.derived),
+        derived=tuple(_derived_call(item, placeholders) for item in trunk.derived),
     )
 
 
-def _derived_call(item: Derived, placeholders: Sequence[fx.Node], lower: str) -> DerivedCall:
+def _derived_call(item: Derived, placeholders: Sequence[fx.Node]) -> DerivedCall:
     item.module.recompile()
-    run: Callable[..., Any] = item.module.forward
-    if item.is_lowered:
-        run = inductor.LOWERINGS[lower](item.module, [inductor.value(node) for node in item.sources])
     return DerivedCall(
         made_by=item.made_by,
         names=tuple(node.name for node in item.placeholders),
-        run=run,
+        run=item.module.forward,
         sources=tuple(placeholders.index(node) for node in item.sources),
         read=item.read,
     )

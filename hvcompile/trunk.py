@@ -68,12 +68,11 @@ class Derived:
 
     Attributes:
         made_by: name of the pass; what runs instead where ``read`` refuses is that pass's ``instead``.
-        module: takes ``sources`` in order and returns a tuple.
+        module: takes ``sources`` in order and returns a tuple; it runs as it is, not compiled.
         sources: placeholders of the captured graph: conditions, weights, sizes.
         placeholders: what was added to the trunk's graph, one a value.
         read: makes of ``module``'s results the values that the placeholders are given, or says why the trunk's graph
             does not compute what was captured for them; None where the results are the values.
-        is_lowered: whether ``module`` is compiled as the trunk is; else it runs as it is.
 
     """
 
@@ -82,7 +81,6 @@ class Derived:
     sources: tuple[fx.Node, ...]
     placeholders: tuple[fx.Node, ...]
     read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None
-    is_lowered: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -151,7 +149,6 @@ class Trunk:
         module: fx.GraphModule,
         sources: Sequence[fx.Node],
         read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None,
-        is_lowered: bool = False,
     ) -> Derived:
         """Add inputs that ``module`` gives, a placeholder for each name, before the state; see ``Derived``."""
         states = {state.placeholder for state in self.states}
@@ -169,7 +166,6 @@ class Trunk:
             sources=tuple(sources),
             placeholders=tuple(placeholders),
             read=read,
-            is_lowered=is_lowered,
         )
         self.derived.append(made)
         return made

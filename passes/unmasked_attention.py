@@ -13,6 +13,7 @@ from hvcompile import inductor
 from hvcompile.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
+from hvcompile.hoisting import hoist
 from hvcompile.inductor import value
 from hvcompile.invariants import drop_dead
 from hvcompile.key_padding import (
@@ -46,6 +47,8 @@ class UnmaskedAttention(Pass):
 
     Args:
         unmask: whether masks are replaced.
+        hoist: whether what the blocks are given is computed once a generation where it follows from conditions, sizes
+            and weights alone (rotary tables, projections of the text), and not in every step.
         kernel: "auto" for torch's own choice; "cudnn", "flash", "efficient" or "math" for that one in all blocks, an
             error where it can't compute one of them.
 
@@ -64,6 +67,7 @@ class UnmaskedAttention(Pass):
 
     unmask: bool = True
     kernel: str = AUTO
+    hoist: bool = True
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -110,6 +114,8 @@ class UnmaskedAttention(Pass):
                     _pin(node, self.kernel)
                 kinds_told = "; ".join(dict.fromkeys(map(str, kinds.values())))
                 matched.append(f"{len(all_attention)} attentions run {told}, asked for by options: {kinds_told}")
+        if self.hoist and not unmet:
+            matched += hoist(trunk, UnmaskedAttention.__name__)
         return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=tuple(unmet), noted=tuple(noted))
 
     def instead(self) -> Pass:

@@ -96,7 +96,7 @@ def recovered(model: nn.Module, inputs: Mapping[str, Any]) -> Trunk:
 
 def apply(trunk: Trunk) -> pipeline.JournalRow:
     rows: list[pipeline.JournalRow] = []
-    pipeline.run(trunk, [(UnmaskedAttention(), False)], lambda *_: None, rows)
+    pipeline.run(trunk, [(UnmaskedAttention(hoist=False), False)], lambda *_: None, rows)
     return rows[0]
 
 
