@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import fx
 
 from hvcompile import inductor, pipeline, runtime
+from hvcompile.derived import DerivedCall
 from hvcompile.dump import Dump
 from hvcompile.errors import QuantizedWeightError, RequestedPassError
 from hvcompile.graph_code import inline
@@ -21,7 +24,7 @@ from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow, PassReport
 from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.structure import parameter_path
-from hvcompile.trunk import NoTrunk, Trunk
+from hvcompile.trunk import Derived, NoTrunk, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +53,39 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    dump = Dump(settings.dump, inductor.compile_id(), lower=settings.lower, limit_gib=settings.dump_limit_gib)
+    return _compile(graph_module, example_inputs, settings, inductor.compile_id(), [])
+
+
+def _compile(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    settings: Options,
+    compile_id: tuple[int, int],
+    journal: list[JournalRow],
+    *,
+    given: Sequence[Any] | None = None,
+) -> Callable[..., Any]:
+    """Run the passes and lower what they make.
+
+    Args:
+        graph_module: as captured.
+        example_inputs: what it is compiled for.
+        settings: the passes among them.
+        compile_id: of the capture.
+        journal: may hold rows already.
+        given: the inputs of the call that is compiled, where ``example_inputs`` are not these.
+
+    """
+    given = example_inputs if given is None else given
+    dump = Dump(settings.dump, compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
     dump.graph("captured", graph_module)
     trunk = NoTrunk(needs_gradients(graph_module)) if needs_gradients(graph_module) else recover(graph_module)
     if isinstance(trunk, NoTrunk):
         return _plain(graph_module, example_inputs, settings, dump, trunk.reason)
 
-    journal = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
+    journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     dump.graph("outlined", trunk.module)
-    context = pipeline.Context(given=dict(zip(trunk.inputs, example_inputs, strict=True)))
+    context = pipeline.Context(given=dict(zip(trunk.inputs, given, strict=True)))
     try:
         pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal, context)
     finally:
@@ -68,14 +95,42 @@ def hvfast(
     dump.graph("sealed", trunk.module)
     passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
     inputs = [*passed, *map(inductor.value, trunk.added)]
-    run = _lower(trunk.module, inputs, settings, dump, calling, journal)
+    instead = None
+    if any(item.read is not None for item in trunk.derived):
+        # Dynamo's own graph may be gone or changed by the time that another is wanted.
+        captured = inductor.clone_graph_module(graph_module)
+        instead = functools.partial(_compile_instead, captured, settings, compile_id)
+    run = _lower(trunk.module, inputs, settings, dump, calling, journal, compile_id, instead)
     # Now, not at the first call: Dynamo's guards are made next, and see the weights as they will be.
-    dump.hold(example_inputs, [place for layout in calling.stored for place in layout.positions])
+    dump.hold(given, [place for layout in calling.stored for place in layout.positions])
     for layout, stored in zip(calling.stored, trunk.stored, strict=True):
-        joined = layout.of(example_inputs)
+        joined = layout.of(given)
         dump.store(stored.data.name, joined.data)
         dump.store(stored.scale.name, joined.scale)
     return run
+
+
+def _compile_instead(
+    captured: fx.GraphModule,
+    settings: Options,
+    compile_id: tuple[int, int],
+    inputs: Sequence[Any],
+    made_by: str,
+    reason: str,
+) -> Callable[..., Any]:
+    """Compile a graph for inputs that a pass's rewrite of it does not fit, without that rewrite."""
+    log.warning("%s does not fit a call, which is compiled without it: %s", made_by, reason)
+    passes = []
+    for item, requested in settings.passes:
+        if type(item).__name__ != made_by:
+            passes.append((item, requested))
+        elif (other := item.instead()) is not None:
+            passes.append((other, False))
+    settings = dataclasses.replace(settings, passes=tuple(passes))
+    row = JournalRow(name=made_by, report=PassReport(declined=(("compiled again at run time", reason),)), op_changes={})
+    with torch.no_grad():
+        module, fakes = inductor.specialise(captured, inputs)
+        return _compile(module, fakes, settings, compile_id, [row], given=inputs)
 
 
 def require_values(trunk: Trunk, context: pipeline.Context) -> None:
@@ -85,11 +140,13 @@ def require_values(trunk: Trunk, context: pipeline.Context) -> None:
         QuantizedWeightError: something does, as where a model is compiled again without float8.
 
     """
+    derived = {node for item in trunk.derived for node in item.sources}
     for node, given in context.given.items():
-        if node.users and isinstance(given, QuantizedWeight):
+        if isinstance(given, QuantizedWeight) and (node.users or node in derived):
+            reader = next(iter(node.users)).format_node() if node.users else "what is computed once a generation"
             raise QuantizedWeightError(
                 f"{given.path} has been kept in float8 alone since this model was first compiled, and now "
-                f"{next(iter(node.users)).format_node()} reads it. Compile it with the same options, or call "
+                f"{reader} reads it. Compile it with the same options, or call "
                 "hvcompile.restore(model) first"
             )
 
@@ -139,7 +196,7 @@ def _plain(
         states=(),
         has_record=False,
     )
-    return _lower(graph_module, inputs, settings, dump, calling, journal)
+    return _lower(graph_module, inputs, settings, dump, calling, journal, inductor.compile_id())
 
 
 def _lower(
@@ -149,11 +206,14 @@ def _lower(
     dump: Dump,
     calling: runtime.Calling,
     journal: list[JournalRow],
+    compile_id: tuple[int, int],
+    instead: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Hand a graph to the lowering that was chosen, and its result to the runtime."""
     with dump.lowering():
         compiled = inductor.LOWERINGS[settings.lower](module, inputs)
-    return dump.recording(runtime.CompiledTrunk(compiled, calling, journal, inductor.compile_id()))
+    run = runtime.CompiledTrunk(compiled, calling, journal, compile_id, instead)
+    return dump.recording(run, run.derived_inputs)
 
 
 def _outline_row(trunk: Trunk) -> JournalRow:
@@ -187,7 +247,7 @@ def seal(trunk: Trunk) -> runtime.Calling:
         weights=tuple(place for place, node in enumerate(placeholders) if node in weights - sources),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
         numbers=tuple(place for place, node in enumerate(trunk.inputs) if not is_tensor(node)),
-        symbols=symbols,
+        symbols={place: symbol for place, symbol in symbols.items() if place < len(trunk.inputs)},
         num_outputs=len(results),
         states=tuple(
             runtime.StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states
@@ -203,12 +263,24 @@ def seal(trunk: Trunk) -> runtime.Calling:
             )
             for stored in trunk.stored
         ),
+        derived=tuple(_derived_call(item, placeholders) for item in trunk.derived),
     )
     for node in sources:
         trunk.graph.erase_node(node)
     trunk.module.graph.lint()
     trunk.module.recompile()
     return calling
+
+
+def _derived_call(item: Derived, placeholders: Sequence[fx.Node]) -> DerivedCall:
+    item.module.recompile()
+    return DerivedCall(
+        made_by=item.made_by,
+        names=tuple(node.name for node in item.placeholders),
+        run=item.module.forward,
+        sources=tuple(placeholders.index(node) for node in item.sources),
+        read=item.read,
+    )
 
 
 def _record(*, reused: fx.Proxy, difference: fx.Proxy) -> dict[str, Any]:

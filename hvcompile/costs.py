@@ -77,7 +77,7 @@ def costs(graph: fx.Graph) -> list[Cost]:
             part=_part(node),
             flops=arithmetic(node),
             bytes=_bytes(node) + sum(_bytes(item) for item in dict.fromkeys(node.all_input_nodes)),
-            dtype=value(node).dtype,
+            dtype=value(node if is_tensor(node) else node.all_input_nodes[0]).dtype,
         )
         for node in products
     ]
@@ -86,11 +86,13 @@ def costs(graph: fx.Graph) -> list[Cost]:
 
 
 def _part(node: fx.Node) -> str:
-    if node.op not in {"call_function", "call_method"} or not is_tensor(node):
+    if node.op not in {"call_function", "call_method"}:
         return REST
     name = op_name(node)
-    if "scaled_dot_product_attention" in name:
-        return ATTENTION
+    if "scaled_dot_product" in name:
+        return ATTENTION  # where a kernel is pinned, a tuple
+    if not is_tensor(node):
+        return REST
     if name.startswith("conv"):
         return CONVOLUTION
     return LINEAR if name in PRODUCTS else REST

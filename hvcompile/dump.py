@@ -8,7 +8,7 @@ import logging
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ class Dump:
         self._lower, self._limit_gib = lower, limit_gib
         self._count = 0
         self._fixed: dict[str, float] = {}
+        self._derived: Callable[[Sequence[Any]], Mapping[str, Any] | str] = lambda _: {}
         self._inputs: list[tuple[str, bool]] = []  # of the captured graph: its name, and whether it is a weight
         self._passes: list[dict[str, Any]] = []
         self._notes: list[str] = []
@@ -138,6 +139,8 @@ class Dump:
                 "tolerance": row.tolerance,
                 "matched": row.report.matched,
                 "declined": [{"what": what, "why": why} for what, why in row.report.declined],
+                "unmet": [{"what": what, "why": why} for what, why in row.report.unmet],
+                "noted": row.report.noted,
                 "op_changes": row.op_changes,
                 "table": row.report.table,
             }
@@ -204,8 +207,17 @@ class Dump:
         if self._folder is not None:
             self._stored[name] = tensor
 
-    def recording(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """Give a callable that runs ``run``, and saves what the first call is given and gives."""
+    def recording(
+        self, run: Callable[..., Any], derived: Callable[[Sequence[Any]], Mapping[str, Any] | str] = lambda _: {}
+    ) -> Callable[..., Any]:
+        """Give a callable that runs ``run``, and saves what the first call is given and gives.
+
+        Args:
+            run: the compiled graph.
+            derived: given a call's inputs, what the runtime adds to them, by name; or why another graph runs it.
+
+        """
+        self._derived = derived
         return run if self._folder is None else FirstCall(run, self._save_inputs, self._save_outputs)
 
     def _frame(self, original: types.CodeType, rewritten: types.CodeType) -> None:
@@ -248,13 +260,16 @@ class Dump:
                 f"the weights are not kept and are drawn at random instead: they take {size / 2**30:.3g} GiB, more "
                 f"than the {self._limit_gib:g} of options['dump_limit_gib']"
             )
-        kept = {name: compact(item) for name, item in wanted.items()}
-        if weights <= set(wanted):
-            kept |= self._stored
+        derived, is_whole = self._derived(given), len(wanted) == len(given)
+        if isinstance(derived, str):
+            self._note(f"the first call is computed by the graph of another folder, since in this one {derived}")
+            derived, is_whole = {}, False
+        stored = self._stored if weights <= set(wanted) else {}
         with _writing(self._folder):
+            kept = {name: compact(item) for name, item in {**wanted, **derived, **stored}.items()}
             save(kept, self._folder / "inputs.pt")
         self._held, self._stored = {}, {}
-        return len(wanted) == len(given)
+        return is_whole
 
     def _save_outputs(self, results: Sequence[Any]) -> None:
         if self._folder is not None:

@@ -111,6 +111,7 @@ class Plan:
     def _settle_shared(self) -> None:
         """Leave alone the weights that something else reads too."""
         calls = {block.call for block in self.trunk.blocks}
+        derived = {node for item in self.trunk.derived for node in item.sources}
         readers = [(block, *item) for block, operands in self._operands.items() for item in operands.items()]
         changed = True
         while changed:
@@ -122,7 +123,7 @@ class Plan:
             }
             for key, reason in self.reasons.items():
                 operand = self.operand(*key)
-                if not reason and (operand in kept or not calls.issuperset(operand.users)):
+                if not reason and (operand in kept | derived or not calls.issuperset(operand.users)):
                     self.reasons[key] = "its weight is read elsewhere too"
                     changed = True
 

@@ -200,8 +200,9 @@ def _example(placeholder: fx.Node, name: str, fixed: Mapping[str, float]) -> str
         number = size_hint(held) if isinstance(held, torch.SymInt) else held
         return f'KEPT.get("{name}", {number if isinstance(number, (bool, int, float)) else None})'
     shape = tuple(map(size_hint, held.shape))
-    if not source_name(placeholder) and STORED not in placeholder.meta:  # state is no input of Dynamo's
-        return f'torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}")'
+    if not source_name(placeholder) and STORED not in placeholder.meta:  # state is no input of Dynamo's, and what is
+        # derived from inputs was kept
+        return f'KEPT.get("{name}", torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}"))'
     if placeholder.name in fixed:
         number = fixed[placeholder.name]
         return f'KEPT.get("{name}", torch.full({shape}, {number}, dtype={held.dtype}, device="{held.device}"))'

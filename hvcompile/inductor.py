@@ -11,8 +11,11 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
   branch is retraced without Inductor's decompositions and then fails with "both a fallback and a decomp for same op";
   handing the table to the body cures it.
 - ``torch._guards.CompileContext``: the only place that says whether Dynamo captures a frame anew or again.
-- ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph.
-- ``SymInt.node.hint`` and ``SymInt.node.expr``: reading a symbolic size without installing a guard on it.
+- ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph, and to make another.
+- ``ShapeEnv.create_unbacked_symint``: a size that no code may be specialised to, and on which no guard can be put that
+  Dynamo, which knows nothing of the input, would have to check.
+- ``SymInt.node.hint``, ``SymInt.node.expr`` and ``ShapeEnv.bound_sympy``: reading a symbolic size without installing a
+  guard on it.
 - ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
   the graph.
 - ``torch._dynamo.exc``: what Dynamo raises where it can't keep a call in one graph.
@@ -34,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
@@ -48,6 +52,7 @@ from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 Compiled = Callable[..., Any]
 
@@ -100,10 +105,16 @@ def provenance(node: fx.Node, tag: str, fake: Any) -> dict[str, Any]:
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A symbolic size's value in the run that was captured, read without installing a guard."""
+    """A symbolic size's value in the run that was captured, read without installing a guard.
+
+    Of one that depends on data, the most that it can be, or 1 where nothing bounds it.
+    """
     if isinstance(size, torch.SymInt):
         hint = size.node.hint
-        return 1 if hint is None else int(hint)
+        if hint is None:
+            most = size.node.shape_env.bound_sympy(size.node.expr).upper
+            return int(most) if most.is_Integer and most < sys.maxsize else 1
+        return int(hint)
     return int(size)
 
 
@@ -151,6 +162,16 @@ def fake_like(
     """A fake contiguous tensor of this shape (symbolic sizes allowed) in the graph's own fake mode."""
     with mode:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def unbacked_size(mode: FakeTensorMode, least: int, most: int | torch.SymInt) -> torch.SymInt:
+    """A new size from ``least`` to ``most`` that is known only when the graph runs."""
+    env: Any = mode.shape_env
+    with env.ignore_fresh_unbacked_symbols():  # it is an input: no operation of the graph makes it
+        size: torch.SymInt = env.create_unbacked_symint()
+    for bound in (size >= least, size <= most):
+        torch._check(bound)  # type: ignore[no-untyped-call]
+    return size
 
 
 def symbol_of(node: fx.Node) -> Any:
@@ -313,6 +334,41 @@ def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:
         )
         env[node].meta = copy.copy(node.meta)
     return carry_over(module, fx.GraphModule(module, graph))
+
+
+class _Propagate(fx.Interpreter):
+    """Runs a graph and records each node's value."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta.pop("unbacked_bindings", None)
+        n.meta["example_value"] = result = super().run_node(n)
+        return result
+
+
+def _number_or_node(node: fx.Node) -> Any:
+    return value(node) if isinstance(value(node), int | float) else node
+
+
+def specialise(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of a captured graph for inputs of these sizes alone, with fake inputs for it; computes nothing.
+
+    Dynamo checks the assumptions that are made while it compiles. What is compiled later may make none about a symbolic
+    size, so it is given none.
+    """
+    module = clone_graph_module(captured)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    if not any(isinstance(value(node), torch.SymInt | torch.SymFloat) for node in placeholders):
+        return module, [value(node) for node in placeholders]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(item, static_shapes=True) if isinstance(item, torch.Tensor) else item for item in inputs]
+    with mode, torch.no_grad():
+        _Propagate(module).run(*fakes)
+    for node in module.graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _number_or_node)
+        node.args, node.kwargs = args, kwargs
+    module.graph.lint()
+    module.recompile()
+    return module, fakes
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

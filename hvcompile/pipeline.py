@@ -39,11 +39,14 @@ class Context:
 class PassReport:
     """What a pass did: what it matched, and what it left alone with the reason for each.
 
-    ``table`` holds details: rows of equal columns, in order.
+    ``unmet`` is what one of its options asks for that can't be had, with the reason: an error where the user asked for
+    the pass. ``noted`` is what else a reader wants to know. ``table`` holds details: rows of equal columns, in order.
     """
 
     matched: tuple[str, ...] = ()
     declined: tuple[tuple[str, str], ...] = ()
+    unmet: tuple[tuple[str, str], ...] = ()
+    noted: tuple[str, ...] = ()
     table: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -71,7 +74,8 @@ class JournalRow:
     def line(self) -> str:
         """The row in one line, for the log."""
         done = "; ".join(self.report.matched) or "left the graph as it was"
-        reasons = "; ".join(f"{what}: {why}" for what, why in self.report.declined)
+        rest = [f"{what}: {why}" for what, why in (*self.report.unmet, *self.report.declined)]
+        reasons = "; ".join([*rest, *self.report.noted])
         return f"{self.name}: {done}" + (f" ({reasons})" if reasons else "")
 
 
@@ -91,6 +95,10 @@ class Pass:
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk in place, or leave it as it was and say why."""
         raise NotImplementedError(f"{type(self).__name__} has no apply")
+
+    def instead(self) -> Pass | None:
+        """The pass as it runs for inputs that one of its derived inputs refuses; None for not at all."""
+        return None
 
 
 def off_rows(switched_off: Sequence[tuple[str, str]]) -> list[JournalRow]:
@@ -178,8 +186,8 @@ def run(
         log.info("%s", row.line())
         journal.append(row)
         observe(name, trunk)
-        if requested and not report.applied:
-            reasons = "; ".join(f"{what}: {why}" for what, why in report.declined)
+        if requested and (report.unmet or not report.applied):
+            reasons = "; ".join(f"{what}: {why}" for what, why in report.unmet or report.declined)
             raise RequestedPassError(
                 f"options ask for {item.section!r}, but {name} can't apply to this graph ({reasons}). "
                 f"Drop {item.section!r} from options to run without it."

@@ -17,13 +17,14 @@ import logging
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvcompile import inductor
+from hvcompile.derived import DerivedCall, Kept
 from hvcompile.errors import UncompiledModelError
 from hvcompile.float8 import Granularity
 from hvcompile.pipeline import JournalRow
@@ -60,9 +61,11 @@ class Stats:
         hits: steps that reused the cached residuals.
         misses: steps that computed all blocks.
         slots: slots that hold state now.
-        bytes: bytes that the slots hold.
+        bytes: bytes that the slots and derived inputs hold.
         steps: the last decisions, oldest first, at most ``KEPT_STEPS`` of them.
         journal: for each captured graph, what every pass did.
+        unfit: calls that ran a graph compiled for what the first one is not fit for, such as a mask with a hole in it;
+            its journal says why.
 
     """
 
@@ -74,6 +77,7 @@ class Stats:
     bytes: int
     steps: list[Step]
     journal: list[list[JournalRow]]
+    unfit: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +99,8 @@ class ModelState:
     weights: dict[int, _Weights] = dataclasses.field(default_factory=lambda: collections.defaultdict(_Weights))
     stored: dict[int, _StoredWeights] = dataclasses.field(default_factory=dict)
     numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
+    kept: dict[tuple[int, int], Kept] = dataclasses.field(default_factory=lambda: collections.defaultdict(Kept))
+    unfit: int = 0
     calls: int = 0
     hits: int = 0
     misses: int = 0
@@ -172,12 +178,13 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
     states = _states_of(model)
     for state in states:
         state.read_pending()
-    captured, slots, steps = [], [], []
+    captured, slots, steps, tensors = [], [], [], []
     for state in states:
         with state.lock:
             captured += list(state.graphs.values())
             slots += list(state.slots.values())
             steps += list(state.steps)
+            tensors += [tensor for kept in list(state.kept.values()) for tensor in kept.tensors()]
     graphs = len({frame for (frame, _), _ in captured})
     return Stats(
         graphs=graphs,
@@ -185,9 +192,12 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
         hits=sum(state.hits for state in states),
         misses=sum(state.misses for state in states),
         slots=len(slots),
-        bytes=sum(tensor.untyped_storage().nbytes() for slot in slots for tensor in slot.tensors),
+        bytes=sum(
+            tensor.untyped_storage().nbytes() for tensor in [*(t for slot in slots for t in slot.tensors), *tensors]
+        ),
         steps=steps,
         journal=[journal for _, journal in captured],
+        unfit=sum(state.unfit for state in states),
     )
 
 
@@ -206,6 +216,8 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
     for state in _states_of(model):
         with state.lock:
             state.slots.clear()
+            state.kept.clear()
+            state.unfit = 0
             state.pending.clear()
             state.steps.clear()
             state.hits = state.misses = 0
@@ -310,7 +322,7 @@ class Calling:
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
-    compiled graph takes; None for all.
+    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state.
     """
 
     anchor: int | None
@@ -323,6 +335,7 @@ class Calling:
     has_record: bool
     passed: tuple[int, ...] | None = None
     stored: tuple[WeightLayout, ...] = ()
+    derived: tuple[DerivedCall, ...] = ()
 
 
 class _StoredWeights:
@@ -361,7 +374,12 @@ class CompiledTrunk:
     """The callable that Dynamo gets: adds weights and a slot's state to the inputs, takes the next from the outputs."""
 
     def __init__(
-        self, compiled: Callable[..., Any], calling: Calling, journal: list[JournalRow], compile_id: tuple[int, int]
+        self,
+        compiled: Callable[..., Any],
+        calling: Calling,
+        journal: list[JournalRow],
+        compile_id: tuple[int, int],
+        compile_instead: Callable[[Sequence[Any], str, str], Callable[..., Any]] | None = None,
     ) -> None:
         self._compiled, self._calling, self._journal, self._compile_id = compiled, calling, journal, compile_id
         self._weights, self._numbers = _picker(calling.weights), _picker(calling.numbers)
@@ -371,6 +389,9 @@ class CompiledTrunk:
         self._passed = _picker(calling.passed) if calling.passed is not None else None
         self._lock = threading.Lock()
         self._has_warned = False
+        # Takes the inputs of a call, the pass whose derived inputs refuse them, and why.
+        self._compile_instead = compile_instead
+        self._instead: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
@@ -381,12 +402,20 @@ class CompiledTrunk:
         if self._number not in model.graphs:
             with model.lock:
                 model.graphs[self._number] = (self._compile_id, self._journal)
+        added: list[Any] = []
+        for item, made in self._derive(model, args):
+            if isinstance(made, str):
+                with model.lock:
+                    model.unfit += 1
+                return self._run_instead(args, item.made_by, made)
+            added += made
         stored, revision = self._stored_weights(model, args) if calling.stored else ([], 0)
+        added += stored
         passed = self._passed(args) if self._passed is not None else args
         if not calling.states:
-            return self._compiled(*passed, *stored)  # type: ignore[no-any-return]
+            return self._compiled(*passed, *added)  # type: ignore[no-any-return]
         slot = self._slot(model, args, revision)
-        results = self._compiled(*passed, *stored, *slot.tensors)
+        results = self._compiled(*passed, *added, *slot.tensors)
         end = calling.num_outputs + len(calling.states)
         slot.tensors = list(results[calling.num_outputs : end])
         if calling.has_record:
@@ -395,6 +424,29 @@ class CompiledTrunk:
             if len(model.pending) >= KEPT_STEPS:
                 model.read_pending()
         return results[: calling.num_outputs]  # type: ignore[no-any-return]
+
+    def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | str]]:
+        for place, item in enumerate(self._calling.derived):
+            yield item, model.kept[self._number, place].of(item, args)
+
+    def derived_inputs(self, args: Sequence[Any]) -> dict[str, Any] | str:
+        """What a call with these inputs adds to them, by the placeholder's name; or why another graph runs it."""
+        anchor = self._calling.anchor
+        found: dict[str, Any] = {}
+        for item, made in self._derive(model_state(args[anchor]), args) if anchor is not None else ():
+            if isinstance(made, str):
+                return made
+            found |= dict(zip(item.names, made, strict=True))
+        return found
+
+    def _run_instead(self, args: Sequence[Any], made_by: str, reason: str) -> Sequence[Any]:
+        """Run the graph that computes what this one can't; compiled once for each set of sizes."""
+        key = (made_by, *self._numbers(args))
+        with self._lock:
+            if key not in self._instead:
+                assert self._compile_instead is not None
+                self._instead[key] = self._compile_instead(args, made_by, reason)
+        return self._instead[key](*args)  # type: ignore[no-any-return]
 
     def _stored_weights(self, model: ModelState, args: Sequence[Any]) -> tuple[list[torch.Tensor], int]:
         """The float8 weights to pass, and their revision."""

@@ -86,13 +86,13 @@ def owner_of(node: fx.Node, depth: int) -> ModuleCall | None:
 
 def arithmetic(node: fx.Node) -> int:
     """A node's floating point operations, counted exactly for matrix products and attention, else one an element."""
-    if not is_tensor(node):
-        return 0
     operands = [value(operand) for operand in node.all_input_nodes if is_tensor(operand)]
     name = getattr(node.target, "__name__", str(node.target))
-    out = numel_hint(value(node))
-    if "scaled_dot_product_attention" in name and len(operands) >= 2:
+    if "scaled_dot_product" in name and len(operands) >= 2:  # some of its kernels return a tuple
         return 4 * numel_hint(operands[0]) * size_hint(operands[1].shape[-2])
+    if not is_tensor(node):
+        return 0
+    out = numel_hint(value(node))
     if name in PRODUCTS and operands and operands[0].ndim:
         return 2 * out * size_hint(operands[0].shape[-1])
     if name.startswith("conv") and len(operands) >= 2:

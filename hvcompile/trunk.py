@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import fx
 
 from hvcompile import float8, inductor
 from hvcompile.float8 import Granularity
-from hvcompile.inductor import STORED, provenance, value
+from hvcompile.inductor import STORED, TAG, provenance, value
 from hvcompile.nodes import is_tensor, is_weight, storage
 
 
@@ -77,6 +77,27 @@ class StoredWeights:
     keep_original: bool
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Derived:
+    """Inputs of the trunk's graph that follow from other inputs: a graph of its own, run anew only where those changed.
+
+    Attributes:
+        made_by: name of the pass; what runs instead where ``read`` refuses is that pass's ``instead``.
+        module: takes ``sources`` in order and returns a tuple; it runs as it is, not compiled.
+        sources: placeholders of the captured graph: conditions, weights, sizes.
+        placeholders: what was added to the trunk's graph, one a value.
+        read: makes of ``module``'s results the values that the placeholders are given, or says why the trunk's graph
+            does not compute what was captured for them; None where the results are the values.
+
+    """
+
+    made_by: str
+    module: fx.GraphModule
+    sources: tuple[fx.Node, ...]
+    placeholders: tuple[fx.Node, ...]
+    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class Trunk:
     """A captured graph with its blocks outlined, and the inputs that passes have added to it: weights, then state.
@@ -90,6 +111,7 @@ class Trunk:
     stored: list[StoredWeights] = dataclasses.field(default_factory=list)
     states: list[State] = dataclasses.field(default_factory=list)
     observed: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    derived: list[Derived] = dataclasses.field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -103,15 +125,16 @@ class Trunk:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The placeholders of the captured graph, without the added weights and state."""
+        """The placeholders of the captured graph, without those that passes have added."""
         added = set(self.added)
         return [node for node in self.graph.nodes if node.op == "placeholder" and node not in added]
 
     @property
     def added(self) -> list[fx.Node]:
-        """The placeholders that passes have added, in order."""
+        """The placeholders that passes have added, in order: derived inputs, weights, state."""
+        derived = [node for item in self.derived for node in item.placeholders]
         stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
-        return [*stored, *(state.placeholder for state in self.states)]
+        return [*derived, *stored, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
@@ -126,6 +149,59 @@ class Trunk:
         state = State(name=name, placeholder=placeholder, shape=tuple(shape), dtype=dtype, device=device)
         self.states.append(state)
         return state
+
+    def add_derived(
+        self,
+        names: Sequence[str],
+        examples: Sequence[Any],
+        *,
+        made_by: str,
+        module: fx.GraphModule,
+        sources: Sequence[fx.Node],
+        read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None,
+    ) -> Derived:
+        """Add inputs that ``module`` gives, a placeholder for each name, before weights and state; see ``Derived``."""
+        derived = {node for item in self.derived for node in item.placeholders}
+        later = set(self.added) - derived
+        anchor = [node for node in self.graph.find_nodes(op="placeholder") if node not in later][-1]
+        placeholders = []
+        for name, example in zip(names, examples, strict=True):
+            with self.graph.inserting_after(anchor):
+                anchor = self.graph.placeholder(name)
+            anchor._dynamo_source = None  # AOTAutograd reads it of every placeholder
+            anchor.meta = {TAG: made_by, "example_value": example}
+            placeholders.append(anchor)
+        made = Derived(
+            made_by=made_by,
+            module=module,
+            sources=tuple(sources),
+            placeholders=tuple(placeholders),
+            read=read,
+        )
+        self.derived.append(made)
+        return made
+
+    def add_operand(self, body: Body, node: fx.Node) -> fx.Node:
+        """Hand one more value to every call of a body; returns the placeholder that it is inside."""
+        last = list(body.module.graph.find_nodes(op="placeholder"))[-1]
+        with body.module.graph.inserting_after(last):
+            placeholder = body.module.graph.placeholder(node.name)
+        placeholder.meta["example_value"] = value(node)
+        for block in self.blocks:
+            if block.body is body:
+                block.call.args = (*block.call.args, node)
+        return placeholder
+
+    def drop_operand(self, body: Body, placeholder: fx.Node) -> None:
+        """Hand a value that a body no longer reads to none of its calls."""
+        position = list(body.module.graph.find_nodes(op="placeholder")).index(placeholder)
+        body.module.graph.erase_node(placeholder)
+        body.streams = {output: place - (place > position) for output, place in body.streams.items()}
+        for block in self.blocks:
+            if block.body is body:
+                args = list(block.call.args)
+                del args[2 + position]
+                block.call.args = tuple(args)
 
     def store(
         self, sources: Sequence[fx.Node], name: str, *, granularity: Granularity, keep_original: bool

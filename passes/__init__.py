@@ -2,12 +2,15 @@
 
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_linears import Float8Linears
+from hvcompile.passes.unmasked_attention import UnmaskedAttention
 from hvcompile.pipeline import Pass
 
 if __name__ != "hvcompile.passes":
     raise ImportError("import the passes as hvcompile.passes: under another name their classes would exist twice")
 
 PASSES: tuple[type[Pass], ...] = (
+    # Looks for attention in the bodies, and at the mask where it is still made before the blocks.
+    UnmaskedAttention,
     # Edits bodies, which the cache's branches call as well.
     Float8Linears,
     # Last of all: it moves blocks 2..N into a branch, and the others look for blocks at the top level.

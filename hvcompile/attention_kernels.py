@@ -1,0 +1,131 @@
+"""Which kernel computes an attention: what each can run, what torch takes by itself, and how to pin one.
+
+``torch.nn.attention.sdpa_kernel`` sets flags of the whole process that are read while a graph is traced, so that it
+would act on other threads and on attention that it is not meant for. A kernel is pinned here by calling its operator in
+place of ``scaled_dot_product_attention``: what the graph says is what runs, whatever lowers it. Which implementation
+stands behind flash (FA2, FA3, FA4) stays torch's own switch, ``torch.nn.attention.activate_flash_attention_impl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+AUTO = "auto"
+KERNELS = (AUTO, "cudnn", "flash", "efficient", "math")
+
+_HALF = (torch.float16, torch.bfloat16)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """What of an attention the choice of a kernel depends on.
+
+    ``head_sizes`` are those of query and value, ``capability`` is the device's compute capability, (0, 0) where that is
+    not known.
+    """
+
+    device: str
+    dtype: torch.dtype
+    head_sizes: tuple[int, int]
+    has_mask: bool
+    is_grouped: bool
+    capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        sizes = " and ".join(str(size) for size in dict.fromkeys(self.head_sizes))
+        mask = "with a mask" if self.has_mask else "no mask"
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}, head size {sizes}, {mask}"
+
+
+def describe(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, has_mask: bool) -> Attention:
+    """Describe an attention from its operands, ``[batch, heads, tokens, head size]``; fake tensors will do."""
+    is_here = query.device.type == "cuda" and torch.cuda.is_available()
+    return Attention(
+        device=query.device.type,
+        dtype=query.dtype,
+        head_sizes=(int(query.shape[-1]), int(value.shape[-1])),
+        has_mask=has_mask,
+        is_grouped=str(query.shape[1]) != str(key.shape[1]),
+        capability=torch.cuda.get_device_capability(query.device) if is_here else (0, 0),
+    )
+
+
+def _has_cudnn() -> bool:
+    return bool(torch.backends.cudnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def refusal(kernel: str, attention: Attention) -> str:
+    """Why a kernel can't compute an attention; empty if it can."""
+    least, most = {"cudnn": ((8, 0), 128), "flash": ((8, 0), 256), "efficient": ((5, 0), 2**16)}.get(
+        kernel, ((0, 0), 0)
+    )
+    dtypes = {"cudnn": _HALF, "flash": _HALF, "efficient": (*_HALF, torch.float32)}.get(kernel, _FLOATS)
+    device = attention.device
+    if device not in {"cpu", "cuda", "meta"}:
+        return f"kernels are pinned on cpu and cuda, not on {device}"
+    if attention.is_grouped:
+        return "query and key differ in their number of heads"
+    if device == "cpu":
+        if kernel not in {"flash", "math"}:
+            return "on cpu there are flash and math"
+        least, most, dtypes = (0, 0), 0, _FLOATS
+    elif kernel != "math" and attention.has_mask:
+        return "it has a mask, which is pinned to math alone; leave the choice to 'auto'"
+    if attention.dtype not in dtypes:
+        return f"it takes {', '.join(str(item).removeprefix('torch.') for item in dtypes)}, not {attention.dtype}"
+    query, value = attention.head_sizes
+    if kernel != "math" and query != value:
+        return f"query and value differ in head size ({query} and {value})"
+    if most and (query > most or query % 8):
+        return f"it takes head sizes that are multiples of 8 up to {most}, not {query}"
+    if device == "cuda":
+        if attention.capability < least:
+            return f"it takes a GPU of compute capability {least[0]}.{least[1]} or more"
+        if kernel == "flash" and not torch.backends.cuda.is_flash_attention_available():
+            return "this torch was built without flash attention"
+        if kernel == "cudnn" and not _has_cudnn():
+            return "this torch was built without cuDNN"
+    return ""
+
+
+def expected(attention: Attention) -> str:
+    """The kernel that torch takes by itself, by its documented order; cuDNN leads it on Hopper and newer."""
+    order = (
+        ["cudnn", "flash", "efficient", "math"] if attention.capability >= (9, 0) else ["flash", "efficient", "math"]
+    )
+    if attention.has_mask and attention.device != "cpu":
+        return "efficient" if attention.dtype in (*_HALF, torch.float32) else "math"
+    return next((kernel for kernel in order if not refusal(kernel, attention)), "math")
+
+
+def pinned(kernel: str, device: str) -> Callable[..., Any]:
+    """A function ``(query, key, value, attn_mask, is_causal, scale) -> output`` that runs one kernel.
+
+    ``attn_mask`` is additive, in the query's dtype, or None; only "math", and "flash" on cpu, are given one.
+    """
+    aten = torch.ops.aten
+
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
+        given = (query, key, value)
+        if kernel == "math":
+            return aten._scaled_dot_product_attention_math.default(
+                *given, attn_mask, 0.0, is_causal, None, scale=scale
+            )[0]
+        if device == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu.default(
+                *given, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
+        if kernel == "flash":
+            return aten._scaled_dot_product_flash_attention.default(*given, 0.0, is_causal, False, scale=scale)[0]
+        if kernel == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention.default(
+                *given, None, False, 0.0, is_causal, False, scale=scale
+            )[0]
+        return aten._scaled_dot_product_efficient_attention.default(*given, None, False, 0.0, is_causal, scale=scale)[0]
+
+    return attend

@@ -1,0 +1,215 @@
+"""Unmasked attention: a mask that hides padding at the end of the keys becomes shorter keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from hvcompile import inductor
+from hvcompile.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal
+from hvcompile.errors import OptionError
+from hvcompile.graph_code import inline
+from hvcompile.hoisting import hoist
+from hvcompile.inductor import value
+from hvcompile.invariants import drop_dead
+from hvcompile.key_padding import (
+    LEAST_KEYS,
+    Masked,
+    Match,
+    arguments,
+    is_attention,
+    made_of,
+    match,
+    num_keys,
+    read_lengths,
+)
+from hvcompile.nodes import is_tensor, is_weight
+from hvcompile.pipeline import Context, Pass, PassReport
+from hvcompile.trunk import Trunk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnmaskedAttention(Pass):
+    """Replace a key-padding mask of the blocks' attention by keys and values that end where the padding begins.
+
+    Fast kernels take no mask. One that hides the same keys from all queries and heads, and that is made of conditions
+    alone, is read by the runtime, once for as long as those conditions stay the same tensors, unmodified; how many keys
+    each sample keeps then goes into the graph as a number, so that prompts of any length run the same code. Where the
+    keys that are kept are not the first ones, or fewer than two, the call is computed by the graph with its mask, which
+    is compiled when that happens first; the log and the journal say so.
+
+    An additive mask counts as hiding a key where it adds -9000 or less. Queries that are padding are computed as
+    before. A batch is unrolled, a sample at a time.
+
+    Args:
+        unmask: whether masks are replaced.
+        hoist: whether what the blocks are given is computed once a generation where it follows from conditions, sizes
+            and weights alone (rotary tables, projections of the text), and not in every step.
+        kernel: "auto" for torch's own choice; "cudnn", "flash", "efficient" or "math" for that one in all blocks, an
+            error where it can't compute one of them.
+
+    Before::
+
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    After::
+
+        out = scaled_dot_product_attention(query, key.narrow(2, 0, valid_keys), value.narrow(2, 0, valid_keys))
+
+    """
+
+    section: ClassVar[str] = "attention"
+    is_exact: ClassVar[bool] = True
+
+    unmask: bool = True
+    kernel: str = AUTO
+    hoist: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            allowed = ", ".join(map(repr, KERNELS))
+            raise OptionError(f"attention.kernel is {self.kernel!r}; allowed is one of {allowed}")
+
+    def apply(self, trunk: Trunk, context: Context) -> PassReport:
+        """Rewrite the attention of every body; see the class."""
+        del context
+        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+            return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
+        if not any(is_weight(node) for node in trunk.inputs):
+            return PassReport(
+                declined=(("graph", "it takes no parameters as inputs, so what is kept can't be tied to a model"),)
+            )
+        matched: list[str] = []
+        declined: list[tuple[str, str]] = []
+        if self.unmask:
+            found = match(trunk)
+            declined += found.declined
+            if found.masked:
+                _unmask(trunk, found)
+                matched.append(_say(found))
+            elif not declined:
+                declined.append((trunk.lists, "no attention in the blocks has a mask"))
+        else:
+            declined.append(("masks", "options['attention']['unmask'] is False"))
+        all_attention = [
+            (body, node) for body in trunk.bodies for node in body.module.graph.nodes if is_attention(node)
+        ]
+        kinds = {(body, node): _describe(node) for body, node in all_attention}
+        unmet: list[tuple[str, str]] = []
+        noted: list[str] = []
+        if self.kernel == AUTO:
+            for kind in dict.fromkeys(kinds.values()):
+                noted.append(f"kernel left to torch, which takes {expected(kind)} by itself for {kind}")
+        else:
+            reasons = {key: refusal(self.kernel, kind) for key, kind in kinds.items()}
+            told = f"kernel {self.kernel!r}"
+            unmet = [(f"{told} for {node.name} of {body.name}", why) for (body, node), why in reasons.items() if why]
+            if not kinds:
+                unmet = [(told, "the blocks hold no attention")]
+            if not unmet:
+                for _, node in all_attention:
+                    _pin(node, self.kernel)
+                kinds_told = "; ".join(dict.fromkeys(map(str, kinds.values())))
+                matched.append(f"{len(all_attention)} attentions run {told}, asked for by options: {kinds_told}")
+        if self.hoist and not unmet:
+            matched += hoist(trunk, UnmaskedAttention.__name__)
+        return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=tuple(unmet), noted=tuple(noted))
+
+    def instead(self) -> Pass:
+        """Attention with its masks, which not every kernel takes."""
+        return dataclasses.replace(self, unmask=False, kernel=AUTO)
+
+
+def _say(found: Match) -> str:
+    places = ", ".join(f"{item.node.name} of {item.body.name}" for item in found.masked)
+    return f"{places}: keys end where the padding begins, found from the mask by the runtime"
+
+
+def _unmask(trunk: Trunk, found: Match) -> None:
+    tag = UnmaskedAttention.__name__
+    mode: Any = inductor.fake_mode(trunk.graph)
+    assert found.masks is not None
+    names: list[str] = []
+    sizes: list[torch.SymInt] = []
+    for place, masked in enumerate(found.lengths.values()):
+        for sample in range(masked.samples):
+            names.append(f"valid_keys_{place}_{sample}")
+            sizes.append(inductor.unbacked_size(mode, LEAST_KEYS, num_keys(masked)))
+    derived = trunk.add_derived(names, sizes, made_by=tag, module=found.masks, sources=found.sources, read=read_lengths)
+    placeholders = iter(derived.placeholders)
+    lengths = {source: [next(placeholders) for _ in range(item.samples)] for source, item in found.lengths.items()}
+    inside: dict[tuple[Any, fx.Node], fx.Node] = {}
+    unread: list[fx.Node] = []
+    for masked in found.masked:
+        operands = []
+        for length in lengths[masked.source]:
+            if (masked.body, length) not in inside:
+                inside[masked.body, length] = trunk.add_operand(masked.body, length)
+            operands.append(inside[masked.body, length])
+        mask = _rewrite(masked, operands, tag)
+        leaves = made_of(mask)[1]
+        drop_dead(masked.body.module.graph, [mask])
+        for leaf in leaves:
+            if is_tensor(leaf) and not leaf.users:
+                position = list(masked.body.module.graph.find_nodes(op="placeholder")).index(leaf)
+                unread += [block.operands[position] for block in trunk.blocks if block.body is masked.body]
+                trunk.drop_operand(masked.body, leaf)
+    drop_dead(trunk.graph, unread)
+
+
+def _rewrite(masked: Masked, lengths: list[fx.Node], tag: str) -> fx.Node:
+    """Replace one attention; returns its mask."""
+    node, given = masked.node, arguments(masked.node)
+    mask: fx.Node = given.pop("attn_mask")
+    attend: Any = node.target
+    query, key, held = (given.pop(name) for name in ("query", "key", "value"))
+    names = {"query": query, "key": key, "value": held}
+    names |= {f"length_{place}": length for place, length in enumerate(lengths)}
+
+    def shortened(query: Any, key: Any, value: Any, **lengths: Any) -> dict[str, Any]:
+        parts = []
+        for sample, length in enumerate(lengths.values()):
+            mine = [query, key, value]
+            if len(lengths) > 1:
+                mine = [item.narrow(0, sample, 1) for item in mine]
+            q, k, v = mine
+            parts.append(attend(q, k.narrow(2, 0, length), v.narrow(2, 0, length), **given))
+        return {"out": torch.cat(parts) if len(parts) > 1 else parts[0]}
+
+    _replace(node, inline(node.graph, shortened, names, before=node, tag=tag)["out"])
+    return mask
+
+
+def _describe(node: fx.Node) -> Attention:
+    given = arguments(node)
+    query, key, held = (value(given[name]) for name in ("query", "key", "value"))
+    return describe(query, key, held, has_mask=isinstance(given.get("attn_mask"), fx.Node))
+
+
+def _pin(node: fx.Node, kernel: str) -> None:
+    """Put a kernel's own operator in place of an attention."""
+    given = arguments(node)
+    names = {name: given[name] for name in ("query", "key", "value", "attn_mask") if given.get(name) is not None}
+    dtype = value(given["query"]).dtype
+    is_bool = "attn_mask" in names and value(names["attn_mask"]).dtype == torch.bool
+    attend = pinned(kernel, value(given["query"]).device.type)
+
+    def run(query: Any, key: Any, value: Any, attn_mask: Any = None) -> dict[str, Any]:
+        if is_bool:  # the operators themselves would add it
+            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(attn_mask.logical_not(), -math.inf)
+        out = attend(query, key, value, attn_mask, given.get("is_causal", False), given.get("scale"))
+        return {"out": out}
+
+    _replace(node, inline(node.graph, run, names, before=node, tag=UnmaskedAttention.__name__)["out"])
+
+
+def _replace(node: fx.Node, other: fx.Node) -> None:
+    """Put a node in place of another, traced where that was."""
+    other.meta = inductor.provenance(node, other.meta[inductor.TAG], value(other))
+    assert inductor.shape_key(value(other)) == inductor.shape_key(value(node))
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
