@@ -28,4 +28,4 @@ def test_generate_makes_a_video(tmp_path: Path) -> None:
     assert float(np.std(np.stack(frames))) > 5  # not one flat colour
     assert "reused" in ran.stdout
     (folder,) = (tmp_path / "dump").iterdir()
-    assert {path.name for path in folder.iterdir()} >= {"00_captured.py", "02_first_block_cache.py", "journal.json"}
+    assert {path.name for path in folder.iterdir()} >= {"00_captured.py", "03_first_block_cache.py", "journal.json"}
