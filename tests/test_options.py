@@ -16,6 +16,7 @@ from hvcompile.errors import OptionError
 from hvcompile.options import DUMP_VARIABLE, parse
 from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
+from hvcompile.passes.unmasked_attention import UnmaskedAttention
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,9 @@ from hvcompile.passes.first_block_cache import FirstBlockCache
         ({"first_block_cache": {"max_consecutive_hits": 0}}, ["max_consecutive_hits", "1 or more"]),
         ({"first_block_cache": {"last_steps_computed": -2}}, ["last_steps_computed", "0 or more"]),
         ({"first_block_cache": 0.06}, ["first_block_cache", "0.06", "threshold"]),
+        ({"attention": {"kernel": "fa9"}}, ["attention.kernel", "'fa9'", "'cudnn'", "'flash'"]),
+        ({"attention": {"unmask": 1}}, ["attention.unmask", "int", "bool"]),
+        ({"attention": {"masks": False}}, ["'masks'", "'unmask'", "'kernel'", "'hoist'"]),
         ({"lower": "tvm"}, ["lower", "'tvm'", "'inductor'", "'aot'", "'eager'"]),
         ({"dump": 3}, ["dump", "3", "directory"]),
         ({"dump": __file__}, ["dump", "is a file"]),
@@ -56,12 +60,12 @@ def test_invalid_modes() -> None:
 
 def test_defaults_and_modes() -> None:
     settings = parse(PASSES, None, None)
-    assert settings.passes == ((FirstBlockCache(threshold=0.06), False),)
+    assert settings.passes == ((UnmaskedAttention(), False), (FirstBlockCache(threshold=0.06), False))
     assert (settings.lower, settings.dump, settings.dump_limit_gib) == ("inductor", None, 2.0)
-    assert parse(PASSES, {"first_block_cache": True}, None).passes == ((FirstBlockCache(), True),)
-    assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[0][0].threshold == 1  # type: ignore[attr-defined]
-    assert parse(PASSES, {"first_block_cache": False}, None).passes == ()
-    assert parse(PASSES, None, "exact").passes == ()
+    assert parse(PASSES, {"first_block_cache": True}, None).passes[1] == (FirstBlockCache(), True)
+    assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[1][0].threshold == 1  # type: ignore[attr-defined]
+    assert parse(PASSES, {"first_block_cache": False}, None).passes == ((UnmaskedAttention(), False),)
+    assert parse(PASSES, None, "exact").passes == ((UnmaskedAttention(), False),)
     assert "numerics" in parse(PASSES, None, "exact").switched_off[0][1]
 
 
