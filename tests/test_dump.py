@@ -213,8 +213,9 @@ def test_inputs_that_not_every_number_suits_get_one_that_does(tmp_path: Path) ->
 def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
     journal = json.loads((folders["mochi"] / "journal.json").read_text())
     assert (journal["torch"], journal["compile_id"]) == (torch.__version__, "0/0")
-    outline, cache = journal["passes"]
-    assert (outline["name"], cache["name"]) == ("outline", "FirstBlockCache")
+    outline, attention, cache = journal["passes"]
+    names = ("outline", "UnmaskedAttention", "FirstBlockCache")
+    assert (outline["name"], attention["name"], cache["name"]) == names
     assert cache["op_changes"]["cond"] == 1
     assert len(cache["matched"]) == 1
     assert cache["declined"] == []
@@ -241,6 +242,8 @@ def test_rows_are_written_as_they_are(tmp_path: Path) -> None:
             "is_exact": False,
             "matched": ["a"],
             "declined": [{"what": "b", "why": "for c"}],
+            "unmet": [],
+            "noted": [],
             "op_changes": {"mul": -2},
         }
     ]

@@ -96,7 +96,7 @@ def test_every_pass_and_the_journal_are_artifacts_of_the_trace(traced: tuple[str
     compile(text, "a graph", "exec")
     record, text = found["hvcompile_journal"]
     assert record["artifact"]["encoding"] == "json"
-    assert [row["name"] for row in json.loads(text)["passes"]] == ["outline", "FirstBlockCache"]
+    assert [row["name"] for row in json.loads(text)["passes"]] == ["outline", "UnmaskedAttention", "FirstBlockCache"]
 
 
 def test_a_torch_without_this_trace_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
