@@ -92,7 +92,7 @@ def test_every_body_is_one_class_and_one_instance(folders: dict[str, Path], name
     for file, classes in (
         (FILES[0], ["Root"]),
         (FILES[1], ["Block0", "Block1", "Root"]),
-        (FILES[2], ["Block0", "Block1", "CacheHit", "CacheMiss", "Root"]),
+        (FILES[3], ["Block0", "Block1", "CacheHit", "CacheMiss", "Root"]),
     ):
         text = (folders[name] / file).read_text()
         lines = text.splitlines()
@@ -101,7 +101,7 @@ def test_every_body_is_one_class_and_one_instance(folders: dict[str, Path], name
         outside = num_attentions - zoo.FAMILIES[name].num_blocks
         attentions = text.count("scaled_dot_product_attention(")
         assert attentions == (num_attentions if file == FILES[0] else outside + 2)
-    root = load(folders[name] / FILES[2]).build()
+    root = load(folders[name] / FILES[3]).build()
     assert isinstance(root.block_0, torch.nn.Module)
     bodies = [held for held in root.cache_miss.children() if type(held).__name__ == "Block0"]
     assert bodies in ([], [root.block_0])
@@ -162,7 +162,7 @@ def test_a_file_computes_what_the_model_computes(tmp_path: Path) -> None:
 
 
 def test_where_a_node_comes_from_stands_above_it(folders: dict[str, Path]) -> None:
-    text = (folders["hunyuan_video"] / FILES[2]).read_text()
+    text = (folders["hunyuan_video"] / FILES[3]).read_text()
     comments = [line.strip() for line in text.splitlines() if line.startswith("        # ")]
     for comment in ("transformer_blocks.0.attn", "transformer_blocks.1 (outline)", "(FirstBlockCache)", "x_embedder"):
         assert comments.count(f"# {comment}") >= 1, comment
