@@ -14,6 +14,7 @@ from torch import fx
 from hvcompile import inductor
 from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import value
+from hvcompile.inputs import classify
 from hvcompile.invariants import copied_out, drop_dead, invariants, needed
 from hvcompile.nodes import is_tensor, is_weight, op_name
 from hvcompile.trunk import Trunk, contiguous_like
@@ -48,8 +49,12 @@ def hoist(trunk: Trunk, tag: str) -> list[str]:
     for node in cuts:
         sources = [item for item in needed([node]) if item.op == "placeholder"]
         groups[any(is_tensor(item) and not is_weight(item) for item in sources)].append(node)
+    roles = classify(trunk)
+    is_known = roles.sample is not None and bool(
+        roles.clocks
+    )  # else what changes in every step may pass for a condition
     for is_conditioned, nodes in groups.items():
-        if nodes:
+        if nodes and (is_known or not is_conditioned):
             _take_out(trunk, nodes, tag)
             kind = "conditions" if is_conditioned else "sizes and weights"
             told.append(f"{len(nodes)} values that follow from {kind} are computed once, not once a step")

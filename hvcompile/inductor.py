@@ -357,7 +357,8 @@ def specialise(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
     """
     module = clone_graph_module(captured)
     placeholders = module.graph.find_nodes(op="placeholder")
-    if not any(isinstance(value(node), torch.SymInt | torch.SymFloat) for node in placeholders):
+    sizes = [size for node in placeholders for size in (getattr(value(node), "shape", None) or [value(node)])]
+    if not any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes):
         return module, [value(node) for node in placeholders]
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(item, static_shapes=True) if isinstance(item, torch.Tensor) else item for item in inputs]

@@ -159,7 +159,7 @@ def run(
     Args:
         trunk: rewritten in place.
         passes: each with whether the user asked for it by name.
-        observe: called with the pass's name and the trunk after each pass (dumps).
+        observe: called with the pass's name and the trunk after each pass that changed it (dumps).
         journal: gains a row a pass, also where one raises.
         context: what the passes may know beside the graph; ``requested`` is set for each.
 
@@ -185,7 +185,8 @@ def run(
         )
         log.info("%s", row.line())
         journal.append(row)
-        observe(name, trunk)
+        if report.applied:
+            observe(name, trunk)
         if requested and (report.unmet or not report.applied):
             reasons = "; ".join(f"{what}: {why}" for what, why in report.unmet or report.declined)
             raise RequestedPassError(

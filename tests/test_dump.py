@@ -28,15 +28,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 from toy import Toy, toy_inputs
 
 from hvcompile import inductor
-from hvcompile.dump import Dump, stem_of
+from hvcompile.dump import Dump
 from hvcompile.errors import OptionError
 from hvcompile.graph_reader import load, read_graph
-from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow, PassReport
 
-STAGES = ["captured", "outlined", *(stem_of(item.__name__) for item in PASSES), "sealed"]
-FILES = [f"{place:02d}_{name}.py" for place, name in enumerate(STAGES)]
-CACHED = FILES[STAGES.index("first_block_cache")]
+FILES = ["00_captured.py", "01_outlined.py", "02_unmasked_attention.py", "03_first_block_cache.py", "04_sealed.py"]
 BESIDE = ["inputs.pt", "journal.json", "outputs.pt"]
 if importlib.util.find_spec("depyf") is not None:
     BESIDE.append("dynamo_frame.py")
@@ -95,7 +92,7 @@ def test_every_body_is_one_class_and_one_instance(folders: dict[str, Path], name
     for file, classes in (
         (FILES[0], ["Root"]),
         (FILES[1], ["Block0", "Block1", "Root"]),
-        (CACHED, ["Block0", "Block1", "CacheHit", "CacheMiss", "Root"]),
+        (FILES[3], ["Block0", "Block1", "CacheHit", "CacheMiss", "Root"]),
     ):
         text = (folders[name] / file).read_text()
         lines = text.splitlines()
@@ -104,7 +101,7 @@ def test_every_body_is_one_class_and_one_instance(folders: dict[str, Path], name
         outside = num_attentions - zoo.FAMILIES[name].num_blocks
         attentions = text.count("scaled_dot_product_attention(")
         assert attentions == (num_attentions if file == FILES[0] else outside + 2)
-    root = load(folders[name] / CACHED).build()
+    root = load(folders[name] / FILES[3]).build()
     assert isinstance(root.block_0, torch.nn.Module)
     bodies = [held for held in root.cache_miss.children() if type(held).__name__ == "Block0"]
     assert bodies in ([], [root.block_0])
@@ -165,7 +162,7 @@ def test_a_file_computes_what_the_model_computes(tmp_path: Path) -> None:
 
 
 def test_where_a_node_comes_from_stands_above_it(folders: dict[str, Path]) -> None:
-    text = (folders["hunyuan_video"] / CACHED).read_text()
+    text = (folders["hunyuan_video"] / FILES[3]).read_text()
     comments = [line.strip() for line in text.splitlines() if line.startswith("        # ")]
     for comment in ("transformer_blocks.0.attn", "transformer_blocks.1 (outline)", "(FirstBlockCache)", "x_embedder"):
         assert comments.count(f"# {comment}") >= 1, comment
@@ -187,7 +184,7 @@ def test_symbolic_sizes_have_the_value_of_the_captured_run(tmp_path: Path, dynam
     assert outputs[0].shape == (1, tokens, 16)
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5)
-    assert f"(1, {tokens}, 16)" in run_alone(folder / CACHED)
+    assert f"(1, {tokens}, 16)" in run_alone(folder / FILES[3])
 
 
 class Numbers(torch.nn.Module):
@@ -216,8 +213,9 @@ def test_inputs_that_not_every_number_suits_get_one_that_does(tmp_path: Path) ->
 def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
     journal = json.loads((folders["mochi"] / "journal.json").read_text())
     assert (journal["torch"], journal["compile_id"]) == (torch.__version__, "0/0")
-    outline, cache = journal["passes"]
-    assert (outline["name"], cache["name"]) == ("outline", "FirstBlockCache")
+    outline, attention, cache = journal["passes"]
+    names = ("outline", "UnmaskedAttention", "FirstBlockCache")
+    assert (outline["name"], attention["name"], cache["name"]) == names
     assert cache["op_changes"]["cond"] == 1
     assert len(cache["matched"]) == 1
     assert cache["declined"] == []
@@ -244,6 +242,8 @@ def test_rows_are_written_as_they_are(tmp_path: Path) -> None:
             "is_exact": False,
             "matched": ["a"],
             "declined": [{"what": "b", "why": "for c"}],
+            "unmet": [],
+            "noted": [],
             "op_changes": {"mul": -2},
         }
     ]
@@ -273,8 +273,8 @@ def test_captures_of_the_same_id_get_folders_of_their_own(tmp_path: Path) -> Non
         torch._dynamo.reset()
         compile_and_run(Toy(), toy_inputs(tokens=tokens), dump=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph_0_0", "graph_0_0-2"]
-    assert "f32[1, 12, 16]" in (tmp_path / "graph_0_0" / CACHED).read_text()
-    assert "f32[1, 9, 16]" in (tmp_path / "graph_0_0-2" / CACHED).read_text()
+    assert "f32[1, 12, 16]" in (tmp_path / "graph_0_0" / FILES[3]).read_text()
+    assert "f32[1, 9, 16]" in (tmp_path / "graph_0_0-2" / FILES[3]).read_text()
 
 
 def test_captures_at_the_same_time_get_folders_of_their_own(tmp_path: Path) -> None:

@@ -154,10 +154,10 @@ def test_every_step_is_drawn_with_its_decision(full: Path, stats: Stats) -> None
 
 def test_changes_are_counted_and_marked(full: Path, explanation: Explanation) -> None:
     document = Document(full)
-    captured, outlined, cached = explanation.stages
-    (row,) = explanation.journal
+    captured, _, attended, cached = explanation.stages
+    (row,) = [row for row in explanation.journal if row.name == "FirstBlockCache"]
     counts = cached.op_counts()
-    counts.subtract(outlined.op_counts())
+    counts.subtract(attended.op_counts())
     assert {op: count for op, count in counts.items() if count} == row.op_changes
     for op, count in row.op_changes.items():
         assert f"+{count} {op}" in document.text
