@@ -12,8 +12,8 @@ from hvcompile.errors import (
     UntraceableModelError,
 )
 from hvcompile.explain import explain
-from hvcompile.quantized_weights import Restored, restore
-from hvcompile.runtime import Stats, Step, reset, stats
+from hvcompile.quantized_weights import Restored
+from hvcompile.runtime import Stats, Step, reset, restore, stats
 
 __version__ = "0.1.0"
 

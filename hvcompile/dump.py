@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import inductor
+from hvcompile import float8, inductor
 from hvcompile.errors import OptionError
 from hvcompile.first_call import FirstCall, can_save, compact, num_bytes, save
 from hvcompile.graph_source import GraphSource, fixed_values
 from hvcompile.nodes import is_weight
 from hvcompile.options import DUMP_LIMIT_GIB
 from hvcompile.pipeline import JournalRow
+from hvcompile.quantized_weights import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,12 @@ class Dump:
     def hold(self, given: Sequence[Any], places: Iterable[int]) -> None:
         """Hold inputs, by place, that will have lost their memory when the first call comes."""
         if self._folder is not None:
-            held = {place: given[place] for place in places if can_save(given[place])}
+            held = {place: given[place] for place in places}
+            held = {
+                place: float8.dequantize(*item.rows, item.dtype) if isinstance(item, QuantizedWeight) else item
+                for place, item in held.items()
+                if can_save(item) or isinstance(item, QuantizedWeight)
+            }
             if sum(map(num_bytes, held.values())) <= self._limit_gib * 2**30:
                 self._held = {place: item.detach() for place, item in held.items()}
 

@@ -14,7 +14,7 @@ from hvcompile import inductor
 from hvcompile.errors import QuantizedWeightError
 from hvcompile.float8 import Granularity
 from hvcompile.inductor import numel_hint, size_hint, value
-from hvcompile.linears import Linear, linears_of
+from hvcompile.linears import Linear, linears_of, may_join
 from hvcompile.nodes import is_parameter
 from hvcompile.pipeline import Context
 from hvcompile.quantized_weights import QuantizedWeight, is_quantized
@@ -48,6 +48,11 @@ class Plan:
         self._settle_shared()
         for (block, name), reason in self.reasons.items():
             given = context.given.get(self.operand(block, name))
+            if isinstance(given, QuantizedWeight) and not reason and given.joined.granularity != granularity:
+                raise QuantizedWeightError(
+                    f"{given.path} is kept in float8 with a scale a {given.joined.granularity}, and fp8.granularity is "
+                    f"{granularity!r} now. Call hvcompile.restore(model) before compiling it with other options"
+                )
             if reason and isinstance(given, QuantizedWeight):
                 raise QuantizedWeightError(
                     f"{given.path} is kept in float8 alone since this model was first compiled, and is not to be "
@@ -81,6 +86,8 @@ class Plan:
         weight: torch.Tensor = value(operand)
         if weight.ndim != 2 or not weight.is_floating_point():
             return f"its weight is {weight.ndim}-dimensional, {weight.dtype}"
+        if item.is_written_to():
+            return "its input is written to in place"
         path = self.path(block, item.weight.name)
         for pattern in self.skip:
             if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}"):
@@ -204,6 +211,11 @@ def groups_of(linears: Sequence[Linear], granularity: Granularity) -> list[list[
     found: dict[Any, list[Linear]] = {}
     for item in linears:
         weight: torch.Tensor = value(item.weight)
-        key = (item.source, value(item.node).dtype, weight.dtype, item.bias is not None)
+        # Joined, biases are needed before the first layer.
+        bias = item.bias if item.bias is None or item.bias.op != "placeholder" else "placeholder"
+        key = (item.source, value(item.node).dtype, weight.dtype, bias)
         found.setdefault(key, []).append(item)
-    return list(found.values())
+    groups: list[list[Linear]] = []
+    for group in found.values():
+        groups += [group] if len(group) == 1 or may_join(group) else [[item] for item in group]
+    return groups

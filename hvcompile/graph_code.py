@@ -52,8 +52,13 @@ def run_on_fakes(node: fx.Node) -> Any:
 
     The graph's fake mode must be active where an operation makes a tensor from none.
     """
-    args: Any = fx.map_arg(node.args, value)
-    kwargs: Any = fx.map_arg(node.kwargs, value)
+    return run_on(node, value)
+
+
+def run_on(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
+    """Run a node's operation on the values that its inputs are given."""
+    args: Any = fx.map_arg(node.args, values)
+    kwargs: Any = fx.map_arg(node.kwargs, values)
     target: Any = node.target
     if node.op == "call_method":
         receiver, *rest = args

@@ -156,6 +156,11 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     return None
 
 
+def fake_mode_of(tensor: torch.Tensor) -> Any:
+    """The fake mode of a fake tensor, as a context; nothing for a real one."""
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else contextlib.nullcontext()
+
+
 def fake_like(
     mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device
 ) -> Any:

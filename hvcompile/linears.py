@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from hvcompile import inductor
+from hvcompile.graph_code import run_on
 from hvcompile.inductor import value
-from hvcompile.nodes import is_tensor, op_name
+from hvcompile.nodes import is_tensor, mutated_operand, op_name, storage
 from hvcompile.trunk import Body
 
 
@@ -26,6 +27,12 @@ class Linear:
     source: fx.Node
     """What it is applied to, looked at through slices that are put together again."""
 
+    def is_written_to(self) -> bool:
+        """Whether something in the body writes into what it is applied to."""
+        read = {storage(self.source), *(storage(node) for node in self.node.all_input_nodes if is_tensor(node))}
+        written = (mutated_operand(node) for node in self.node.graph.nodes)
+        return any(node is not None and storage(node) in read for node in written)
+
 
 def linears_of(body: Body) -> Iterator[Linear]:
     """The linear layers of a body whose weight is handed in and read by nothing else."""
@@ -37,6 +44,39 @@ def linears_of(body: Body) -> Iterator[Linear]:
         if isinstance(weight, fx.Node) and weight.op == "placeholder" and list(weight.users) == [node]:
             source = whole(names["input"])
             yield Linear(node=node, weight=weight, bias=bias, source=source)
+
+
+def may_join(linears: Sequence[Linear]) -> bool:
+    """Whether what reads the layers' results can do so where these are columns of one wider tensor.
+
+    A view that is legal of a tensor of its own need not be of a part of another.
+    """
+    sizes = [int(value(item.weight).shape[0]) for item in linears]
+    for place, item in enumerate(linears):
+        result: torch.Tensor = value(item.node)
+        with inductor.fake_mode_of(result):
+            wide = result.new_empty((*result.shape[:-1], sum(sizes)))
+            if not _views_hold(item.node, torch.split(wide, sizes, -1)[place]):
+                return False
+    return True
+
+
+def _views_hold(node: fx.Node, result: torch.Tensor) -> bool:
+    """Whether every view of a node's result, and every view of that, is one of another tensor of that shape too."""
+    held: dict[fx.Node, Any] = {node: result}
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop(0)
+        if not is_tensor(user) or storage(user) != storage(node):
+            continue
+        if mutated_operand(user) is not None:
+            return False
+        try:
+            held[user] = run_on(user, lambda item: held.get(item, value(item)))
+        except (RuntimeError, ValueError):
+            return False
+        waiting += user.users
+    return True
 
 
 def whole(node: fx.Node) -> fx.Node:

@@ -24,12 +24,13 @@ log = logging.getLogger(__name__)
 # What a tensor without memory can still tell: these methods, and all attributes but a few.
 _METHODS = frozenset(
     (
-        *("dim", "ndimension", "numel", "nelement", "size", "stride", "storage_offset", "element_size", "type"),
+        *("dim", "ndimension", "numel", "nelement", "size", "stride", "storage_offset", "element_size"),
         *("is_contiguous", "is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_same_size"),
-        *("get_device", "untyped_storage", "has_names", "requires_grad_", "__len__", "__hash__", "_is_view"),
+        *("get_device", "untyped_storage", "has_names", "requires_grad_", "__len__", "__hash__", "__dir__", "_is_view"),
         *("_is_zerotensor", "_has_symbolic_sizes_strides", "_has_compatible_shallow_copy_type"),
     )
 )
+_SETTABLE = frozenset({"requires_grad", "grad"})
 _VALUES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 
 
@@ -75,8 +76,12 @@ class QuantizedWeight(torch.nn.Parameter):
         name = getattr(func, "__name__", "")
         if name in _METHODS or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):  # type: ignore[attr-defined]
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if name == "to" and _is_no_move(*args, **(kwargs or {})):
+        if name in _MOVES and args and _is_no_move(*_MOVES[name](*args), **(kwargs or {})):
             return args[0]
+        if name == "type" and len(args) == 1 and not kwargs:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if name == "__set__" and getattr(func.__self__, "__name__", "") in _SETTABLE:  # type: ignore[attr-defined]
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if name == "__set__" and args[0] is args[1]:  # as Module.to does with what has not moved
             return None
         weight = next((item for item in _flat((args, kwargs or {})) if isinstance(item, QuantizedWeight)), None)
@@ -85,6 +90,13 @@ class QuantizedWeight(torch.nn.Parameter):
             f"{weight.path if weight is not None else 'a weight'} has been kept in float8 alone since hvfast compiled "
             f"its model, and {what!r} asks for its values: {_CURE}"
         )
+
+    def as_subclass(self, cls: Any) -> Any:
+        """Refuse: torch does not ask ``__torch_function__``, and a plain tensor without memory crashes."""
+        raise QuantizedWeightError(f"{self.path} is kept in float8 alone and can't become a {cls.__name__}: {_CURE}")
+
+    def __format__(self, format_spec: str) -> str:
+        return format(repr(self), format_spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise QuantizedWeightError(f"{self.path} is kept in float8 alone and can't be copied: {_CURE}")
@@ -104,12 +116,12 @@ class QuantizedWeight(torch.nn.Parameter):
 
 
 _CURE = (
-    "call hvcompile.restore(model) before you save, move, change or copy the model or run it uncompiled, or compile "
-    "with options={'fp8': False}"
+    "call hvcompile.restore(model) before you save, move, change or copy the model or run it uncompiled (a call beyond "
+    "torch._dynamo.config.recompile_limit runs uncompiled as well), or compile with options={'fp8': False}"
 )
 _ELSEWHERE = (
     "this model's weights are kept in float8 alone since hvfast compiled it, so another torch.compile of it can't read "
-    f"them: {_CURE}"
+    f"them: {_CURE}. A backend that calls hvfast is known as one where it is functools.partial(hvfast, ...)"
 )
 
 
@@ -134,6 +146,18 @@ def _is_no_move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     return same_device and dtype in {None, tensor.dtype} and memory_format is None
 
 
+_MOVES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "to": lambda *args: args,
+    "cpu": lambda weight, *_: (weight, "cpu"),
+    "cuda": lambda weight, device=None, *_: (weight, "cuda" if device is None else torch.device("cuda", device)),
+    "float": lambda weight, *_: (weight, torch.float32),
+    "double": lambda weight, *_: (weight, torch.float64),
+    "half": lambda weight, *_: (weight, torch.float16),
+    "bfloat16": lambda weight, *_: (weight, torch.bfloat16),
+}
+"""Methods that ask for a place or a dtype, as the arguments of ``to`` that ask for the same."""
+
+
 def _flat(held: Any) -> Iterator[Any]:
     if isinstance(held, (tuple, list)):
         for item in held:
@@ -152,14 +176,20 @@ def join(
     At most one float8 copy of these weights is made on top of what is there.
     """
     known = _known(weights, granularity)
+    if keep_original and any(isinstance(weight, QuantizedWeight) and weight.original is None for weight in weights):
+        log.warning(
+            "fp8.keep_original is 'cpu', but %s and others are in float8 alone already: nothing exact is left to keep",
+            paths[0],
+        )
     if known is not None:
         return known
-    parts = [_quantized(weight, granularity) for weight in weights]
-    if len(parts) == 1:
-        joined = Joined(*parts[0], granularity)
-    else:
-        data, scale = (torch.cat(group) for group in zip(*parts, strict=True))
-        joined = Joined(data, scale, granularity)
+    with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+        parts = [_quantized(weight, granularity) for weight in weights]
+        if len(parts) == 1:
+            joined = Joined(*parts[0], granularity)
+        else:
+            data, scale = zip(*parts, strict=True)
+            joined = Joined(torch.cat(data), torch.cat(scale), granularity)
     del parts
     start = 0
     for weight, path in zip(weights, paths, strict=True):
@@ -206,30 +236,19 @@ def _free(weight: torch.Tensor, path: str, *, keep_original: bool) -> None:
 
 
 class Restored(NamedTuple):
-    """How many weights ``restore`` brought back: exactly, from a copy, and to within float8's precision."""
+    """How many weights ``hvcompile.restore`` brought back: exactly, from a copy, and to within float8's precision."""
 
     exact: int
     dequantized: int
 
 
+@torch.inference_mode(False)  # what is made in it could never be trained again
 @torch.no_grad()
-def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
-    """Bring back the weights that hvfast keeps in float8, so that the model can be saved, moved, changed or run.
+def restore_weights(module: torch.nn.Module) -> Restored:
+    """Give the weights of a module that are in float8 alone their values back.
 
-    Exactly where the model was compiled with ``options={"fp8": {"keep_original": "cpu"}}``; else to within float8's
-    precision (a relative error of 2**-4 a value at most), which a warning says. The next call of the compiled model
-    compiles again and quantises them anew, with what was changed in between.
-
-    Args:
-        model: the module, or what ``torch.compile`` made of it.
-
-    Raises:
-        TypeError: ``model`` is neither.
-
+    See ``hvcompile.restore``, which also lets go of the float8 copies.
     """
-    module = getattr(model, "_orig_mod", model)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
     weights = [weight for weight in module.parameters() if isinstance(weight, QuantizedWeight)]
     exact = 0
     for weight in weights:

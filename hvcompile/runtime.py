@@ -28,7 +28,7 @@ from hvcompile.derived import DerivedCall, Kept
 from hvcompile.errors import UncompiledModelError
 from hvcompile.float8 import Granularity
 from hvcompile.pipeline import JournalRow
-from hvcompile.quantized_weights import Joined, join
+from hvcompile.quantized_weights import Joined, Restored, join, restore_weights
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +240,35 @@ def fingerprint(tensor: torch.Tensor) -> int:
     return int(((flat + 1) * (weight | 1)).sum().item())
 
 
+def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
+    """Bring back the weights that hvfast keeps in float8, so that the model can be saved, moved, changed or run.
+
+    Exactly where the model was compiled with ``options={"fp8": {"keep_original": "cpu"}}``; else to within float8's
+    precision (half a step of three mantissa bits; what is far below the largest value of its row may become 0), which
+    a warning says. The next call of the compiled model compiles again and quantises them anew, with what was changed
+    in between.
+
+    Args:
+        model: the module, or what ``torch.compile`` made of it.
+
+    Raises:
+        TypeError: ``model`` is neither.
+
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
+    restored = restore_weights(module)
+    with _MODELS_LOCK:
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        states = [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
+    for state in states:
+        with state.lock:
+            for stored in state.stored.values():
+                stored.forget()
+    return restored
+
+
 class _Weights:
     """The weights of the last call of one compiled graph, and a number that changes when any of them does.
 
@@ -359,6 +388,10 @@ class _StoredWeights:
             self._seen = [weakref.ref(source) for source in sources]
             self.revision += 1
         return self._tensors
+
+    def forget(self) -> None:
+        """Let go of what is held; the next call looks anew."""
+        self._seen, self._joined, self._tensors = [], [], []
 
     def _is_as_before(self, sources: Sequence[torch.Tensor]) -> bool:
         """Whether these are the weights of the last call, neither restored since then nor quantised anew."""

@@ -19,7 +19,7 @@ from hvcompile.float8_plan import Plan, groups_of, placeholder_names
 from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import TAG, value
 from hvcompile.linears import Linear, linears_of
-from hvcompile.nodes import is_tensor
+from hvcompile.nodes import is_tensor, op_name
 from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.quantized_weights import is_quantized
 from hvcompile.trunk import BlockCall, Body, Trunk
@@ -148,7 +148,6 @@ def _rewrite(
             data, scale = _weight_placeholders(graph, group, granularity)
             added.append(([item.weight.name for item in group], data, scale))
             _replace(graph, group, data, scale, quantized, granularity)
-    graph.eliminate_dead_code()
     for item in items:
         graph.erase_node(item.weight)
     graph.lint()
@@ -251,7 +250,18 @@ def _replace(
             pieces = [call(operator.getitem, split, place) for place in range(len(group))]
     for item, piece in zip(group, pieces, strict=True):
         item.node.replace_all_uses_with(piece)
+        read = item.node.all_input_nodes
         graph.erase_node(item.node)
+        _drop_unread(read)
+
+
+def _drop_unread(nodes: Sequence[fx.Node]) -> None:
+    """Erase what only put pieces together that are read as a whole now."""
+    for node in nodes:
+        if not node.users and op_name(node) in {"cat", "concat", "getitem"}:
+            read = node.all_input_nodes
+            node.graph.erase_node(node)
+            _drop_unread(read)
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:

@@ -23,6 +23,7 @@ from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_linears import Float8Linears
 from hvcompile.pipeline import Context, PassReport
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.trunk import Trunk
 
 pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
@@ -299,6 +300,10 @@ def test_dump(tmp_path: Path) -> None:
     figures = {stage.name: max(figure.relative for figure in stage.figures) for stage in found.stages}
     assert 1e-4 < figures["Float8Linears"] < 0.1
     assert figures["outlined"] == figures["FirstBlockCache"] == 0
+    with torch.no_grad():
+        compiled(model, lower="aot", dump=tmp_path / "more")(**wide_inputs(tokens=37))
+    (folder,) = dumped.folders(tmp_path / "more")  # of weights that were in float8 alone before
+    assert bisect.bisect(folder).finding is None
 
 
 def test_weights_that_torchao_has_quantised_pass_through() -> None:
@@ -333,6 +338,75 @@ def test_weights_that_torchao_has_quantised_pass_through() -> None:
 def test_options(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(hvcompile.OptionError, match=said):
         parse(PASSES, {"fp8": fields}, None)
+
+
+class OddBlock(nn.Module):
+    """Does to a layer's input or result what a careless rewrite gets wrong."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second, self.third = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first, second = self.first, self.second
+        given = torch.tanh(hidden)
+        if self.kind == "result written to":
+            query, key = first(given), second(given)
+            query.mul_(2.0)
+            key.addcmul_(given, given)
+        elif self.kind == "input written to":
+            query = first(given)
+            given.mul_(3.0).add_(0.5)
+            key = second(given)
+        elif self.kind == "part of the input written to":
+            query = first(given)
+            given[:, :3] = 7.0
+            key = second(given)
+        elif self.kind == "result viewed":
+            query, key = (layer(given).view(hidden.shape[0], -1).view(hidden.shape) for layer in (first, second))
+        else:
+            query = first(given)
+            bias = query.mean(dim=(0, 1)) + second.bias
+            key = nn.functional.linear(given, second.weight, bias)
+        changed: torch.Tensor = self.third(query * key.sigmoid())
+        return hidden + 0.3 * changed
+
+
+class Odd(nn.Module):
+    """``(sample [B, N, C], timestep [B]) -> [B, N, C]`` through such blocks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.ModuleList(OddBlock(kind) for _ in range(2))
+        self.requires_grad_(False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        hidden = sample * timestep[:, None, None].cos()
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot"])
+@pytest.mark.parametrize(
+    "kind",
+    ["result written to", "input written to", "part of the input written to", "result viewed", "computed bias"],
+)
+def test_blocks_that_write_in_place_or_view(kind: str, lower: str) -> None:
+    inputs = {name: wide_inputs()[name] for name in ("sample", "timestep")}
+    with torch.no_grad():
+        expected, run = Odd(kind)(**inputs), compiled(Odd(kind), lower=lower)
+        assert 0 < relative(run(**inputs), expected) < 2e-2
+
+
+def test_first_called_under_autocast() -> None:
+    model, inputs = Wide(), wide_inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = Wide()(**inputs)
+        assert relative(compiled(model)(**inputs), expected) < 4e-2
+    assert isinstance(model.blocks[0].to_q.weight, QuantizedWeight)
 
 
 def test_compiled_by_inductor() -> None:

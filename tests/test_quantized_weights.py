@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
@@ -19,7 +20,7 @@ from wide import Wide, wide_inputs
 
 import hvcompile
 from hvcompile import float8
-from hvcompile.quantized_weights import QuantizedWeight
+from hvcompile.quantized_weights import Joined, QuantizedWeight
 
 pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
 
@@ -53,6 +54,8 @@ ASKED: dict[str, Callable[[Wide], Any]] = {
     "index": lambda model: torch.ones(64, 64)[model.blocks[0].to_q.weight.long()],
     "new parameter": lambda model: nn.Parameter(model.blocks[0].to_q.weight),
     "transposed": lambda model: torch.ones(3, 64) @ model.blocks[0].to_q.weight.T,
+    "type": lambda model: model.blocks[0].to_q.type(torch.float64),
+    "plain": lambda model: model.blocks[0].to_q.weight.as_subclass(torch.Tensor),
     "address": lambda model: model.blocks[0].to_q.weight.data_ptr(),
     "other backend": lambda model: torch.compile(model, backend="aot_eager")(**wide_inputs()),
     "other backend, whole": lambda model: torch.compile(model, backend="inductor", fullgraph=True)(**wide_inputs()),
@@ -79,6 +82,11 @@ def test_what_needs_no_values_works(model: Wide) -> None:
     assert weight in set(model.parameters())
     assert model.to("cpu") is model
     assert model.to(torch.float32) is model
+    assert model.cpu() is model
+    assert model.float() is model
+    model.blocks[0].to_q.weight.requires_grad = False  # as peft does to all of a model
+    model.blocks[0].to_q.weight.grad = None
+    assert "to_q" in f"{model.blocks[0].to_q.weight}"
     assert model.train().eval().requires_grad_(False) is model
     assert model.blocks[0].to_q.weight is weight
 
@@ -127,6 +135,71 @@ def test_a_change_in_between_counts() -> None:
         for item in (made, changed):
             item.blocks[1].up.weight += 0.1
         assert relative(run(**wide_inputs()), reference(changed)(**wide_inputs())) < ROUNDING
+
+
+def test_a_change_in_between_counts_in_every_shape() -> None:
+    made, changed = Wide(), Wide()
+    run = compiled(made, {"keep_original": "cpu"}, first_block_cache=False)
+    shapes = [wide_inputs(batch=batch) for batch in (1, 2)]
+    with torch.no_grad():
+        for inputs in shapes:
+            run(**inputs)
+        hvcompile.restore(made)
+        for item in (made, changed):
+            item.blocks[1].up.weight += 0.1
+        reference(changed)
+        for inputs in [*shapes, *shapes]:
+            assert relative(run(**inputs), changed(**inputs)) < ROUNDING
+
+
+def test_copies_are_let_go() -> None:
+    """With the model, and where it is restored: each time anew."""
+
+    def held() -> int:
+        gc.collect()
+        found = [item for item in gc.get_objects() if type(item) is Joined]
+        return len({id(item) for item in found})
+
+    before = held()
+    made = Wide()
+    run = compiled(made)
+    with torch.no_grad():
+        run(**wide_inputs())
+        assert held() == before + 6
+        for _ in range(2):
+            hvcompile.restore(made)
+            assert held() == before
+            run(**wide_inputs())
+            assert held() == before + 6
+    del run, made
+    assert held() == before
+
+
+def test_restored_in_inference_mode() -> None:
+    made = Wide()
+    with torch.no_grad():
+        compiled(made)(**wide_inputs())
+    with torch.inference_mode():
+        hvcompile.restore(made)
+    assert not any(weight.is_inference() for weight in made.parameters())
+
+
+def test_another_granularity_wants_the_originals() -> None:
+    made = Wide()
+    with torch.no_grad():
+        compiled(made)(**wide_inputs())
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"a scale a row, and fp8\.granularity is 'tensor'.*hvcompile\.restore"):
+            compiled(made, {"granularity": "tensor"})(**wide_inputs())
+
+
+def test_originals_that_are_gone_are_not_kept_silently(caplog: pytest.LogCaptureFixture) -> None:
+    made = Wide()
+    with torch.no_grad():
+        compiled(made)(**wide_inputs())
+        torch._dynamo.reset()
+        compiled(made, {"keep_original": "cpu"})(**wide_inputs())
+    assert "nothing exact is left to keep" in caplog.text
 
 
 def test_assigned_weights_count() -> None:
