@@ -71,11 +71,11 @@ def _compile(
     journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     dump.graph("outlined", trunk.module)
     try:
-        pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
+        pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module, after.derived), journal)
     finally:
         dump.journal(journal)
     calling = seal(trunk)
-    dump.graph("sealed", trunk.module)
+    dump.graph("sealed", trunk.module, trunk.derived)
     inputs = [*example_inputs, *(inductor.value(node) for node in trunk.added)]
     instead = None
     if any(item.read is not None for item in trunk.derived):
