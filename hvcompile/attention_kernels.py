@@ -103,7 +103,7 @@ def expected(attention: Attention) -> str:
     return next((kernel for kernel in order if not refusal(kernel, attention)), "math")
 
 
-def pinned(kernel: str, device: str) -> Callable[..., Any]:
+def pinned(kernel: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
     """A function ``(query, key, value, attn_mask, is_causal, scale) -> output`` that runs one kernel.
 
     ``attn_mask`` is additive, in the query's dtype, or None; only "math", and "flash" on cpu, are given one.
@@ -112,6 +112,11 @@ def pinned(kernel: str, device: str) -> Callable[..., Any]:
 
     def attend(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
         given = (query, key, value)
+        if kernel == "math" and attn_mask is None and not is_causal and scale is not None:
+            # Its operator asks torch 2.11 for the number of keys, which is known at run time alone.
+            query, key, value = (item.to(torch.promote_types(dtype, torch.float32)) for item in given)
+            weights = torch.matmul(query * scale, key.transpose(-2, -1)).softmax(-1)
+            return torch.matmul(weights, value).to(dtype)
         if kernel == "math":
             return aten._scaled_dot_product_attention_math.default(
                 *given, attn_mask, 0.0, is_causal, None, scale=scale

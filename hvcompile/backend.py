@@ -87,12 +87,18 @@ def _compile(
     dump.graph("outlined", trunk.module)
     context = pipeline.Context(given=dict(zip(trunk.inputs, given, strict=True)))
     try:
-        pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal, context)
+        pipeline.run(
+            trunk,
+            settings.passes,
+            lambda name, after: dump.graph(name, after.module, after.derived),
+            journal,
+            context,
+        )
     finally:
         dump.journal(journal)
     require_values(trunk, context)
     calling = seal(trunk)
-    dump.graph("sealed", trunk.module)
+    dump.graph("sealed", trunk.module, trunk.derived)
     passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
     inputs = [*passed, *map(inductor.value, trunk.added)]
     instead = None

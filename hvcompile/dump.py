@@ -23,6 +23,7 @@ from hvcompile.nodes import is_weight
 from hvcompile.options import DUMP_LIMIT_GIB
 from hvcompile.pipeline import JournalRow
 from hvcompile.quantized_weights import QuantizedWeight
+from hvcompile.trunk import Derived
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +66,20 @@ def draw(name, shape, dtype, device="cpu", scale=1.0, stride=None):
     return (scale * torch.randn(shape, dtype=drawn, generator=generator)).to(device, dtype)
 
 
+def kept_keys(mask):
+    """How many keys each sample of a mask keeps, at least 2."""
+    keep = (mask == 0) != (mask.dtype == torch.bool)
+    return keep.reshape((1,) * (4 - mask.ndim) + mask.shape)[:, 0, 0].sum(-1).clamp(min=2).tolist()
+
+
 def example_inputs():
     """New inputs, one a parameter of the root's ``forward``."""
     file = Path(__file__).with_name("inputs.pt")
     KEPT.update(torch.load(file, mmap=True, weights_only=True) if file.exists() else {{}})
-    return (
+    inputs = [
 {inputs}
-    )
+    ]
+{derived}    return tuple(inputs)
 
 
 if __name__ == "__main__":
@@ -150,13 +158,16 @@ class Dump:
         self._write_journal()
         inductor.trace_artifact("hvcompile_journal", "json", self._journal_text)
 
-    def graph(self, name: str, module: fx.GraphModule) -> None:
-        """Write a graph as the next numbered file, named after the pass that made it; its constants beside it."""
+    def graph(self, name: str, module: fx.GraphModule, derived: Sequence[Derived] = ()) -> None:
+        """Write a graph as the next numbered file, named after the pass that made it; its constants beside it.
+
+        ``derived`` are inputs that the file computes from the others.
+        """
         if self._folder is None and not inductor.is_tracing():
             return
         stem = f"{self._count:02d}_{stem_of(name)}"
         self._fixed = fixed_values(module) | self._fixed  # the captured graph names every input
-        program = GraphSource(module, self._fixed)
+        program = GraphSource(module, self._fixed, derived)
         if not self._count:
             weights = [is_weight(node) for node in module.graph.find_nodes(op="placeholder")]
             self._inputs = list(zip(program.names, weights, strict=True))
@@ -169,6 +180,7 @@ class Dump:
             classes="\n\n\n".join(program.classes),
             build=textwrap.indent("\n".join(program.build), " " * 4),
             inputs=textwrap.indent("\n".join(program.inputs), " " * 8),
+            derived=textwrap.indent("".join(f"{line}\n" for line in program.derived), " " * 4),
         )
         self._count += 1
         inductor.trace_artifact(f"hvcompile_{stem}", "string", lambda: text)
@@ -269,11 +281,10 @@ class Dump:
         derived, is_whole = self._derived(given), len(wanted) == len(given)
         if isinstance(derived, str):
             self._note(f"the first call is computed by the graph of another folder, since in this one {derived}")
-            derived, is_whole = {}, False
-        stored = self._stored if weights <= set(wanted) else {}
+            is_whole = False
+        kept = wanted | (self._stored if weights <= set(wanted) else {})
         with _writing(self._folder):
-            kept = {name: compact(item) for name, item in {**wanted, **derived, **stored}.items()}
-            save(kept, self._folder / "inputs.pt")
+            save({name: compact(item) for name, item in kept.items()}, self._folder / "inputs.pt")
         self._held, self._stored = {}, {}
         return is_whole
 

@@ -102,6 +102,8 @@ class Plan:
             return ""
         if min(rows, columns) < SMALLEST:
             return f"its weight is {rows} x {columns}: too small to gain (less than {SMALLEST})"
+        if inductor.is_data_dependent(value(item.source)):
+            return "its input's length depends on data, which the float8 operations can't be traced for"
         num_rows = numel_hint(value(item.source)) // columns
         if num_rows < FEWEST_ROWS:
             return (

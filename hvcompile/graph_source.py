@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import fx
 from hvcompile.inductor import STORED, TAG, number_hint, numel_hint, size_hint, source_name, value
 from hvcompile.nodes import is_weight, op_name
 from hvcompile.structure import module_path, parameter_path
+from hvcompile.trunk import Derived
 
 _WITH_TORCH = {"torch._C", "torch.functional", "torch.nn", "torch.nn.functional", "torch.ops"}  # import torch suffices
 
@@ -23,7 +24,7 @@ _WITH_TORCH = {"torch._C", "torch.functional", "torch.nn", "torch.nn.functional"
 class GraphSource:
     """A module and those that it refers to as source text, each once, callees first."""
 
-    def __init__(self, root: fx.GraphModule, fixed: Mapping[str, float]) -> None:
+    def __init__(self, root: fx.GraphModule, fixed: Mapping[str, float], derived: Sequence[Derived] = ()) -> None:
         self.imports = {"import torch"}
         self.classes: list[str] = []
         self.build: list[str] = []
@@ -34,9 +35,22 @@ class GraphSource:
         self._add(root, "root")
         self.names = [self._paths.get(node.name, str(node.target)) for node in placeholders]
         self.inputs = [f"{_example(*item, fixed)}," for item in zip(placeholders, self.names, strict=True)]
+        self.derived = [self._derive(placeholders, item) for item in derived if not _referenced(item.module)]
         if self.constants:
             self.build.insert(0, 'constants = torch.load(Path(__file__).with_suffix(".pt"), weights_only=True)')
         self.build.append("return root")
+
+    def _derive(self, placeholders: Sequence[fx.Node], item: Derived) -> str:
+        """A statement that computes derived inputs from the other example inputs."""
+        instance = self._add(item.module, f"derived_{placeholders.index(item.placeholders[0])}")
+        created = next(line for line in self.build if line.startswith(f"{instance} = "))
+        self.build.remove(created)
+        sources = ", ".join(f"inputs[{placeholders.index(node)}]" for node in item.sources)
+        results = f"{created.partition(' = ')[2]}({sources})"
+        if item.read is not None:  # how many keys each sample of each mask keeps
+            results = f"(keys for mask in {results} for keys in kept_keys(mask))"
+        first = placeholders.index(item.placeholders[0])
+        return f"inputs[{first}:{first + len(item.placeholders)}] = {results}"
 
     def _add(self, module: fx.GraphModule, hint: str) -> str:
         """Write out a module unless that is done; returns the name of its instance."""
@@ -200,9 +214,8 @@ def _example(placeholder: fx.Node, name: str, fixed: Mapping[str, float]) -> str
         number = size_hint(held) if isinstance(held, torch.SymInt) else held
         return f'KEPT.get("{name}", {number if isinstance(number, (bool, int, float)) else None})'
     shape = tuple(map(size_hint, held.shape))
-    if not source_name(placeholder) and STORED not in placeholder.meta:  # state is no input of Dynamo's, and what is
-        # derived from inputs was kept
-        return f'KEPT.get("{name}", torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}"))'
+    if not source_name(placeholder) and STORED not in placeholder.meta:  # state, or yet to be derived from inputs
+        return f'torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}")'
     if placeholder.name in fixed:
         number = fixed[placeholder.name]
         return f'KEPT.get("{name}", torch.full({shape}, {number}, dtype={held.dtype}, device="{held.device}"))'

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from hvcompile.inductor import is_data_dependent, value
+from hvcompile.inductor import is_data_dependent, source_name, value
 from hvcompile.inputs import classify
 from hvcompile.nodes import (
     contexts,
@@ -43,7 +43,8 @@ def invariants(trunk: Trunk) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in trunk.graph.nodes:
         if node.op == "placeholder":
-            is_same = node not in changing
+            # A number that is no size may be a timestep.
+            is_same = node not in changing and not (is_scalar(node) and ".size()" not in source_name(node))
         elif node.op == "get_attr":
             is_same = is_tensor(node)
         else:

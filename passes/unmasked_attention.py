@@ -196,12 +196,14 @@ def _pin(node: fx.Node, kernel: str) -> None:
     names = {name: given[name] for name in ("query", "key", "value", "attn_mask") if given.get(name) is not None}
     dtype = value(given["query"]).dtype
     is_bool = "attn_mask" in names and value(names["attn_mask"]).dtype == torch.bool
-    attend = pinned(kernel, value(given["query"]).device.type)
+    scale = given.get("scale")
+    scale = int(value(given["query"]).shape[-1]) ** -0.5 if scale is None else scale
+    attend = pinned(kernel, value(given["query"]).device.type, dtype)
 
     def run(query: Any, key: Any, value: Any, attn_mask: Any = None) -> dict[str, Any]:
         if is_bool:  # the operators themselves would add it
             attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(attn_mask.logical_not(), -math.inf)
-        out = attend(query, key, value, attn_mask, given.get("is_causal", False), given.get("scale"))
+        out = attend(query, key, value, attn_mask, given.get("is_causal", False), scale)
         return {"out": out}
 
     _replace(node, inline(node.graph, run, names, before=node, tag=UnmaskedAttention.__name__)["out"])

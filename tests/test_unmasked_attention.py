@@ -213,7 +213,7 @@ def test_a_symbolic_batch_is_declined() -> None:
 def test_asked_for_by_name_it_must_apply() -> None:
     told = "RequestedPassError: .*no attention in the blocks has a mask"
     with pytest.raises(Exception, match=told), torch.no_grad():
-        hvfast(Toy(), fullgraph=True, options={"lower": "eager", "attention": True})(**toy_inputs())
+        hvfast(Toy(), fullgraph=True, options={"lower": "eager", "attention": {"hoist": False}})(**toy_inputs())
 
 
 @pytest.mark.parametrize(
