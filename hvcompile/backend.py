@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import inductor, pipeline, runtime
+from hvcompile import agreement, inductor, pipeline, runtime
 from hvcompile.dump import Dump
-from hvcompile.errors import RequestedPassError
+from hvcompile.errors import DisagreementError, HvcompileError, RequestedPassError
 from hvcompile.graph_code import inline
-from hvcompile.inputs import classify
+from hvcompile.inputs import InputRoles, classify
 from hvcompile.nodes import is_parameter, is_tensor, is_weight
 from hvcompile.options import Options, parse
 from hvcompile.outline import recover
@@ -58,8 +59,13 @@ def hvfast(
     dump.graph("outlined", trunk.module)
     try:
         pipeline.run(trunk, settings.passes, lambda name, after: dump.graph(name, after.module), journal)
+    except HvcompileError as error:
+        with contextlib.suppress(DisagreementError):  # the others are told; what went wrong here is said below
+            agreement.before_compiling(trunk, journal, graph_module, failure=str(error))
+        raise
     finally:
         dump.journal(journal)
+    agreement.before_compiling(trunk, journal, graph_module, failure="")
     calling = seal(trunk)
     dump.graph("sealed", trunk.module)
     inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
@@ -155,6 +161,20 @@ def seal(trunk: Trunk) -> runtime.Calling:
             runtime.StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states
         ),
         has_record=bool(trunk.observed),
+        agreement=_agreement(trunk, roles, placeholders),
+    )
+
+
+def _agreement(trunk: Trunk, roles: InputRoles, placeholders: list[fx.Node]) -> agreement.Agreement | None:
+    """What compares the inputs of the ranks that run this graph together."""
+    if trunk.group is None or trunk.sharding is None:
+        return None
+    inputs = [node for node in (roles.sample, *roles.clocks, *roles.conditions) if node is not None]
+    return agreement.Agreement(
+        trunk.group,
+        {placeholders.index(node): inductor.source_name(node) or node.name for node in inputs},
+        placeholders.index(roles.sample) if roles.sample is not None else None,
+        [placeholders.index(node) for node in roles.clocks],
     )
 
 

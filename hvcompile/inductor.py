@@ -20,6 +20,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
 - ``torch._logging.trace_structured`` and its ``trace_log``: artifacts for tlparse.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
+- ``torch.distributed.distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to
+  the group, and to the store through which its ranks met; functional collectives do the first themselves.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import CompileContext
@@ -170,6 +173,34 @@ def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.expr.subs(dict(symbols)))
     return int(size)
+
+
+def specialise(size: int | torch.SymInt, graph: fx.Graph) -> int:
+    """The concrete value of a size, on which the compiled graph then depends: Dynamo guards on each of its symbols.
+
+    Raises:
+        ValueError: the size depends on data.
+
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    symbols = size.node.expr.free_symbols
+    for node in graph.find_nodes(op="placeholder"):
+        if symbol_of(node) in symbols:
+            int(value(node))
+    if size.node.hint is None:
+        raise ValueError(f"its length {size} depends on data")
+    return int(size)
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of this process that goes by a name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def store_of(group: dist.ProcessGroup) -> dist.Store:
+    """The key-value store through which a group's ranks met."""
+    return dist.distributed_c10d._get_process_group_store(group)
 
 
 def compile_id() -> tuple[int, int]:

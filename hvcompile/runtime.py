@@ -24,7 +24,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvcompile import inductor
+from hvcompile.agreement import Agreement
 from hvcompile.errors import UncompiledModelError
+from hvcompile.fingerprints import fingerprint
 from hvcompile.pipeline import JournalRow
 
 log = logging.getLogger(__name__)
@@ -207,23 +209,6 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
             state.hits = state.misses = 0
 
 
-def fingerprint(tensor: torch.Tensor) -> int:
-    """A 64-bit hash of a tensor's bits; waits for the device.
-
-    A weighted sum modulo 2**64 with position-dependent odd weights: order matters, and it is one reduction.
-    """
-    flat = tensor.detach()
-    if flat.is_complex():
-        flat = torch.view_as_real(flat)
-    flat = flat.contiguous().flatten()
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    flat = flat.view(bits).to(torch.int64)
-    place = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.int64)
-    weight = place * -7046029254386353131  # 2**64 divided by the golden ratio, as a signed number
-    weight = (weight ^ (weight >> 29)) * -4658895280553007687
-    return int(((flat + 1) * (weight | 1)).sum().item())
-
-
 class _Weights:
     """The weights of the last call of one compiled graph, and a number that changes when any of them does.
 
@@ -290,7 +275,8 @@ class Calling:
     """Positions of the inputs that the runtime looks at, and what the graph returns beyond its own outputs.
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
-    inputs that are no tensors: sizes, and Python numbers given to the model.
+    inputs that are no tensors: sizes, and Python numbers given to the model. ``agreement`` is there where several ranks
+    run the graph together.
     """
 
     anchor: int | None
@@ -301,6 +287,7 @@ class Calling:
     num_outputs: int
     states: tuple[StateLayout, ...]
     has_record: bool
+    agreement: Agreement | None = None
 
 
 class CompiledTrunk:
@@ -320,6 +307,8 @@ class CompiledTrunk:
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
         calling = self._calling
+        if calling.agreement is not None:
+            calling.agreement.look((self._numbers(args), self._conditions(args)), args)
         if calling.anchor is None:
             return self._compiled(*args)  # type: ignore[no-any-return]
         model = model_state(args[calling.anchor])
@@ -339,11 +328,14 @@ class CompiledTrunk:
                 model.read_pending()
         return results[: calling.num_outputs]  # type: ignore[no-any-return]
 
+    def _conditions(self, args: Sequence[Any]) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
+
     def _slot(self, model: ModelState, args: Sequence[Any]) -> Slot:
         calling = self._calling
         numbers = self._numbers(args)
-        with self._lock:
-            conditions = tuple(self._fingerprints.of(args[place]) for place in calling.conditions)
+        conditions = self._conditions(args)
         with model.lock:
             weights = model.weights[self._number].look(self._weights(args))
             thread = weakref.ref(threading.current_thread())

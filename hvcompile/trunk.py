@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -13,6 +13,9 @@ from torch import fx
 from hvcompile import inductor
 from hvcompile.inductor import provenance, value
 from hvcompile.nodes import is_tensor, is_weight, storage
+
+if TYPE_CHECKING:
+    from hvcompile.sharding import Layout, Split
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,11 +65,28 @@ class State:
     next_value: fx.Node | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """The ranks that run a graph together, by the name of their process group, and how long they wait for each other."""
+
+    name: str
+    timeout_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How the sequence is split over ranks, and which nodes of the top-level graph hold one rank's part of it."""
+
+    split: Split
+    streams: Mapping[fx.Node, Layout]
+
+
 @dataclasses.dataclass(eq=False)
 class Trunk:
     """A captured graph with its blocks outlined, and the state that passes have added to it.
 
     Prologue and epilogue are the nodes before the first and after the last block; they stay in ``module``'s graph.
+    ``group`` is set where ranks run it together, ``sharding`` where they split its sequence.
     """
 
     module: fx.GraphModule
@@ -74,6 +94,8 @@ class Trunk:
     lists: str
     states: list[State] = dataclasses.field(default_factory=list)
     observed: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    group: Group | None = None
+    sharding: Sharding | None = None
 
     @property
     def graph(self) -> fx.Graph:

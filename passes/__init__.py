@@ -1,12 +1,15 @@
 """The passes, in the one order in which they run."""
 
 from hvcompile.passes.first_block_cache import FirstBlockCache
+from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.pipeline import Pass
 
 if __name__ != "hvcompile.passes":
     raise ImportError("import the passes as hvcompile.passes: under another name their classes would exist twice")
 
 PASSES: tuple[type[Pass], ...] = (
+    # First: it derives where the sequence is from the graph as the model wrote it.
+    ShardedAttention,
     # Last of all: it moves blocks 2..N into a branch, and the others look for blocks at the top level.
     FirstBlockCache,
 )
