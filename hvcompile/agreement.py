@@ -32,6 +32,7 @@ from hvcompile.trunk import Group, Trunk
 
 log = logging.getLogger(__name__)
 
+DOING = "what it does now"
 SHOWN = 4
 """Differences named in a message at most."""
 
@@ -52,7 +53,7 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
     if dist.get_backend(process_group) == "fake":
         return  # ranks that don't exist agree
     store, rank, size = inductor.store_of(process_group), process_group.rank(), process_group.size()
-    mine = {"what it does now": doing, **facts}
+    mine = {DOING: doing, **facts}
     try:
         turn = store.add(f"hvcompile/{group.name}/turn/{rank}", 1)
         store.set(_key(group, turn, rank), json.dumps(mine))
@@ -80,7 +81,7 @@ def _key(group: Group, turn: int, rank: int) -> str:
     return f"hvcompile/{group.name}/{turn}/{rank}"
 
 
-def _missing(store: dist.Store, group: Group, rank: int, size: int) -> str:
+def _missing(store: Any, group: Group, rank: int, size: int) -> str:
     """The ranks that have not come as often as this one."""
     try:
         turns = [store.add(f"hvcompile/{group.name}/turn/{other}", 0) for other in range(size)]
@@ -94,7 +95,10 @@ def _differences(differing: Sequence[tuple[int, Mapping[str, str]]], first: Mapp
     said = []
     for other, held in differing:
         keys = [key for key in dict.fromkeys([*first, *held]) if first.get(key) != held.get(key)]
-        said += [f"{key} is {held.get(key, 'absent')} on rank {other}, {first.get(key, 'absent')} on rank 0" for key in keys]
+        keys = [DOING] if DOING in keys else keys  # the rest can't be compared
+        said += [
+            f"{key} is {held.get(key, 'absent')} on rank {other}, {first.get(key, 'absent')} on rank 0" for key in keys
+        ]
     rest = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
     return "; ".join(said[:SHOWN]) + rest
 
@@ -109,13 +113,17 @@ def _graph_facts(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.Graph
     facts = {"torch": torch.__version__, "the trunk": trunk.lists}
     for row in journal:
         facts |= {f"{row.section}.{name}": repr(held) for name, held in row.options.items() if row.section}
-        facts[f"what {row.name} did"] = row.line()
     described = {}
     for node in captured.graph.find_nodes(op="placeholder"):
         described[source_name(node) or node.name] = (is_weight(node), _describe(node))
     facts |= {f"the input {name}": text for name, (of_model, text) in described.items() if not of_model}
-    facts["the weights' shapes"] = _digest(sorted((name, text) for name, (of_model, text) in described.items() if of_model))
-    operations = [(op_name(node), repr(node.args), repr(node.kwargs)) for node in captured.graph.nodes if node.op != "placeholder"]
+    facts["the weights' shapes"] = _digest(
+        sorted((name, text) for name, (of_model, text) in described.items() if of_model)
+    )
+    operations = [
+        (op_name(node), repr(node.args), repr(node.kwargs)) for node in captured.graph.nodes if node.op != "placeholder"
+    ]
+    facts |= {f"what {row.name} did": row.line() for row in journal}
     facts["the operations"] = _digest(_without_addresses(operations))
     return facts
 
@@ -175,7 +183,10 @@ class Agreement:
         """
         known = self._generations.get(conditions)
         if known is None:
-            facts = {f"the content of {name}": f"{fingerprint(args[place]) % 2**64:016x}" for place, name in self._names.items()}
+            facts = {
+                f"the content of {name}": f"{fingerprint(args[place]) % 2**64:016x}"
+                for place, name in self._names.items()
+            }
             compare(self._group, "beginning a generation", facts)
             known = self._generations[conditions] = _Generation()
             while len(self._generations) > 64:
@@ -188,7 +199,11 @@ class Agreement:
                 name = self._names[self._sample] if self._sample is not None else ""
                 facts = {f"the content of {name} at the first step": f"{int(sample.item()) % 2**64:016x}"}
                 compare(self._group, "beginning a generation of the same prompt", facts)
-            known.direction = [0.0] * len(moved) if turned else [s or d for s, d in zip(moved, known.direction or moved, strict=False)]
+            known.direction = (
+                [0.0] * len(moved)
+                if turned
+                else [s or d for s, d in zip(moved, known.direction or moved, strict=False)]
+            )
             known.clock = clock
         self._generations.move_to_end(conditions)
         if self._clocks and self._sample is not None:

@@ -77,4 +77,4 @@ def _redistribute(local: torch.Tensor, group: str, source: Placement, target: Pl
     mesh = mesh_of(group, local.device.type)
     moved = DTensor.from_local(local, mesh, [source], run_check=False).redistribute(mesh, [target]).to_local()
     wait = getattr(moved, "wait", None)  # run eagerly, it may still be on its way
-    return moved if wait is None else wait()  # type: ignore[no-any-return]
+    return moved if wait is None else wait()

@@ -195,10 +195,11 @@ def specialise(size: int | torch.SymInt, graph: fx.Graph) -> int:
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group of this process that goes by a name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)  # type: ignore[no-any-return]
 
 
-def store_of(group: dist.ProcessGroup) -> dist.Store:
+def store_of(group: dist.ProcessGroup) -> Any:
     """The key-value store through which a group's ranks met."""
     return dist.distributed_c10d._get_process_group_store(group)
 

@@ -307,8 +307,20 @@ class CompiledTrunk:
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
         calling = self._calling
-        if calling.agreement is not None:
-            calling.agreement.look((self._numbers(args), self._conditions(args)), args)
+        if calling.agreement is None:
+            return self._step(args)
+        calling.agreement.look((self._numbers(args), self._conditions(args)), args)
+        try:
+            return self._step(args)
+        except RuntimeError as error:
+            error.add_note(
+                "This step runs on several ranks. Where the error speaks of a connection, a peer or a timeout, another "
+                "rank has ended or hangs: look at what that one printed."
+            )
+            raise
+
+    def _step(self, args: Sequence[Any]) -> Sequence[Any]:
+        calling = self._calling
         if calling.anchor is None:
             return self._compiled(*args)  # type: ignore[no-any-return]
         model = model_state(args[calling.anchor])
@@ -333,7 +345,6 @@ class CompiledTrunk:
             return tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
 
     def _slot(self, model: ModelState, args: Sequence[Any]) -> Slot:
-        calling = self._calling
         numbers = self._numbers(args)
         conditions = self._conditions(args)
         with model.lock:

@@ -19,7 +19,7 @@ from torch import fx
 
 from hvcompile import collectives, inductor
 from hvcompile.graph_code import inline, run_on_fakes
-from hvcompile.inductor import TAG, provenance, shape_key, value
+from hvcompile.inductor import provenance, shape_key, value
 from hvcompile.nodes import is_tensor, op_name
 
 
@@ -84,6 +84,11 @@ class Layout:
         """Length of the dimension in the whole tensor."""
         return sum(item.stop - item.start for item in self.segments)
 
+    @property
+    def num_split(self) -> int:
+        """Stretches that are split."""
+        return sum(item.is_split for item in self.segments)
+
     def is_complete(self, split: Split) -> bool:
         """Whether every split segment covers the whole sequence."""
         return all(not item.is_split or (item.start, item.stop) == (0, split.length) for item in self.segments)
@@ -115,7 +120,7 @@ class WantsSplit(Exception):  # noqa: N818  (as above)
 
 
 def take_local(whole: Any, *, split: Split, dim: int, ndim: int, start: int, stop: int) -> Any:
-    """This rank's part of tokens ``start`` to ``stop``, zeros where it has none; graph code."""
+    """Take this rank's part of tokens ``start`` to ``stop``, zeros where it has none; graph code."""
     after = split.local * split.ranks - stop
     if start or after:
         whole = torch.nn.functional.pad(whole, (0, 0) * (ndim - 1 - dim) + (start, after))
@@ -147,7 +152,7 @@ def delocalise(local: Any, *, split: Split, layout: Layout) -> Any:
 
 # An operation's layouts: None for a value that is whole on every rank, a list for a tuple of values.
 Layouts = Layout | None | list["Layout | None"]
-Attention = Callable[["Resharder", fx.Node], Layout]
+Attention = Callable[["Resharder", fx.Node], Layout | None]
 
 
 class Resharder:
@@ -159,7 +164,7 @@ class Resharder:
         tag: the pass's name.
         where: what to call the graph in messages.
         attention: copies a scaled dot product attention one of whose operands is split.
-        may_split: whether an input that turns out to be a per-token operand can come split.
+        may_split: the inputs that can come split where they turn out to be per-token operands.
 
     """
 
@@ -170,7 +175,7 @@ class Resharder:
         tag: str,
         where: str,
         attention: Attention,
-        may_split: Callable[[fx.Node, Layout], bool] = lambda *_: False,
+        may_split: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.source, self.split, self.tag, self.where = source, split, tag, where
         self.attention, self.may_split = attention, may_split
@@ -202,7 +207,7 @@ class Resharder:
             kind = self.graph.call_method if isinstance(target, str) else self.graph.call_function
             made = kind(target, args, kwargs)
         made.meta = provenance(like, self.tag, None)
-        self._run(made)
+        self.run(made)
         return made
 
     def inline(self, function: Callable[..., Mapping[str, Any]], operands: Mapping[str, fx.Node], like: fx.Node) -> Any:
@@ -223,7 +228,8 @@ class Resharder:
             setattr(made, name, fx.map_arg(held, env.__getitem__))
         return made
 
-    def _run(self, node: fx.Node) -> None:
+    def run(self, node: fx.Node) -> None:
+        """Run a node of the new graph on fake tensors, and keep what comes out as its value."""
         if self.mode is None:
             raise CannotShard(f"{self.where} has no tensor")
         try:
@@ -265,7 +271,7 @@ class Resharder:
             if found is None:
                 return None
             node, dim = before, found
-        return (node, layout.at(dim)) if self.may_split(node, layout.at(dim)) else None
+        return (node, layout.at(dim)) if node in self.may_split else None
 
     def whole(self, node: fx.Node) -> fx.Node:
         """A source node's value gathered from all ranks, where it is split; in the new graph."""
@@ -321,11 +327,12 @@ class Resharder:
     def _prove(self, node: fx.Node) -> None:
         """Run the copy on one rank's shapes; what comes out must have the shape that was derived."""
         new, layouts = self.env[node], self.layouts[node]
-        self._run(new)
+        self.run(new)
         before, after = value(node), value(new)
+        items: Any = layouts
         if isinstance(before, torch.Tensor):
-            before, after, layouts = [before], [after], [layouts]  # type: ignore[list-item]
-        for old, made, layout in zip(before, after, layouts or [], strict=True):
+            before, after, items = [before], [after], [layouts]
+        for old, made, layout in zip(before, after, items, strict=True):
             wanted = list(shape_key(old))
             if isinstance(layout, Layout):
                 if str(layout.total) != wanted[layout.dim]:
@@ -391,7 +398,19 @@ def _first(resharder: Resharder, node: fx.Node, what: str = "its first operand")
 @_rule(
     *("add", "iadd", "sub", "isub", "rsub", "mul", "imul", "truediv", "itruediv", "div", "pow", "neg", "rsqrt", "sqrt"),
     *("square", "reciprocal", "exp", "log", "log1p", "expm1", "sin", "cos", "tanh", "sigmoid", "abs", "sign", "erf"),
-    *("silu", "gelu", "relu", "relu6", "elu", "mish", "softplus", "hardswish", "hardsigmoid", "leaky_relu", "logsigmoid"),
+    *(
+        "silu",
+        "gelu",
+        "relu",
+        "relu6",
+        "elu",
+        "mish",
+        "softplus",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+        "logsigmoid",
+    ),
     *("maximum", "minimum", "clamp", "clip", "lerp", "addcmul", "addcdiv", "where", "eq", "ne", "lt", "le", "gt", "ge"),
     *("logical_and", "logical_or", "logical_not", "and_", "or_", "isfinite", "isnan", "nan_to_num", "masked_fill"),
     *("zeros_like", "ones_like", "full_like", "conj", "polar", "ceil", "floor", "round"),
@@ -563,9 +582,9 @@ def _cat(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 
     def join(position: Any, **operands: Any) -> dict[str, Any]:
         position = position.view(local, *[1] * (ndim - 1 - dim))
-        parts = []
+        parts: list[Any] = []
         for group in joined:
-            part = None
+            part: Any = None
             for number, place, item in group:
                 size = local if item.is_split else item.stop - item.start
                 piece = operands[f"piece_{number}"].narrow(dim, place, size)
@@ -624,7 +643,8 @@ def _getitem(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     if Ellipsis in index:
         place = index.index(Ellipsis)
         index = (*index[:place], *[slice(None)] * (value(first).ndim - taken), *index[place + 1 :])
-    fresh, source, target, result = [], 0, 0, layout
+    fresh: list[Any] = []
+    source, target, result = 0, 0, layout
     for item in index:
         if item is None:
             fresh.append(item)
@@ -646,9 +666,7 @@ def _getitem(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     return copied, result
 
 
-def _move(
-    resharder: Resharder, node: fx.Node, item: slice, layout: Layout
-) -> tuple[slice, tuple[Segment, ...]]:
+def _move(resharder: Resharder, node: fx.Node, item: slice, layout: Layout) -> tuple[slice, tuple[Segment, ...]]:
     """A slice of the whole sequence as a slice of this rank's part, and what it then covers."""
     total, split = layout.total, resharder.split
     bounds = []

@@ -67,7 +67,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """The ranks that run a graph together, by the name of their process group, and how long they wait for each other."""
+    """Ranks that run a graph together: the name of their process group, and how long they wait for each other."""
 
     name: str
     timeout_seconds: float

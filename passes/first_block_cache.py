@@ -168,7 +168,8 @@ class FirstBlockCache(Pass):
             change = change.mean() / extent.mean()
         else:
             nothing = torch.zeros_like(change)
-            sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent)]
+            ours: Any = is_ours
+            sums = [torch.where(ours, item, nothing).sum() for item in (change, extent)]
             # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
             sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
             change, allowed = sums[0] / sums[1], allowed & (sums[2] == 0)
@@ -216,7 +217,7 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     decide = options.decide
     if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
         operands["is_ours"] = _is_ours(trunk.sharding, plan.stream_out, anchor)
-        decide = functools.partial(options.decide, group=trunk.sharding.split.group)  # type: ignore[assignment]
+        decide = functools.partial(options.decide, group=trunk.sharding.split.group)
     decided = inline(graph, decide, operands, before=anchor, tag=tag)
     for name, state in small.items():
         state.next_value = decided[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hvcompile import collectives, inductor
 from hvcompile.errors import OptionError
-from hvcompile.inductor import INVOKE_SUBGRAPH, value
+from hvcompile.inductor import value
 from hvcompile.inputs import classify
-from hvcompile.nodes import ancestors, descendants, is_tensor, op_name
+from hvcompile.nodes import ancestors, descendants
 from hvcompile.pipeline import Pass, PassReport
 from hvcompile.sharding import CannotShard, Layout, Resharder, Segment, Split, WantsSplit
 from hvcompile.trunk import BlockCall, Body, Group, Sharding, Trunk, is_activation
@@ -154,16 +153,13 @@ class _Rewrite:
                     raise CannotShard(f"operand {place} of {block.path} is {layout}, unlike that of its siblings")
             return results
         placeholders = list(body.module.graph.find_nodes(op="placeholder"))
-        layouts, banned = dict(given), set[int]()
+        layouts, splittable = (
+            dict(given),
+            {node for node, operand in zip(placeholders, block.operands, strict=True) if is_activation(operand)},
+        )
         while True:
-            resharder = Resharder(
-                body.module.graph,
-                self.split,
-                self.tag,
-                block.path,
-                self._attention,
-                lambda node, _: placeholders.index(node) not in banned and is_activation(block.operands[placeholders.index(node)]),
-            )
+            source, may_split = body.module.graph, frozenset(splittable)
+            resharder = Resharder(source, self.split, self.tag, block.path, self._attention, may_split)
             attentions = self.num_attentions
             try:
                 results = self._copy_body(body, resharder, layouts, placeholders)
@@ -175,7 +171,7 @@ class _Rewrite:
                 if not hoisted:
                     raise
                 # An operand that is a table for each token here and something else there is split where it is read.
-                banned |= hoisted
+                splittable -= {placeholders[place] for place in hoisted}
                 layouts, self.num_attentions = dict(given), attentions
             else:
                 self.bodies[body] = (layouts, resharder, results)
@@ -248,14 +244,12 @@ class _Rewrite:
                 top.end.args = fx.map_arg(node.args, made.__getitem__)
                 top.end.meta = dict(node.meta)
                 gathered += [item.name for item in made if top.layout(item) is not None]
-            elif node in needed or isinstance(top.layouts.get(node.args[0] if node.args else None), list):
+            elif node in needed or any(isinstance(top.layouts.get(item), list) for item in node.all_input_nodes):
                 self._between(top, node)
             else:
                 gathered += [item.name for item in node.all_input_nodes if top.layout(item) is not None]
                 top.env[node] = top.copy(node, {item: top.whole(item) for item in node.all_input_nodes})
-        streams |= {
-            top.env[node]: layout for node in trunk.graph.nodes if (layout := top.layout(node)) is not None
-        }
+        streams |= {top.env[node]: layout for node in trunk.graph.nodes if (layout := top.layout(node)) is not None}
         return self._commit(top, streams, dict.fromkeys(gathered))
 
     def _between(self, top: Resharder, node: fx.Node) -> None:
@@ -291,80 +285,53 @@ class _Rewrite:
 
     # Attention
 
-    def _attention(self, resharder: Resharder, node: fx.Node) -> Layout:
+    def _attention(self, resharder: Resharder, node: fx.Node) -> Layout | None:
         """Surround an attention by redistributions: the whole sequence of a share of the heads in its place."""
         names = ("query", "key", "value", "attn_mask")
-        given = dict(zip(names, node.args, strict=False)) | {n: node.kwargs[n] for n in names if n in node.kwargs}
-        query, key, value_ = (given[name] for name in names[:3])
-        mask, layouts = given.get("attn_mask"), {name: resharder.layout(given[name]) for name in names[:3]}
-        split, ndim = self.split, value(query).ndim
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+        given |= {name: node.kwargs[name] for name in names if name in node.kwargs}
+        operands: dict[str, fx.Node] = {name: given[name] for name in names[:3]}
+        mask, layouts = given.get("attn_mask"), {name: resharder.layout(item) for name, item in operands.items()}
         if layouts["key"] is None and layouts["value"] is None and layouts["query"] is not None:
-            return self._cross_attention(resharder, node, query, mask)
-        layout = layouts["query"]
-        if layout is None or len(set(layouts.values())) > 1:
-            ways = ", ".join(f"{name} is {layout or 'whole'}" for name, layout in layouts.items())
-            raise resharder.refuse(node, f"query, key and value hold other tokens: {ways}")
-        if ndim != 4 or layout.dim != 2:
-            raise resharder.refuse(node, f"its sequence is dimension {ndim - 2} of {ndim}, and not that of the stream")
-        if not layout.is_complete(split) or sum(item.is_split for item in layout.segments) != 1:
-            raise resharder.refuse(node, f"it attends to parts of the sequence ({layout})")
-        if resharder.layouts.get(mask) is not None:
-            raise resharder.refuse(node, "its mask depends on the tokens that are split")
-        counts = {name: inductor.specialise(value(given[name]).shape[1], resharder.source) for name in names[:3]}
-        for name, heads in counts.items():
-            if heads % split.ranks:
-                raise resharder.refuse(
-                    node, f"{split.ranks} ranks can't share its {heads} heads ({name}): give a number that divides them"
-                )
-        ours = {name: slice(split.rank * n // split.ranks, (split.rank + 1) * n // split.ranks) for name, n in counts.items()}
-
-        def to_heads(query: Any, key: Any, value: Any) -> dict[str, Any]:
-            whole = {"query": query, "key": key, "value": value}
-            parts: dict[str, Any] = {}
-            (place,) = [place for place, _, item in layout.offsets(split) if item.is_split]
-            for _, alike in itertools.groupby(whole, counts.__getitem__):  # one all-to-all where heads are as many
-                group = list(alike)
-                video = torch.stack([whole[name][:, :, place : place + split.local] for name in group])
-                video = collectives.reshard(video, split.group, 3, 2)
-                parts |= {name: video[number][:, :, : split.length] for number, name in enumerate(group)}
-            for name, held in whole.items():
-                pieces = [
-                    parts[name] if item.is_split else held[:, ours[name], place : place + item.stop]
-                    for place, _, item in layout.offsets(split)
-                ]
-                parts[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-            return parts
-
-        def to_sequence(attended: Any) -> dict[str, Any]:
-            pieces = []
-            for _, place, item in layout.offsets(split):
-                piece = attended[:, :, place : place + item.stop - item.start]
-                if item.is_split:
-                    padding = split.local * split.ranks - split.length
-                    piece = torch.nn.functional.pad(piece, (0, 0, 0, padding)) if padding else piece
-                    piece = piece.unflatten(2, (split.ranks, split.local))
-                else:  # every rank gets these tokens from each, in the same all-to-all
-                    piece = piece.unsqueeze(2).expand(-1, -1, split.ranks, -1, -1)
-                pieces.append(piece)
-            packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
-            return {"attended": collectives.reshard(packed.flatten(2, 3), split.group, 1, 2)}
-
-        local = resharder.inline(to_heads, {name: resharder.env[given[name]] for name in names[:3]}, node)
-        replaced = {given[name]: local[name] for name in names[:3]} if len({query, key, value_}) == 3 else None
-        if replaced is None:
-            raise resharder.refuse(node, "two of query, key and value are one tensor")
-        if is_tensor_with_heads(mask):
-            replaced[mask] = resharder.make(torch.narrow, (resharder.env[mask], value(mask).ndim - 3, ours["query"].start, ours["query"].stop - ours["query"].start), node)
+            return self._attend_to_whole(resharder, node, operands["query"], mask)
+        reason = self._check_attention(operands, layouts)
+        if mask is not None and resharder.layouts.get(mask) is not None:
+            reason = "its mask depends on the tokens that are split"
+        if reason:
+            raise resharder.refuse(node, reason)
+        heads = _Heads(self.split, layouts, {name: int(value(item).shape[1]) for name, item in operands.items()})
+        local = resharder.inline(heads.to_heads, {name: resharder.env[item] for name, item in operands.items()}, node)
+        replaced = {item: local[name] for name, item in operands.items()}
+        if isinstance(mask, fx.Node) and value(mask).ndim > 2 and inductor.size_hint(value(mask).shape[-3]) != 1:
+            ours = heads.ours("query")
+            cut = (resharder.env[mask], value(mask).ndim - 3, ours.start, ours.stop - ours.start)
+            replaced[mask] = resharder.make(torch.narrow, cut, node)
         attention = resharder.copy(node, replaced)
-        with resharder.mode, torch.no_grad():  # type: ignore[union-attr]
-            from hvcompile.graph_code import run_on_fakes
-
-            attention.meta["example_value"] = run_on_fakes(attention)
-        resharder.env[node] = resharder.inline(to_sequence, {"attended": attention}, node)["attended"]
+        resharder.run(attention)
+        resharder.env[node] = resharder.inline(heads.to_sequence, {"attended": attention}, node)["attended"]
         self.num_attentions += 1
-        return layout
+        return layouts["query"]
 
-    def _cross_attention(self, resharder: Resharder, node: fx.Node, query: fx.Node, mask: Any) -> Layout:
+    def _check_attention(self, operands: Mapping[str, fx.Node], layouts: Mapping[str, Layout | None]) -> str:
+        """Why an attention can't run over the heads; empty if it can."""
+        if len(set(operands.values())) < 3:
+            return "two of query, key and value are one tensor"
+        if layouts["key"] != layouts["value"]:
+            return f"its keys are {layouts['key'] or 'whole'} and its values {layouts['value'] or 'whole'}"
+        for name, item in operands.items():
+            layout, fake = layouts[name], value(item)
+            if layout is not None and (fake.ndim != 4 or layout.dim != 2):
+                return f"its sequence is dimension {fake.ndim - 2} of {fake.ndim}, and the stream's is {layout.dim}"
+            if layout is not None and not (layout.is_complete(self.split) and layout.num_split == 1):
+                return f"it attends to parts of the sequence ({layout})"
+            heads = fake.shape[1]
+            if not isinstance(heads, int) or heads % self.split.ranks:
+                return (
+                    f"{self.split.ranks} ranks can't share its {heads} heads: use a number of ranks that divides them"
+                )
+        return ""
+
+    def _attend_to_whole(self, resharder: Resharder, node: fx.Node, query: fx.Node, mask: Any) -> Layout:
         """Attention to tokens that every rank has: each token's result is its own."""
         layout = resharder.layout(query)
         assert layout is not None
@@ -377,9 +344,65 @@ class _Rewrite:
         return layout
 
 
-def is_tensor_with_heads(mask: Any) -> bool:
-    """Whether a mask differs from head to head."""
-    return isinstance(mask, fx.Node) and value(mask).ndim > 2 and inductor.size_hint(value(mask).shape[-3]) != 1
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """Graph code around one attention: from a part of the sequence to a share of the heads, and back.
+
+    ``layouts`` says of query, key and value (each ``[B, H, S, D]``) what lies along S, ``counts`` how many heads each
+    has. Of tokens that every rank has, only the rank's own heads are taken.
+    """
+
+    split: Split
+    layouts: Mapping[str, Layout | None]
+    counts: Mapping[str, int]
+
+    def ours(self, name: str) -> slice:
+        """The heads of this rank."""
+        share = self.counts[name] // self.split.ranks
+        return slice(self.split.rank * share, (self.split.rank + 1) * share)
+
+    def to_heads(self, **whole: Any) -> dict[str, Any]:
+        """Query, key and value over the whole sequence: ``[B, H / N, S, D]``."""
+        split, found = self.split, dict[str, Any]()
+        parts: dict[str, Any] = {}
+        places = {
+            name: next(place for place, _, item in layout.offsets(split) if item.is_split)
+            for name, layout in self.layouts.items()
+            if layout is not None
+        }
+        for count in dict.fromkeys(self.counts[name] for name in places):  # as a rule one: a single all-to-all
+            alike = [name for name in places if self.counts[name] == count]
+            ours = torch.stack([whole[name][:, :, places[name] : places[name] + split.local] for name in alike])
+            theirs = collectives.reshard(ours, split.group, 3, 2)
+            parts |= {name: theirs[number][:, :, : split.length] for number, name in enumerate(alike)}
+        for name, held in whole.items():
+            layout = self.layouts[name]
+            if layout is None:
+                found[name] = held[:, self.ours(name)]
+                continue
+            pieces = [
+                parts[name] if item.is_split else held[:, self.ours(name), place : place + item.stop]
+                for place, _, item in layout.offsets(split)
+            ]
+            found[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        return found
+
+    def to_sequence(self, attended: Any) -> dict[str, Any]:
+        """The result, laid out as the queries were, from ``[B, H / N, S, D]``."""
+        split, layout, pieces = self.split, self.layouts["query"], []
+        if layout is None:
+            return {"attended": collectives.gather(attended, split.group, 1)}
+        for _, place, item in layout.offsets(split):
+            piece = attended[:, :, place : place + item.stop - item.start]
+            if item.is_split:
+                padding = split.local * split.ranks - split.length
+                piece = torch.nn.functional.pad(piece, (0, 0, 0, padding)) if padding else piece
+                piece = piece.unflatten(2, (split.ranks, split.local))
+            else:  # every rank needs these tokens of each: they travel in the same all-to-all
+                piece = piece.unsqueeze(2).expand(-1, -1, split.ranks, -1, -1)
+            pieces.append(piece)
+        packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
+        return {"attended": collectives.reshard(packed.flatten(2, 3), split.group, 1, 2)}
 
 
 def _main_stream(trunk: Trunk) -> int:
@@ -391,5 +414,6 @@ def _main_stream(trunk: Trunk) -> int:
     if not places:
         raise CannotShard(f"no output of {first.path} continues one of its inputs")
     return max(
-        places, key=lambda place: (first.operands[place] in from_sample, inductor.numel_hint(value(first.operands[place])))
+        places,
+        key=lambda place: (first.operands[place] in from_sample, inductor.numel_hint(value(first.operands[place]))),
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
+import ranks
 import torch
 import zoo
 from oracle import denoise, first, hvfast, relative_error
 
 import hvcompile
+import hvcompile.runtime
 
 WIDTH = 64  # four heads
 DEPTH = {"num_layers": 2, "num_single_layers": 2, "width": WIDTH}
@@ -49,7 +52,7 @@ def equality(lower: str, cases: list[tuple[str, list[dict[str, Any]]]], cache: A
 
 
 def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[list[bool], list[bool], float]]:
-    """Thirty steps at each threshold: decisions of all ranks together, those of one rank, and how the samples differ."""
+    """Thirty steps at each threshold: decisions of the ranks together, those of one rank, how the samples differ."""
     found = []
     for threshold in thresholds:
         runs = []
@@ -68,3 +71,128 @@ def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[
             del last
         found.append((runs[0].reused, runs[1].reused, relative_error(runs[0].sample, runs[1].sample)))
     return found
+
+
+HEADS = 4
+
+
+class JointBlock(torch.nn.Module):
+    """Attention of video tokens to video and text, in several heads; the text is only read."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.text, self.out = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.scale = scale
+
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
+        def heads(tokens: Any) -> Any:
+            return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+        text = self.text(text)
+        query, key, value = self.query(hidden + place), self.key(hidden + place), self.value(hidden)
+        key, value = torch.cat([key, text], dim=1), torch.cat([value, text], dim=1)
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return hidden + self.scale * self.out(mixed.transpose(1, 2).flatten(2) + time[:, None])
+
+
+class Joint(torch.nn.Module):
+    """``(sample [B, N, C], timestep [B], text [B, L, C]) -> [B, N, C]``, quick to trace."""
+
+    def __init__(self, blocks: int = 3, scale: float = 0.2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.time, self.head = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.blocks = torch.nn.ModuleList(JointBlock(scale) for _ in range(blocks))
+
+    def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
+        time = self.time((timestep[:, None].float() / 1000 * torch.arange(WIDTH)).cos())
+        place = torch.arange(sample.shape[1] * WIDTH).view(sample.shape[1], WIDTH).sin()[None]
+        hidden = self.embed(sample)
+        for block in self.blocks:
+            hidden = block(hidden, text, time, place)
+        return self.head(hidden)
+
+
+def joint_inputs(seed: int = 0, tokens: int = 13, timestep: float = 900.0) -> dict[str, Any]:
+    draw = zoo.Draw(seed)
+    return {
+        "sample": draw.normal(1, tokens, WIDTH),
+        "timestep": torch.tensor([timestep]),
+        "text": draw.normal(1, 5, WIDTH),
+    }
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def joint(cache: Any = False, lower: str = "eager", timeout: float = 20.0, **fields: Any) -> Any:
+    sharded: Any = {"timeout_seconds": timeout, **fields}
+    options = {"lower": lower, "first_block_cache": cache, "context_parallel": sharded}
+    return hvfast(Joint(), fullgraph=True, options=options)
+
+
+def toy_lengths(lengths: list[int]) -> list[float]:
+    """Relative errors of the small model at these lengths."""
+    found = []
+    for tokens in lengths:
+        torch._dynamo.reset()
+        inputs = joint_inputs(tokens=tokens)
+        with torch.no_grad():
+            found.append(relative_error(joint()(**inputs), Joint()(**inputs)))
+    return found
+
+
+def fault(kind: str) -> str:
+    """Run the small model with something wrong on rank 1, and return what was raised."""
+    odd = rank() == 1
+    fast = joint(cache={"threshold": 0.1 if kind == "threshold" and odd else 0.5}, timeout=6.0)
+    inputs = joint_inputs(seed=int(kind == "seed" and odd), tokens=14 if kind == "shape" and odd else 13)
+    if kind == "off" and odd:
+        fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
+    if kind == "blocks" and odd:
+        fast = hvfast(Joint(4), fullgraph=True, options={"lower": "eager", "context_parallel": {"timeout_seconds": 6.0}})
+    try:
+        with torch.no_grad():
+            if kind == "failure" and odd:
+                joint(cache={"threshold": 0.5}, ulysses=3)(**inputs)
+            fast(**inputs)
+            if kind == "later shape":
+                fast(**joint_inputs(tokens=15 if odd else 13, seed=4))
+            if kind == "later prompt":
+                fast(**joint_inputs(seed=5 if odd else 6))
+            if kind == "later seed":
+                for clock in (800.0, 700.0):
+                    fast(**inputs | {"timestep": torch.tensor([clock])})
+                inputs["sample"] = torch.randn_like(inputs["sample"]) + rank()
+                for clock in (900.0, 800.0):
+                    fast(**inputs | {"timestep": torch.tensor([clock])})
+            if kind == "death":
+                if odd:
+                    ranks.die()
+                for clock in (800.0, 700.0, 600.0):
+                    fast(**joint_inputs(seed=1, timestep=clock))
+            if kind == "death in a step":
+                if odd:
+                    ranks.die()
+                fast(**inputs | {"timestep": torch.tensor([800.0])})
+    except Exception as error:
+        return "".join(traceback.format_exception_only(error))
+    return "nothing"
+
+
+def skewed() -> list[tuple[bool, float]]:
+    """Residuals and state that differ from rank to rank; the decisions of each."""
+    fast = joint(cache={"threshold": 0.3})
+    with torch.no_grad():
+        for step in range(8):
+            inputs = joint_inputs(timestep=900.0 - 0.5 * step)
+            # only the tokens of the last rank move
+            inputs["sample"][:, 9:] += 0.02 * step
+            if step == 5 and rank() == 1:
+                for state in hvcompile.runtime._states_of(fast):
+                    for slot in state.slots.values():
+                        for tensor in slot.tensors:
+                            tensor.zero_()
+            fast(**inputs)
+    return [(step.reused, step.difference) for step in hvcompile.stats(fast).steps]
