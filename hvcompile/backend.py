@@ -15,6 +15,7 @@ from hvcompile.dump import Dump
 from hvcompile.errors import DisagreementError, HvcompileError, RequestedPassError
 from hvcompile.graph_code import inline
 from hvcompile.inputs import InputRoles, classify
+from hvcompile.launch import of_this_rank
 from hvcompile.nodes import is_parameter, is_tensor, is_weight
 from hvcompile.options import Options, parse
 from hvcompile.outline import recover
@@ -49,7 +50,9 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    dump = Dump(settings.dump, inductor.compile_id(), lower=settings.lower, limit_gib=settings.dump_limit_gib)
+    dump = Dump(
+        of_this_rank(settings.dump), inductor.compile_id(), lower=settings.lower, limit_gib=settings.dump_limit_gib
+    )
     dump.graph("captured", graph_module)
     trunk = NoTrunk(needs_gradients(graph_module)) if needs_gradients(graph_module) else recover(graph_module)
     if isinstance(trunk, NoTrunk):

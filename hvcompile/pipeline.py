@@ -133,7 +133,7 @@ def run(
     Args:
         trunk: rewritten in place.
         passes: each with whether the user asked for it by name.
-        observe: called with the pass's name and the trunk after each pass (dumps).
+        observe: called with the pass's name and the trunk after each pass that changed it (dumps).
         journal: gains a row a pass, also where one raises.
 
     Raises:
@@ -157,7 +157,8 @@ def run(
         )
         log.info("%s", row.line())
         journal.append(row)
-        observe(name, trunk)
+        if report.applied:
+            observe(name, trunk)
         if requested and not report.applied:
             reasons = "; ".join(f"{what}: {why}" for what, why in report.declined)
             raise RequestedPassError(

@@ -51,6 +51,25 @@ def equality(lower: str, cases: list[tuple[str, list[dict[str, Any]]]], cache: A
     return found
 
 
+def inductor_steps() -> list[float]:
+    """A computed and a reused step against one rank's, both compiled by Inductor."""
+    inputs, steps = inputs_of("hunyuan_video_i2v_replace", size=(3, 2, 10)), []
+    for parallel in (True, False):
+        torch._dynamo.reset()
+        model = zoo.FAMILIES["hunyuan_video_i2v_replace"].build(**DEPTH | {"num_single_layers": 1})
+        options = {"first_block_cache": {"threshold": 1.0}, "context_parallel": parallel}
+        fast = hvfast(model, fullgraph=True, options=options)
+        with torch.no_grad():
+            steps.append(
+                [
+                    first(fast(**inputs | {"timestep": torch.tensor([time])}, return_dict=False))
+                    for time in (900.0, 899.0)
+                ]
+            )
+        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
+    return [relative_error(*pair) for pair in zip(*steps, strict=True)]
+
+
 def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[list[bool], list[bool], float]]:
     """Thirty steps at each threshold: decisions of the ranks together, those of one rank, how the samples differ."""
     found = []
@@ -61,14 +80,12 @@ def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[
             cache = {"threshold": threshold, **fields}
             options = {"lower": lower, "first_block_cache": cache, "context_parallel": parallel}
             fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
-            last = [False]
 
             def was_reused(fast: Any = fast) -> bool:
                 return hvcompile.stats(fast).steps[-1].reused
 
             inputs = inputs_of("hunyuan_video", size=(3, 4, 10))
             runs.append(denoise(fast, inputs, was_reused=was_reused))
-            del last
         found.append((runs[0].reused, runs[1].reused, relative_error(runs[0].sample, runs[1].sample)))
     return found
 
@@ -105,8 +122,8 @@ class Joint(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(JointBlock(scale) for _ in range(blocks))
 
     def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
-        time = self.time((timestep[:, None].float() / 1000 * torch.arange(WIDTH)).cos())
-        place = torch.arange(sample.shape[1] * WIDTH).view(sample.shape[1], WIDTH).sin()[None]
+        time = self.time((timestep[:, None].float() / 1000 * torch.arange(WIDTH, device=timestep.device)).cos())
+        place = torch.arange(sample.shape[1] * WIDTH, device=sample.device).view(sample.shape[1], WIDTH).sin()[None]
         hidden = self.embed(sample)
         for block in self.blocks:
             hidden = block(hidden, text, time, place)
@@ -151,7 +168,9 @@ def fault(kind: str) -> str:
     if kind == "off" and odd:
         fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
     if kind == "blocks" and odd:
-        fast = hvfast(Joint(4), fullgraph=True, options={"lower": "eager", "context_parallel": {"timeout_seconds": 6.0}})
+        fast = hvfast(
+            Joint(4), fullgraph=True, options={"lower": "eager", "context_parallel": {"timeout_seconds": 6.0}}
+        )
     try:
         with torch.no_grad():
             if kind == "failure" and odd:
