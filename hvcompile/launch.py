@@ -25,7 +25,7 @@ def num_ranks() -> int:
 
 
 def rank() -> int:
-    """This process's rank; 0 where it is alone."""
+    """The rank of this process; 0 where it is alone."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ["RANK"]) if num_ranks() > 1 else 0

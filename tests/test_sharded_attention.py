@@ -128,14 +128,12 @@ class Mixing(cases.Joint):
         super().__init__()
         for block in self.blocks:
             block.add_module("mix", nn.Conv1d(cases.WIDTH, cases.WIDTH, 3, padding=1))
-            block.register_forward_hook(
-                lambda block, _, out: out + block.mix(out.transpose(1, 2)).transpose(1, 2)  # type: ignore[operator]
-            )
+            block.register_forward_hook(lambda block, _, out: out + block.mix(out.transpose(1, 2)).transpose(1, 2))
 
 
 class TokenBlock(nn.Sequential):
-    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
-        return hidden + super().forward(hidden + place) * (text.mean() + time[:, None])
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:  # type: ignore[override]
+        return hidden + self[0](hidden + place) * (text.mean() + time[:, None])
 
 
 class NoAttention(cases.Joint):
@@ -261,9 +259,9 @@ def test_lengths() -> None:
 
 @pytest.mark.ranks
 def test_compiled_by_inductor() -> None:
-    """Token-replace image-to-video with uneven parts and the cache, both ranks compiled; a reused step too."""
-    for errors in ranks.results(ranks.launch(cases.inductor_steps, 2)):
-        assert max(errors) < 1e-5, errors
+    """Token-replace image-to-video with uneven parts and the cache, a computed and a reused step."""
+    errors, _ = ranks.results(ranks.launch(cases.inductor_steps, 2))
+    assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.ranks
