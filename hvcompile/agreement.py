@@ -53,6 +53,7 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
     if dist.get_backend(process_group) == "fake":
         return  # ranks that don't exist agree
     store, rank, size = inductor.store_of(process_group), process_group.rank(), process_group.size()
+    names = [dist.get_global_rank(process_group, place) for place in range(size)]
     mine = {DOING: doing, **facts}
     try:
         turn = store.add(f"hvcompile/{group.name}/turn/{rank}", 1)
@@ -63,16 +64,16 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
         if turn > 1:  # all have come here, so none reads the turn before any more
             store.delete_key(_key(group, turn - 1, rank))
     except dist.DistError as error:
-        missing = _missing(store, group, rank, size)
+        missing = _missing(store, group, rank, names)
         raise DisagreementError(
-            f"rank {rank} was {doing}, and {missing} did not come within {group.timeout_seconds:g} s: it has ended, or "
-            "it runs something else (another model or prompt, or context_parallel switched off). All ranks that share "
-            'a sequence make the same calls; options={"context_parallel": False} lets each run alone'
+            f"rank {names[rank]} was {doing}, and {missing} did not come within {group.timeout_seconds:g} s: it has "
+            "ended, or it runs something else (another model or prompt, or context_parallel switched off). All ranks "
+            'that share a sequence make the same calls; options={"context_parallel": False} lets each run alone'
         ) from error
-    differing = [(other, held) for other, held in enumerate(theirs) if held != theirs[0]]
-    if differing:
+    if any(held != theirs[0] for held in theirs):
+        differences = _differences(dict(zip(names, theirs, strict=True)))
         raise DisagreementError(
-            f"ranks that share a sequence differ: {_differences(differing, theirs[0])}. Give all of them the same "
+            f"ranks that share a sequence differ: {differences}. Give all of them the same "
             'model, options, inputs and seed; options={"context_parallel": False} lets each run alone'
         )
 
@@ -81,24 +82,26 @@ def _key(group: Group, turn: int, rank: int) -> str:
     return f"hvcompile/{group.name}/{turn}/{rank}"
 
 
-def _missing(store: Any, group: Group, rank: int, size: int) -> str:
+def _missing(store: Any, group: Group, rank: int, names: Sequence[int]) -> str:
     """The ranks that have not come as often as this one."""
     try:
-        turns = [store.add(f"hvcompile/{group.name}/turn/{other}", 0) for other in range(size)]
+        turns = [store.add(f"hvcompile/{group.name}/turn/{other}", 0) for other in range(len(names))]
     except dist.DistError:
         return "the rank that keeps the store of the process group"
-    late = [str(other) for other in range(size) if turns[other] < turns[rank]]
+    late = [str(name) for name, turn in zip(names, turns, strict=True) if turn < turns[rank]]
     return f"rank {', '.join(late)}" if late else "some rank"
 
 
-def _differences(differing: Sequence[tuple[int, Mapping[str, str]]], first: Mapping[str, str]) -> str:
+def _differences(facts: Mapping[int, Mapping[str, str]]) -> str:
+    """What differs from the first rank, given each rank's facts."""
+    (reference, first), *others = facts.items()
     said = []
-    for other, held in differing:
+    for rank, held in others:
         keys = [key for key in dict.fromkeys([*first, *held]) if first.get(key) != held.get(key)]
         keys = [DOING] if DOING in keys else keys  # the rest can't be compared
-        said += [
-            f"{key} is {held.get(key, 'absent')} on rank {other}, {first.get(key, 'absent')} on rank 0" for key in keys
-        ]
+        for key in keys:
+            found, wanted = (item.get(key, "absent") for item in (held, first))
+            said.append(f"{key} is {found} on rank {rank}, {wanted} on rank {reference}")
     rest = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
     return "; ".join(said[:SHOWN]) + rest
 

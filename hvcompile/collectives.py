@@ -6,15 +6,17 @@ printed, dumped and copied; called on an ``fx.Proxy`` it becomes one node.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from hvcompile import inductor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 # By group name and device type. A mesh can't be made while a graph is traced: its table of ranks would become a fake
 # tensor. An entry is used only as long as its process group is the one that goes by the name.
@@ -56,6 +58,8 @@ def reshard(local: Any, group: str, source: int, target: int) -> Any:
     """
     if isinstance(local, fx.Proxy):
         return local.tracer.create_proxy("call_function", reshard, (local, group, source, target), {})
+    from torch.distributed.tensor import Shard
+
     return _redistribute(local, group, Shard(source), Shard(target))
 
 
@@ -63,6 +67,8 @@ def gather(local: Any, group: str, dim: int) -> Any:
     """Every rank's part of a tensor that is split evenly along ``dim``, joined in the order of the ranks."""
     if isinstance(local, fx.Proxy):
         return local.tracer.create_proxy("call_function", gather, (local, group, dim), {})
+    from torch.distributed.tensor import Replicate, Shard
+
     return _redistribute(local, group, Shard(dim), Replicate())
 
 
@@ -70,10 +76,14 @@ def total(local: Any, group: str) -> Any:
     """The sum of a tensor over the ranks; the same bits on each."""
     if isinstance(local, fx.Proxy):
         return local.tracer.create_proxy("call_function", total, (local, group), {})
+    from torch.distributed.tensor import Partial, Replicate
+
     return _redistribute(local, group, Partial(), Replicate())
 
 
 def _redistribute(local: torch.Tensor, group: str, source: Placement, target: Placement) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor  # half a second to import, of which one process alone has no use
+
     mesh = mesh_of(group, local.device.type)
     moved = DTensor.from_local(local, mesh, [source], run_check=False).redistribute(mesh, [target]).to_local()
     wait = getattr(moved, "wait", None)  # run eagerly, it may still be on its way

@@ -204,6 +204,12 @@ def store_of(group: dist.ProcessGroup) -> Any:
     return dist.distributed_c10d._get_process_group_store(group)
 
 
+def autocast_of(region: fx.Node) -> torch.autocast:
+    """The context of an autocast region, given the node that enters it."""
+    device_type, dtype, enabled, cache_enabled = region.args
+    return torch.autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[arg-type]
+
+
 def compile_id() -> tuple[int, int]:
     """The frame that Dynamo is compiling, and how many times it was compiled before."""
     current = CompileContext.current_compile_id()

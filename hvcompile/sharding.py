@@ -9,6 +9,7 @@ as it is made, and must have the shape that was derived for it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,8 +20,8 @@ from torch import fx
 
 from hvcompile import collectives, inductor
 from hvcompile.graph_code import inline, run_on_fakes
-from hvcompile.inductor import provenance, shape_key, value
-from hvcompile.nodes import is_tensor, op_name
+from hvcompile.inductor import TAG, provenance, shape_key, value
+from hvcompile.nodes import contexts, is_tensor, op_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,7 @@ class Resharder:
         where: what to call the graph in messages.
         attention: copies a scaled dot product attention one of whose operands is split.
         may_split: the inputs that can come split where they turn out to be per-token operands.
+        around: the autocast regions that the graph is called in, outermost first.
 
     """
 
@@ -176,9 +178,11 @@ class Resharder:
         where: str,
         attention: Attention,
         may_split: frozenset[fx.Node] = frozenset(),
+        around: Sequence[fx.Node] = (),
     ) -> None:
         self.source, self.split, self.tag, self.where = source, split, tag, where
         self.attention, self.may_split = attention, may_split
+        self._around, self._within = tuple(around), contexts(source)
         self.mode = inductor.fake_mode(source)
         self.graph = fx.Graph()
         self.end = self.graph.output(())
@@ -207,7 +211,7 @@ class Resharder:
             kind = self.graph.call_method if isinstance(target, str) else self.graph.call_function
             made = kind(target, args, kwargs)
         made.meta = provenance(like, self.tag, None)
-        self.run(made)
+        self.run(made, like)
         return made
 
     def inline(self, function: Callable[..., Mapping[str, Any]], operands: Mapping[str, fx.Node], like: fx.Node) -> Any:
@@ -228,12 +232,17 @@ class Resharder:
             setattr(made, name, fx.map_arg(held, env.__getitem__))
         return made
 
-    def run(self, node: fx.Node) -> None:
-        """Run a node of the new graph on fake tensors, and keep what comes out as its value."""
+    def run(self, node: fx.Node, source: fx.Node) -> None:
+        """Run a node of the new graph on fake tensors, and keep what comes out as its value.
+
+        ``source`` is the node that it stands for: in its autocast regions the copy runs as well.
+        """
         if self.mode is None:
             raise CannotShard(f"{self.where} has no tensor")
         try:
-            with self.mode, torch.no_grad():
+            with self.mode, torch.no_grad(), contextlib.ExitStack() as regions:
+                for region in (*self._around, *self._within[source]):
+                    regions.enter_context(inductor.autocast_of(region))
                 node.meta["example_value"] = run_on_fakes(node)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise self.refuse(node, f"fails on one rank's shapes ({str(error).splitlines()[0]})") from error
@@ -327,7 +336,8 @@ class Resharder:
     def _prove(self, node: fx.Node) -> None:
         """Run the copy on one rank's shapes; what comes out must have the shape that was derived."""
         new, layouts = self.env[node], self.layouts[node]
-        self.run(new)
+        if new.meta.get(TAG) != self.tag:  # what is made of our own operations has run already
+            self.run(new, node)
         before, after = value(node), value(new)
         items: Any = layouts
         if isinstance(before, torch.Tensor):

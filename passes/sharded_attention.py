@@ -15,7 +15,7 @@ from hvcompile import collectives, inductor
 from hvcompile.errors import OptionError
 from hvcompile.inductor import value
 from hvcompile.inputs import classify
-from hvcompile.nodes import ancestors, descendants
+from hvcompile.nodes import ancestors, contexts, descendants
 from hvcompile.pipeline import Pass, PassReport
 from hvcompile.sharding import CannotShard, Layout, Resharder, Segment, Split, WantsSplit
 from hvcompile.trunk import BlockCall, Body, Group, Sharding, Trunk, is_activation
@@ -159,7 +159,8 @@ class _Rewrite:
         )
         while True:
             source, may_split = body.module.graph, frozenset(splittable)
-            resharder = Resharder(source, self.split, self.tag, block.path, self._attention, may_split)
+            around = contexts(self.trunk.graph)[block.call]
+            resharder = Resharder(source, self.split, self.tag, block.path, self._attention, may_split, around)
             attentions = self.num_attentions
             try:
                 results = self._copy_body(body, resharder, layouts, placeholders)
@@ -307,7 +308,7 @@ class _Rewrite:
             cut = (resharder.env[mask], value(mask).ndim - 3, ours.start, ours.stop - ours.start)
             replaced[mask] = resharder.make(torch.narrow, cut, node)
         attention = resharder.copy(node, replaced)
-        resharder.run(attention)
+        resharder.run(attention, node)
         resharder.env[node] = resharder.inline(heads.to_sequence, {"attended": attention}, node)["attended"]
         self.num_attentions += 1
         return layouts["query"]

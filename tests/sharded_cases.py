@@ -9,6 +9,7 @@ import ranks
 import torch
 import zoo
 from oracle import denoise, first, hvfast, relative_error
+from torch.distributed.device_mesh import init_device_mesh
 
 import hvcompile
 import hvcompile.runtime
@@ -198,6 +199,21 @@ def fault(kind: str) -> str:
     except Exception as error:
         return "".join(traceback.format_exception_only(error))
     return "nothing"
+
+
+def rows_apart() -> tuple[list[bool], float]:
+    """Two videos on a 2x2 mesh, one a row; the second row's changes more. Decisions, and the error of the last step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "ulysses"))
+    row, error = rank() // 2, 0.0
+    fast = joint(cache={"threshold": 0.3}, mesh=mesh["ulysses"])
+    options = {"lower": "eager", "first_block_cache": {"threshold": 0.3}, "context_parallel": False}
+    alone = hvfast(Joint(), fullgraph=True, options=options)
+    with torch.no_grad():
+        for step in range(5):
+            inputs = joint_inputs(seed=row, timestep=900.0 - 0.5 * step)
+            inputs["sample"] *= 1 + (0.02 + 0.4 * row) * step
+            error = max(error, relative_error(fast(**inputs), alone(**inputs)))
+    return [step.reused for step in hvcompile.stats(fast).steps], error
 
 
 def skewed() -> list[tuple[bool, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -193,6 +194,23 @@ def test_switched_off_or_alone_changes_nothing() -> None:
 COLLECTIVES = ("all_gather", "all_to_all", "alltoall", "all_reduce", "reduce_scatter")
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside: bool, fake_group: Callable[[int, int], None]) -> None:
+    """Blocks in an autocast region, or with one of their own, are proven in it."""
+    fake_group(0, 2)
+
+    class Lower(cases.JointBlock):
+        def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
+                return super().forward(hidden, text, time, place)
+
+    model = cases.Joint()
+    model.blocks = nn.ModuleList(Lower(0.2) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        trunk = recovered(model, **cases.joint_inputs())
+        assert ShardedAttention().apply(trunk).applied
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_collectives_of_the_compiled_graph(
     device: str, fake_group: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
@@ -279,6 +297,16 @@ def test_ranks_with_skewed_residuals_and_lost_state_decide_alike() -> None:
     first, second = ranks.results(ranks.launch(cases.skewed, 2))
     assert [reused for reused, _ in first] == [reused for reused, _ in second]
     assert [reused for reused, _ in first] == [False, True, True, True, True, False, True, True]
+
+
+@pytest.mark.ranks
+def test_rows_of_a_mesh_decide_apart() -> None:
+    """The predicate is reduced over the ranks that share the sequence, and only those."""
+    found = ranks.results(ranks.launch(cases.rows_apart, 4))
+    assert max(error for _, error in found) < 1e-5
+    decisions = [reused for reused, _ in found]
+    assert decisions[0] == decisions[1] == [False, True, True, True, True]
+    assert decisions[2] == decisions[3] != decisions[0]
 
 
 @dataclasses.dataclass(frozen=True)
