@@ -112,6 +112,17 @@ def before_compiling(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.G
         compare(trunk.group, "compiling", {**_graph_facts(trunk, journal, captured), "failure": failure or "none"})
 
 
+def after_compiling(trunk: Trunk, seconds: float) -> None:
+    """Wait until all ranks have compiled, which takes one longer than the other.
+
+    A step's first collective would else be late, and its time-out is the process group's. A rank waits for the others
+    as long as it took itself, and ``timeout_seconds`` beyond.
+    """
+    if trunk.group is not None:
+        patient = dataclasses.replace(trunk.group, timeout_seconds=trunk.group.timeout_seconds + seconds)
+        compare(patient, "done compiling", {})
+
+
 def _graph_facts(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.GraphModule) -> dict[str, str]:
     facts = {"torch": torch.__version__, "the trunk": trunk.lists}
     for row in journal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,10 @@ def hvfast(
     calling = seal(trunk)
     dump.graph("sealed", trunk.module)
     inputs = [*example_inputs, *(inductor.value(state.placeholder) for state in trunk.states)]
-    return _lower(trunk.module, inputs, settings, dump, calling, journal)
+    begin = time.monotonic()
+    compiled = _lower(trunk.module, inputs, settings, dump, calling, journal)
+    agreement.after_compiling(trunk, time.monotonic() - begin)
+    return compiled
 
 
 def needs_gradients(graph_module: fx.GraphModule) -> str:

@@ -164,18 +164,19 @@ def toy_lengths(lengths: list[int]) -> list[float]:
 def fault(kind: str) -> str:
     """Run the small model with something wrong on rank 1, and return what was raised."""
     odd = rank() == 1
-    fast = joint(cache={"threshold": 0.1 if kind == "threshold" and odd else 0.5}, timeout=6.0)
+    patience = 6.0 if kind in {"off", "death"} else 60.0
+    fast = joint(cache={"threshold": 0.1 if kind == "threshold" and odd else 0.5}, timeout=patience)
     inputs = joint_inputs(seed=int(kind == "seed" and odd), tokens=14 if kind == "shape" and odd else 13)
     if kind == "off" and odd:
         fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
     if kind == "blocks" and odd:
         fast = hvfast(
-            Joint(4), fullgraph=True, options={"lower": "eager", "context_parallel": {"timeout_seconds": 6.0}}
+            Joint(4), fullgraph=True, options={"lower": "eager", "context_parallel": {"timeout_seconds": patience}}
         )
     try:
         with torch.no_grad():
             if kind == "failure" and odd:
-                joint(cache={"threshold": 0.5}, ulysses=3)(**inputs)
+                joint(cache={"threshold": 0.5}, timeout=patience, ulysses=3)(**inputs)
             fast(**inputs)
             if kind == "later shape":
                 fast(**joint_inputs(tokens=15 if odd else 13, seed=4))

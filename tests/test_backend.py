@@ -151,6 +151,6 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="hvcompile"), torch.no_grad():
         hvfast(Toy(), options={"lower": "eager"})(**toy_inputs())
     lines = [record.message for record in caplog.records if record.name.startswith("hvcompile")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0] == "outline: blocks x 4: 4 blocks share 1 bodies"
-    assert lines[1].startswith("FirstBlockCache: blocks.1 .. blocks.3 run on a miss; cached: ")
+    assert lines[2].startswith("FirstBlockCache: blocks.1 .. blocks.3 run on a miss; cached: ")

@@ -213,8 +213,9 @@ def test_inputs_that_not_every_number_suits_get_one_that_does(tmp_path: Path) ->
 def test_the_journal_says_what_each_pass_did(folders: dict[str, Path]) -> None:
     journal = json.loads((folders["mochi"] / "journal.json").read_text())
     assert (journal["torch"], journal["compile_id"]) == (torch.__version__, "0/0")
-    outline, cache = journal["passes"]
+    outline, sharded, cache = journal["passes"]
     assert (outline["name"], cache["name"]) == ("outline", "FirstBlockCache")
+    assert "no process group" in sharded["declined"][0]["why"]
     assert cache["op_changes"]["cond"] == 1
     assert len(cache["matched"]) == 1
     assert cache["declined"] == []

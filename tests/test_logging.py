@@ -58,7 +58,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[di
 
 def test_torch_logs_turns_the_log_on(traced: tuple[str, Any]) -> None:
     lines = traced[0].splitlines()
-    assert [line.split("] ")[-1].split(":")[0] for line in lines] == ["outline", "FirstBlockCache"]
+    assert [line.split("] ")[-1].split(":")[0] for line in lines] == ["outline", "ShardedAttention", "FirstBlockCache"]
     assert all("hvcompile/" in line for line in lines)
 
 
@@ -93,7 +93,7 @@ def test_every_pass_and_the_journal_are_artifacts_of_the_trace(traced: tuple[str
     compile(text, "a graph", "exec")
     record, text = found["hvcompile_journal"]
     assert record["artifact"]["encoding"] == "json"
-    assert [row["name"] for row in json.loads(text)["passes"]] == ["outline", "FirstBlockCache"]
+    assert [row["name"] for row in json.loads(text)["passes"]] == ["outline", "ShardedAttention", "FirstBlockCache"]
 
 
 def test_a_torch_without_this_trace_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from hvcompile.errors import OptionError
 from hvcompile.options import DUMP_VARIABLE, parse
 from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
+from hvcompile.passes.sharded_attention import ShardedAttention
 
 
 @pytest.mark.parametrize(
@@ -56,12 +57,12 @@ def test_invalid_modes() -> None:
 
 def test_defaults_and_modes() -> None:
     settings = parse(PASSES, None, None)
-    assert settings.passes == ((FirstBlockCache(threshold=0.06), False),)
+    assert settings.passes == ((ShardedAttention(), False), (FirstBlockCache(threshold=0.06), False))
     assert (settings.lower, settings.dump, settings.dump_limit_gib) == ("inductor", None, 2.0)
-    assert parse(PASSES, {"first_block_cache": True}, None).passes == ((FirstBlockCache(), True),)
-    assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[0][0].threshold == 1  # type: ignore[attr-defined]
-    assert parse(PASSES, {"first_block_cache": False}, None).passes == ()
-    assert parse(PASSES, None, "exact").passes == ()
+    assert parse(PASSES, {"first_block_cache": True}, None).passes[1:] == ((FirstBlockCache(), True),)
+    assert parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes[1][0].threshold == 1  # type: ignore[attr-defined]
+    assert parse(PASSES, {"first_block_cache": False}, None).passes == ((ShardedAttention(), False),)
+    assert parse(PASSES, None, "exact").passes == ((ShardedAttention(), False),)
     assert "numerics" in parse(PASSES, None, "exact").switched_off[0][1]
 
 
