@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -130,8 +131,10 @@ def generate(
         with Display() as display:
             result = generation.generate(request, display)
     except Exception as error:
-        # All ranks are given the same, and the first says what is wrong with it; what only one has met it says itself.
-        err.quiet = launch.rank() > 0 and isinstance(error, InputError | OptionError)
+        if launch.rank() > 0 and isinstance(error, InputError | OptionError):
+            # All ranks were given the same, and the first says what is wrong with it; torchrun then ends the others.
+            time.sleep(launch.GRACE_SECONDS)
+        err.quiet = False
         _leave(error)
     out.print(summary(result))
 

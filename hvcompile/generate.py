@@ -186,10 +186,11 @@ def generate(
     """
     request.check()
     device = launch.device_of_this_rank(request.device)
-    with launch.joined(loaded.device if loaded else pipelines.resolve_device(device), request.rank_timeout):
-        if loaded is None:
-            observe("loading")
-            loaded = pipelines.load(request.model, request.dtype, device)
+    if loaded is None:
+        observe("loading")
+        loaded = pipelines.load(request.model, request.dtype, device)
+    # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
+    with launch.joined(loaded.device, request.rank_timeout):
         return _generate(request, observe, loaded)
 
 

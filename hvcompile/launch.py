@@ -53,6 +53,10 @@ def device_of_this_rank(device: str | None) -> str | None:
     return f"cuda:{place}"
 
 
+GRACE_SECONDS = 10.0
+"""How long a rank leaves it to the first one to say what is wrong for all of them."""
+
+
 @contextlib.contextmanager
 def joined(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
     """Initialise the process group that torchrun prepared, and take it down at the end; nothing where it did not.

@@ -339,7 +339,7 @@ FAULTS = [
 @pytest.mark.ranks
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kind)
 def test_every_fault_ends_every_rank_with_an_error_that_says_which_and_what(fault: Fault) -> None:
-    """Within the time that was set for it: 6 s to wait for another rank, 8 s for a collective; compiling comes on top."""
+    """Within the time that was set for it: 6 s to wait for another rank, 8 s for a collective, beside compiling."""
     zero, one = ranks.launch(cases.fault, 2, fault.kind, group_timeout=8, limit=120)
     assert fault.zero in zero.result
     assert one.result is None if fault.one is None else fault.one in one.result
