@@ -247,6 +247,13 @@ class Resharder:
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise self.refuse(node, f"fails on one rank's shapes ({str(error).splitlines()[0]})") from error
 
+    def length(self, size: Any, node: fx.Node) -> int:
+        """A size as a number, on which the compiled graph then depends."""
+        try:
+            return inductor.specialise(size, self.source)
+        except ValueError as error:
+            raise self.refuse(node, str(error)) from error
+
     def part_of(self, node: fx.Node, layout: Layout) -> fx.Node:
         """One rank's part of a source node that is whole on every rank.
 
@@ -571,7 +578,7 @@ def _cat(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     for number, piece in enumerate(pieces):
         layout = resharder.layout(piece)
         if layout is None:
-            size = inductor.specialise(value(piece).shape[dims[0]], resharder.source)
+            size = resharder.length(value(piece).shape[dims[0]], node)
             segments.append((number, 0, Segment(0, size, False)))
         else:
             segments += [(number, place, item) for place, _, item in layout.offsets(resharder.split)]
@@ -682,7 +689,7 @@ def _move(resharder: Resharder, node: fx.Node, item: slice, layout: Layout) -> t
     bounds = []
     for bound, default in ((item.start, 0), (item.stop, total)):
         number = value(bound) if isinstance(bound, fx.Node) else bound
-        number = default if number is None else inductor.specialise(number, resharder.source)
+        number = default if number is None else resharder.length(number, node)
         bounds.append(min(max(number + total if number < 0 else number, 0), total))
     begin, end = bounds
     found: list[Segment] = []
