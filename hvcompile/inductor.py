@@ -184,12 +184,12 @@ def specialise(size: int | torch.SymInt, graph: fx.Graph) -> int:
     """
     if not isinstance(size, torch.SymInt):
         return int(size)
+    if size.node.hint is None:
+        raise ValueError(f"a length, {size}, depends on data")
     symbols = size.node.expr.free_symbols
     for node in graph.find_nodes(op="placeholder"):
         if symbol_of(node) in symbols:
             int(value(node))
-    if size.node.hint is None:
-        raise ValueError(f"its length {size} depends on data")
     return int(size)
 
 

@@ -279,7 +279,7 @@ class _Rewrite:
         )
         return PassReport(
             matched=(
-                f"{heads}, and the heads in the {self.num_attentions} attentions of the bodies; gathered after the blocks: "
+                f"{heads}, and the heads in the bodies' {self.num_attentions} attentions; gathered after the blocks: "
                 + ", ".join(gathered),
             )
         )
