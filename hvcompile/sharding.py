@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -346,6 +347,8 @@ class Resharder:
         if new.meta.get(TAG) != self.tag:  # what is made of our own operations has run already
             self.run(new, node)
         before, after = value(node), value(new)
+        if before is None and after is None:
+            return  # it writes into an operand
         items: Any = layouts
         if isinstance(before, torch.Tensor):
             before, after, items = [before], [after], [layouts]
@@ -430,7 +433,7 @@ def _first(resharder: Resharder, node: fx.Node, what: str = "its first operand")
     ),
     *("maximum", "minimum", "clamp", "clip", "lerp", "addcmul", "addcdiv", "where", "eq", "ne", "lt", "le", "gt", "ge"),
     *("logical_and", "logical_or", "logical_not", "and_", "or_", "isfinite", "isnan", "nan_to_num", "masked_fill"),
-    *("zeros_like", "ones_like", "full_like", "conj", "polar", "ceil", "floor", "round"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "conj", "polar", "ceil", "floor", "round"),
 )
 def _elementwise(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     """Broadcasting: a whole operand with a number for each token is split as well."""
@@ -653,9 +656,52 @@ def _getitem(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     if isinstance(held, list):
         return resharder.copy(node), held[node.args[1]]  # type: ignore[index]
     first, layout = _first(resharder, node)
+    index, result = _index(resharder, node, first, layout)
+    copied = resharder.copy(node, args=(first, index))
+    return copied, result if result.num_split else None
+
+
+@_rule("setitem")
+def _setitem(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
+    """Writing into slices of a split tensor, along the sequence into whole segments of it."""
+    first: Any = node.args[0]
+    written: Any = node.args[2]
+    layout = resharder.layout(first)
+    if layout is None:
+        raise resharder.refuse(node, "it writes a part of the tokens into a tensor that every rank has")
+    index, result = _index(resharder, node, first, layout)
+    if not set(result.segments) <= set(layout.segments):
+        raise resharder.refuse(node, "it writes into a part of the sequence")
+    if isinstance(written, fx.Node) and is_tensor(written):
+        target = value(first)[node.args[1]] if not _has_nodes(node.args[1]) else None
+        if target is None or value(written).ndim != target.ndim:
+            raise resharder.refuse(node, "what it writes is of another shape than what is written")
+        wanted = result if result.num_split else None
+        replaced = {}
+        if resharder.layout(written) is None and wanted and value(written).shape[wanted.dim] != 1:
+            replaced[written] = resharder.part_of(written, wanted)
+        elif resharder.layout(written) not in {wanted, None}:
+            raise resharder.refuse(node, "what it writes is split in another way than what is written")
+        written = replaced.get(written, resharder.env[written])
+    with resharder.graph.inserting_before(resharder.end):
+        made = resharder.graph.call_function(operator.setitem, (resharder.env[first], index, written))
+    made.meta = dict(node.meta)
+    return made, None
+
+
+def _has_nodes(index: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(index, found.append)
+    return bool(found)
+
+
+def _index(resharder: Resharder, node: fx.Node, first: fx.Node, layout: Layout) -> tuple[tuple[Any, ...], Layout]:
+    """An index into a split tensor as one into this rank's part, and where the sequence then is."""
     index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if any(isinstance(item, fx.Node) and is_tensor(item) for item in index):
-        raise resharder.refuse(node, "it looks tokens up by a tensor")
+    for item in index:
+        is_number = isinstance(item, int) or (isinstance(item, fx.Node) and not is_tensor(item))
+        if isinstance(item, bool) or not (item is None or item is Ellipsis or isinstance(item, slice) or is_number):
+            raise resharder.refuse(node, "it looks tokens up by a tensor or list")
     taken = sum(item is not None and item is not Ellipsis for item in index)
     if Ellipsis in index:
         place = index.index(Ellipsis)
@@ -677,10 +723,7 @@ def _getitem(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
         target += isinstance(item, slice)
     if source <= layout.dim:
         result = layout.at(target + layout.dim - source)
-    copied = resharder.copy(node, args=(first, tuple(fresh)))
-    if not any(item.is_split for item in result.segments):
-        return copied, None
-    return copied, result
+    return tuple(fresh), result
 
 
 def _move(resharder: Resharder, node: fx.Node, item: slice, layout: Layout) -> tuple[slice, tuple[Segment, ...]]:
