@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -242,6 +243,8 @@ class Resharder:
             raise CannotShard(f"{self.where} has no tensor")
         try:
             with self.mode, torch.no_grad(), contextlib.ExitStack() as regions:
+                regions.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # of a region that the model itself enters, which has warned already
                 for region in (*self._around, *self._within[source]):
                     regions.enter_context(inductor.autocast_of(region))
                 node.meta["example_value"] = run_on_fakes(node)
