@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from hvcompile import inductor, pipeline, runtime
+from hvcompile import agreement, inductor, pipeline, runtime
 from hvcompile.derived import DerivedCall
 from hvcompile.dump import Dump
-from hvcompile.errors import QuantizedWeightError, RequestedPassError
+from hvcompile.errors import DisagreementError, HvcompileError, QuantizedWeightError, RequestedPassError
 from hvcompile.graph_code import inline
-from hvcompile.inputs import classify
+from hvcompile.inputs import InputRoles, classify
+from hvcompile.launch import of_this_rank
 from hvcompile.nodes import is_parameter, is_tensor, is_weight
 from hvcompile.options import Options, parse
 from hvcompile.outline import recover
@@ -77,7 +80,7 @@ def _compile(
 
     """
     given = example_inputs if given is None else given
-    dump = Dump(settings.dump, compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
+    dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
     dump.graph("captured", graph_module)
     trunk = NoTrunk(needs_gradients(graph_module)) if needs_gradients(graph_module) else recover(graph_module)
     if isinstance(trunk, NoTrunk):
@@ -94,9 +97,14 @@ def _compile(
             journal,
             context,
         )
+        require_values(trunk, context)
+    except HvcompileError as error:
+        with contextlib.suppress(DisagreementError):  # the others are told; what went wrong here is said below
+            agreement.before_compiling(trunk, journal, graph_module, failure=str(error))
+        raise
     finally:
         dump.journal(journal)
-    require_values(trunk, context)
+    agreement.before_compiling(trunk, journal, graph_module, failure="")
     calling = seal(trunk)
     dump.graph("sealed", trunk.module, trunk.derived)
     passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
@@ -106,7 +114,9 @@ def _compile(
         # Dynamo's own graph may be gone or changed by the time that another is wanted.
         captured = inductor.clone_graph_module(graph_module)
         instead = functools.partial(_compile_instead, captured, settings, compile_id)
+    begin = time.monotonic()
     run = _lower(trunk.module, inputs, settings, dump, calling, journal, compile_id, instead)
+    agreement.after_compiling(trunk, time.monotonic() - begin)
     # Now, not at the first call: Dynamo's guards are made next, and see the weights as they will be.
     dump.hold(given, [place for layout in calling.stored for place in layout.positions])
     for layout, stored in zip(calling.stored, trunk.stored, strict=True):
@@ -270,6 +280,7 @@ def seal(trunk: Trunk) -> runtime.Calling:
             for stored in trunk.stored
         ),
         derived=tuple(_derived_call(item, placeholders) for item in trunk.derived),
+        agreement=_agreement(trunk, roles, placeholders),
     )
     for node in sources:
         trunk.graph.erase_node(node)
@@ -286,6 +297,19 @@ def _derived_call(item: Derived, placeholders: Sequence[fx.Node]) -> DerivedCall
         run=item.module.forward,
         sources=tuple(placeholders.index(node) for node in item.sources),
         read=item.read,
+    )
+
+
+def _agreement(trunk: Trunk, roles: InputRoles, placeholders: list[fx.Node]) -> agreement.Agreement | None:
+    """What compares the inputs of the ranks that run this graph together."""
+    if trunk.group is None or trunk.sharding is None:
+        return None
+    inputs = [node for node in (roles.sample, *roles.clocks, *roles.conditions) if node is not None]
+    return agreement.Agreement(
+        trunk.group,
+        {placeholders.index(node): inductor.source_name(node) or node.name for node in inputs},
+        placeholders.index(roles.sample) if roles.sample is not None else None,
+        [placeholders.index(node) for node in roles.clocks],
     )
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -16,7 +17,7 @@ from rich.status import Status
 from rich.text import Text
 
 from hvcompile import outputs, tables
-from hvcompile.errors import HvcompileError
+from hvcompile.errors import HvcompileError, InputError, OptionError
 
 if TYPE_CHECKING:
     from hvcompile.metrics import Step
@@ -90,9 +91,16 @@ def generate(
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
     ] = None,
     dump: Annotated[Path | None, typer.Option(help="Directory for the graphs before and after each pass.")] = None,
+    rank_timeout: Annotated[
+        float, typer.Option(help="Under torchrun: seconds after which a rank that waits for another gives up.")
+    ] = 120.0,
 ) -> None:
-    """Make a video of PROMPT; what is not given is as the model likes it."""
+    """Make a video of PROMPT; what is not given is as the model likes it.
+
+    Under torchrun all ranks share the work on one video, and the first one writes it.
+    """
     from hvcompile import generate as generation  # torch and diffusers take seconds to import; --help must not
+    from hvcompile import launch
 
     request = generation.Request(
         prompt=prompt,
@@ -117,13 +125,19 @@ def generate(
         device=device,
         dtype=dtype,
         fps=fps,
+        rank_timeout=rank_timeout,
     )
+    out.quiet = err.quiet = launch.rank() > 0
     try:
         request.check()
         _quieten_loading()
         with Display() as display:
             result = generation.generate(request, display)
     except Exception as error:
+        if launch.rank() > 0 and isinstance(error, InputError | OptionError):
+            # All ranks were given the same, and the first says what is wrong with it; torchrun then ends the others.
+            time.sleep(launch.GRACE_SECONDS)
+        err.quiet = False
         _leave(error)
     out.print(tables.summary(result))
 

@@ -17,6 +17,10 @@ class RequestedPassError(HvcompileError):
     """A pass that was asked for explicitly can't apply to this graph."""
 
 
+class DisagreementError(HvcompileError, RuntimeError):
+    """Ranks that share a sequence are about to do different things, or one of them did not come."""
+
+
 class UncompiledModelError(HvcompileError):
     """A model was asked about that this backend has not compiled and run yet."""
 

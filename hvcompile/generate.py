@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import hvcompile
-from hvcompile import inductor, metrics, outputs, pipelines, report, sheet, video
+from hvcompile import inductor, launch, metrics, outputs, pipelines, report, sheet, video
 from hvcompile.compare import check_files
 from hvcompile.errors import InputError, UncompiledModelError, UntraceableModelError
 from hvcompile.explain import explain
@@ -43,6 +43,7 @@ class Request:
         json_file: where the figures of the comparison go; None for nowhere.
         html_file: where the report of the run goes; None for nowhere.
         fps: frames a second of the file.
+        rank_timeout: seconds after which a rank that waits for another gives up, where torchrun started several.
 
     """
 
@@ -68,6 +69,7 @@ class Request:
     device: str | None = None
     dtype: str | None = None
     fps: int = 24
+    rank_timeout: float = launch.TIMEOUT_SECONDS
 
     def check(self) -> None:
         """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
@@ -77,6 +79,8 @@ class Request:
                 raise InputError(f"{name} is {value}: give 1 or more")
         if not -(2**63) <= self.seed < 2**64:
             raise InputError(f"seed is {self.seed}: give a number that fits in 64 bits")
+        if not 0 < self.rank_timeout < math.inf:
+            raise InputError(f"rank_timeout is {self.rank_timeout}: give a finite number of seconds above 0")
         for name in ("guidance", "true_cfg", "threshold"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -123,6 +127,8 @@ class Request:
         if self.mode is not None:
             return {"mode": self.mode}
         options: dict[str, Any] = {}
+        if self.rank_timeout != launch.TIMEOUT_SECONDS and launch.num_ranks() > 1:
+            options["context_parallel"] = {"timeout_seconds": self.rank_timeout}
         if self.threshold is not None:
             options["first_block_cache"] = {"threshold": self.threshold}
         if self.fp8 is not None:
@@ -185,9 +191,16 @@ def generate(
 
     """
     request.check()
+    device = launch.device_of_this_rank(request.device)
     if loaded is None:
         observe("loading")
-        loaded = pipelines.load(request.model, request.dtype, request.device)
+        loaded = pipelines.load(request.model, request.dtype, device)
+    # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
+    with launch.joined(loaded.device, request.rank_timeout):
+        return _generate(request, observe, loaded)
+
+
+def _generate(request: Request, observe: Observer, loaded: pipelines.Loaded) -> Result:
     request.call_arguments(loaded)
     # The plain model goes first: a rewrite may free the weights that it runs on (FP8 does).
     plain = _run(request, loaded, observe, PLAIN_BACKEND, {}) if request.compare else None
@@ -197,9 +210,11 @@ def generate(
     calls: list[inductor.Call] = []
     run = _run(request, loaded, observe, BACKEND, request.compile_arguments(), calls if request.html_file else None)
     stats = hvcompile.stats(loaded.pipe.transformer)
+    result = Result(output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles)
+    if launch.rank() > 0:
+        return result  # all ranks have the same frames; the first one writes them
     observe("writing")
     video.write(run.frames, request.output, fps=request.fps)
-    result = Result(output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles)
     if plain is not None:
         observe("comparing")
         result = _compared(request, result, plain)

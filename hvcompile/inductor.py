@@ -30,6 +30,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
   backend.
 - ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
+- ``torch.distributed.distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to
+  the group, and to the store through which its ranks met; functional collectives do the first themselves.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import CompileContext
@@ -205,6 +208,41 @@ def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.expr.subs(dict(symbols)))
     return int(size)
+
+
+def fix_size(size: int | torch.SymInt, graph: fx.Graph) -> int:
+    """The concrete value of a size, on which the compiled graph then depends: Dynamo guards on each of its symbols.
+
+    Raises:
+        ValueError: the size depends on data.
+
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if size.node.hint is None:
+        raise ValueError(f"a length, {size}, depends on data")
+    symbols = size.node.expr.free_symbols
+    for node in graph.find_nodes(op="placeholder"):
+        if symbol_of(node) in symbols:
+            int(value(node))
+    return int(size)
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of this process that goes by a name."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)  # type: ignore[no-any-return]
+
+
+def store_of(group: dist.ProcessGroup) -> Any:
+    """The key-value store through which a group's ranks met."""
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
+def autocast_of(region: fx.Node) -> torch.autocast:
+    """The context of an autocast region, given the node that enters it."""
+    device_type, dtype, enabled, cache_enabled = region.args
+    return torch.autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[arg-type]
 
 
 def compile_id() -> tuple[int, int]:

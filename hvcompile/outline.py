@@ -167,7 +167,10 @@ def _placeholder_name(operand: fx.Node, block: Block) -> str:
     path = ".".join(module_path(inductor.source_name(operand)))
     prefix = f"{block.path}."
     inside = operand.op == "placeholder" and path.startswith(prefix)
-    return path.removeprefix(prefix).replace(".", "_") if inside else operand.name
+    name = path.removeprefix(prefix).replace(".", "_")
+    return (
+        operand.name if not inside else name if name.isidentifier() else f"part_{name}"
+    )  # "0.weight", of a Sequential
 
 
 def _build_body(

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from hvcompile.costs import Device
@@ -120,25 +121,31 @@ def op_counts(trunk: Trunk) -> collections.Counter[str]:
     )
 
 
-def _signature(trunk: Trunk) -> tuple[Any, ...]:
-    """The calling convention that Dynamo relies on: original inputs in order, original outputs with their layout."""
-    inputs = tuple((node.target, layout_key(value(node)) if is_tensor(node) else "") for node in trunk.inputs)
+def _signature(trunk: Trunk) -> tuple[list[Any], list[Any]]:
+    """The calling convention that Dynamo relies on: original inputs in order, and original outputs."""
     results: Any = trunk.output.args[0]
-    outputs = tuple(
-        (shape_key(value(node)), value(node).dtype) if isinstance(node, fx.Node) and is_tensor(node) else repr(node)
-        for node in results
+    inputs = [(node.target, value(node)) for node in trunk.inputs]
+    return inputs, [value(node) if isinstance(node, fx.Node) and is_tensor(node) else repr(node) for node in results]
+
+
+def _signature_key(signature: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+    """A signature made comparable; late, because a pass may make a symbolic size a number."""
+    inputs, outputs = signature
+    return (
+        tuple((name, layout_key(held) if isinstance(held, torch.Tensor) else "") for name, held in inputs),
+        tuple((shape_key(held), held.dtype) if isinstance(held, torch.Tensor) else held for held in outputs),
     )
-    return inputs, outputs
 
 
-def _check(trunk: Trunk, before: tuple[Any, ...], name: str) -> None:
+def _check(trunk: Trunk, before: tuple[list[Any], list[Any]], name: str) -> None:
     """Postconditions of every pass: well-formed graphs, the same signature, state that has a next value."""
     for module in trunk.module.modules():
         if isinstance(module, fx.GraphModule):
             module.graph.lint()
             module.recompile()
-    if _signature(trunk) != before:
-        raise InvalidRewriteError(f"{name} changed the graph's signature from {before} to {_signature(trunk)}")
+    wanted, found = _signature_key(before), _signature_key(_signature(trunk))
+    if wanted != found:
+        raise InvalidRewriteError(f"{name} changed the graph's signature from {wanted} to {found}")
     placeholders = list(trunk.graph.find_nodes(op="placeholder"))
     if placeholders[len(trunk.inputs) :] != trunk.added:
         raise InvalidRewriteError(f"{name} left the placeholders that it added out of order")
@@ -181,7 +188,7 @@ def run(
             section=item.section,
             is_exact=item.is_exact,
             tolerance=item.tolerance,
-            options=dataclasses.asdict(item),
+            options={field.name: getattr(item, field.name) for field in dataclasses.fields(item)},
         )
         log.info("%s", row.line())
         journal.append(row)

@@ -24,8 +24,10 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvcompile import inductor
+from hvcompile.agreement import Agreement
 from hvcompile.derived import DerivedCall, Kept
 from hvcompile.errors import UncompiledModelError
+from hvcompile.fingerprints import fingerprint
 from hvcompile.float8 import Granularity
 from hvcompile.pipeline import JournalRow
 from hvcompile.quantized_weights import Joined, Restored, join, restore_weights
@@ -223,23 +225,6 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
             state.hits = state.misses = 0
 
 
-def fingerprint(tensor: torch.Tensor) -> int:
-    """A 64-bit hash of a tensor's bits; waits for the device.
-
-    A weighted sum modulo 2**64 with position-dependent odd weights: order matters, and it is one reduction.
-    """
-    flat = tensor.detach()
-    if flat.is_complex():
-        flat = torch.view_as_real(flat)
-    flat = flat.contiguous().flatten()
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    flat = flat.view(bits).to(torch.int64)
-    place = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.int64)
-    weight = place * -7046029254386353131  # 2**64 divided by the golden ratio, as a signed number
-    weight = (weight ^ (weight >> 29)) * -4658895280553007687
-    return int(((flat + 1) * (weight | 1)).sum().item())
-
-
 def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
     """Bring back the weights that hvfast keeps in float8, so that the model can be saved, moved, changed or run.
 
@@ -351,7 +336,8 @@ class Calling:
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
-    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state.
+    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state. ``agreement`` is
+    there where several ranks run the graph together.
     """
 
     anchor: int | None
@@ -365,6 +351,7 @@ class Calling:
     passed: tuple[int, ...] | None = None
     stored: tuple[WeightLayout, ...] = ()
     derived: tuple[DerivedCall, ...] = ()
+    agreement: Agreement | None = None
 
 
 class _StoredWeights:
@@ -429,6 +416,20 @@ class CompiledTrunk:
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
         calling = self._calling
+        if calling.agreement is None:
+            return self._step(args)
+        calling.agreement.look((self._numbers(args), self._conditions(args)), args)
+        try:
+            return self._step(args)
+        except RuntimeError as error:
+            error.add_note(
+                "This step runs on several ranks. Where the error speaks of a connection, a peer or a timeout, another "
+                "rank has ended or hangs: look at what that one printed."
+            )
+            raise
+
+    def _step(self, args: Sequence[Any]) -> Sequence[Any]:
+        calling = self._calling
         if calling.anchor is None:
             return self._compiled(*args)  # type: ignore[no-any-return]
         model = model_state(args[calling.anchor])
@@ -487,11 +488,13 @@ class CompiledTrunk:
             stored = model.stored.setdefault(self._number, _StoredWeights(self._calling.stored))
             return stored.of(args), stored.revision
 
-    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int) -> Slot:
-        calling = self._calling
-        numbers = self._numbers(args)
+    def _conditions(self, args: Sequence[Any]) -> tuple[int, ...]:
         with self._lock:
-            conditions = tuple(self._fingerprints.of(args[place]) for place in calling.conditions)
+            return tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
+
+    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int) -> Slot:
+        numbers = self._numbers(args)
+        conditions = self._conditions(args)
         with model.lock:
             weights = model.weights[self._number].look(self._weights(args))
             thread = weakref.ref(threading.current_thread())

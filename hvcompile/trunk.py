@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -14,6 +14,9 @@ from hvcompile import float8, inductor
 from hvcompile.float8 import Granularity
 from hvcompile.inductor import STORED, TAG, provenance, value
 from hvcompile.nodes import is_tensor, is_weight, storage
+
+if TYPE_CHECKING:
+    from hvcompile.sharding import Layout, Split
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,11 +101,28 @@ class Derived:
     read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Ranks that run a graph together: the name of their process group, and how long they wait for each other."""
+
+    name: str
+    timeout_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How the sequence is split over ranks, and which nodes of the top-level graph hold one rank's part of it."""
+
+    split: Split
+    streams: Mapping[fx.Node, Layout]
+
+
 @dataclasses.dataclass(eq=False)
 class Trunk:
     """A captured graph with its blocks outlined, and the inputs that passes have added to it: weights, then state.
 
     Prologue and epilogue are the nodes before the first and after the last block; they stay in ``module``'s graph.
+    ``group`` is set where ranks run it together, ``sharding`` where they split its sequence.
     """
 
     module: fx.GraphModule
@@ -112,6 +132,8 @@ class Trunk:
     states: list[State] = dataclasses.field(default_factory=list)
     observed: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
     derived: list[Derived] = dataclasses.field(default_factory=list)
+    group: Group | None = None
+    sharding: Sharding | None = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -2,6 +2,7 @@
 
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_linears import Float8Linears
+from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
 from hvcompile.pipeline import Pass
 
@@ -9,6 +10,8 @@ if __name__ != "hvcompile.passes":
     raise ImportError("import the passes as hvcompile.passes: under another name their classes would exist twice")
 
 PASSES: tuple[type[Pass], ...] = (
+    # First: it derives where the sequence is from the graph as the model wrote it.
+    ShardedAttention,
     # Looks for attention in the bodies, and at the mask where it is still made before the blocks.
     UnmaskedAttention,
     # Edits bodies, which the cache's branches call as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from hvcompile import collectives
 from hvcompile.branch import Branch, add_cond, is_submodule
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
@@ -17,7 +19,7 @@ from hvcompile.inductor import value
 from hvcompile.nodes import settle
 from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.skipping import SkipPlan, counterpart, plan_skip
-from hvcompile.trunk import Trunk, as_operands, symbolic_sizes
+from hvcompile.trunk import Sharding, Trunk, as_operands, symbolic_sizes
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
@@ -108,6 +110,8 @@ class FirstBlockCache(Pass):
         sample: torch.Tensor,
         last_sample: torch.Tensor,
         past_clocks: torch.Tensor | None = None,
+        is_ours: torch.Tensor | None = None,
+        group: str | None = None,
     ) -> dict[str, Any]:
         """The decision of one step, as graph code.
 
@@ -123,6 +127,9 @@ class FirstBlockCache(Pass):
             last_sample: that of the step before, same shape.
             past_clocks: the two values that each clock had before its last, float64 ``[2, K]``, oldest first; given
                 where ``last_steps_computed`` is.
+            is_ours: where the streams are one rank's part of the sequence, which of its tokens are no padding; bool,
+                broadcasts to ``before``.
+            group: name of the process group over which the decision is then made, all ranks deciding alike.
 
         Returns:
             ``reused`` (bool scalar), ``difference`` (float32 scalar), and the next values of the small state.
@@ -130,7 +137,6 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
-        change = (residual.float() - first.float()).abs().mean() / first.float().abs().mean()
         moved = (clock - last_clock).sign()
         turned_back = (moved * direction < 0).any()
         # Two generations of one step each look like two steps of one. They differ in the sample where no clock has
@@ -145,11 +151,10 @@ class FirstBlockCache(Pass):
             "last_clock": clock.clone(),
             "last_sample": sample.clone(),
         }
-        difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         steps = torch.where(is_new, torch.zeros_like(steps), steps)
-        reused = difference.isfinite() & (difference <= self.threshold) & (steps >= self.warmup_steps)
+        allowed = is_new.logical_not() & (steps >= self.warmup_steps)
         if self.max_consecutive_hits is not None:
-            reused = reused & (streak < self.max_consecutive_hits)
+            allowed = allowed & (streak < self.max_consecutive_hits)
         if past_clocks is not None:
             # A generation begins with three equal values; a value that comes again changes nothing.
             earliest, earlier = torch.where(is_new, torch.stack([clock, clock]), past_clocks)
@@ -157,8 +162,20 @@ class FirstBlockCache(Pass):
             earliest, earlier = torch.where(clock == last, earliest, earlier), torch.where(clock == last, earlier, last)
             is_known = ((earliest != earlier) & (earlier != clock)).any()
             is_near_end = (steps_left(earliest, earlier, clock) < self.last_steps_computed + 0.5).any()
-            reused = reused & is_known & is_near_end.logical_not()
+            allowed = allowed & is_known & is_near_end.logical_not()
             follow["past_clocks"] = torch.stack([earliest, earlier])
+        change, extent = (residual.float() - first.float()).abs(), first.float().abs()
+        if group is None:
+            change = change.mean() / extent.mean()
+        else:
+            nothing = torch.zeros_like(change)
+            ours: Any = is_ours
+            sums = [torch.where(ours, item, nothing).sum() for item in (change, extent)]
+            # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
+            sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
+            change, allowed = sums[0] / sums[1], allowed & (sums[2] == 0)
+        difference = torch.where(is_new, torch.full_like(change, math.inf), change)
+        reused = difference.isfinite() & (difference <= self.threshold) & allowed
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
 
@@ -198,7 +215,11 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
         small["past_clocks"] = trunk.add_state("past_clocks", (2, *clock_shape), torch.float64, main.device)
     operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first.placeholder}
     operands |= {"clock": clock, "sample": sample} | {name: state.placeholder for name, state in small.items()}
-    decided = inline(graph, options.decide, operands, before=anchor, tag=tag)
+    decide = options.decide
+    if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
+        operands["is_ours"] = _is_ours(trunk.sharding, plan.stream_out, anchor)
+        decide = functools.partial(options.decide, group=trunk.sharding.split.group)
+    decided = inline(graph, decide, operands, before=anchor, tag=tag)
     for name, state in small.items():
         state.next_value = decided[name]
     trunk.observed |= {"reused": decided["reused"], "difference": decided["difference"]}
@@ -242,6 +263,27 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
         if not node.users:
             graph.erase_node(node)
     settle(graph)
+
+
+def _is_ours(sharding: Sharding, stream: fx.Node, before: fx.Node) -> fx.Node:
+    """Add a mask of a stream's tokens on this rank: no padding, and of what all ranks have only the first one's."""
+    split, layout, ndim = sharding.split, sharding.streams[stream], value(stream).ndim
+
+    def mask(stream: Any) -> dict[str, Any]:
+        parts = []
+        for place, _, item in layout.offsets(split):
+            size = split.local if item.is_split else item.stop - item.start
+            count = min(max(split.length - split.start, 0), size) if item.is_split else size * (split.rank == 0)
+            part = torch.ones_like(stream.narrow(layout.dim, place, size), dtype=torch.bool)
+            if count < size:
+                part = torch.nn.functional.pad(
+                    part.narrow(layout.dim, 0, count), (0, 0) * (ndim - 1 - layout.dim) + (0, size - count)
+                )
+            parts.append(part)
+        return {"is_ours": parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.dim)}
+
+    graph = stream.graph
+    return inline(graph, mask, {"stream": stream}, before=before, tag=FirstBlockCache.__name__)["is_ours"]
 
 
 def _clock(trunk: Trunk, inputs: Sequence[fx.Node], device: torch.device, before: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
 from hvcompile import runtime
+from hvcompile.fingerprints import fingerprint
 
 SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
 
@@ -288,14 +289,14 @@ def test_fingerprints(dtype: torch.dtype) -> None:
     tensor = (
         (torch.randn(TEXT, WIDTH) > 0).to(dtype) if dtype == torch.bool else torch.randn(TEXT, WIDTH).mul(9).to(dtype)
     )
-    assert runtime.fingerprint(tensor) == runtime.fingerprint(tensor.clone())
-    assert runtime.fingerprint(tensor) == runtime.fingerprint(tensor.t().contiguous().t())
-    seen = {runtime.fingerprint(tensor.roll(shift, 0)) for shift in range(TEXT)}
+    assert fingerprint(tensor) == fingerprint(tensor.clone())
+    assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t())
+    seen = {fingerprint(tensor.roll(shift, 0)) for shift in range(TEXT)}
     assert len(seen) == TEXT
     changed = tensor.clone()
     changed[0, 0] = ~changed[0, 0] if dtype == torch.bool else changed[0, 0] + 1
-    assert runtime.fingerprint(changed) not in seen
-    assert isinstance(runtime.fingerprint(tensor[:0]), int)
+    assert fingerprint(changed) not in seen
+    assert isinstance(fingerprint(tensor[:0]), int)
 
 
 def last_reused(model: Any) -> bool:

@@ -1,0 +1,234 @@
+"""What the tests of sharded attention run on every rank."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import ranks
+import torch
+import zoo
+from oracle import denoise, first, hvfast, relative_error
+from torch.distributed.device_mesh import init_device_mesh
+
+import hvcompile
+import hvcompile.runtime
+
+WIDTH = 64  # four heads
+DEPTH = {"num_layers": 2, "num_single_layers": 2, "width": WIDTH}
+
+
+def inputs_of(family: str, valid: int | tuple[int, ...] = 5, size: tuple[int, int, int] = (3, 4, 6)) -> dict[str, Any]:
+    """Inputs of a family with so many valid text tokens (one number a sample) and so many latent frames and pixels."""
+    inputs = zoo.FAMILIES[family].inputs(3)
+    counts = valid if isinstance(valid, tuple) else (valid,)
+    draw = zoo.Draw(11)
+    inputs = {
+        name: torch.cat([held + 0.1 * place if held.is_floating_point() else held for place in range(len(counts))])
+        for name, held in inputs.items()
+    }
+    shape = inputs["hidden_states"].shape
+    inputs["hidden_states"] = draw.normal(*shape[:2], *size)
+    inputs["timestep"] = inputs["timestep"][:1].expand(len(counts)).clone()
+    inputs["encoder_attention_mask"] = torch.cat([zoo.partial_mask(zoo.TEXT, count) for count in counts])
+    return inputs
+
+
+def equality(lower: str, cases: list[tuple[str, list[dict[str, Any]]]], cache: Any = False) -> list[float]:
+    """The relative difference from one rank, in the order of the cases; families in turn, each one model."""
+    found = []
+    for family, calls in cases:
+        model = zoo.FAMILIES[family].build(**DEPTH)
+        options = {"lower": lower, "first_block_cache": cache, "context_parallel": True}
+        fast = hvfast(model, fullgraph=True, options=options)
+        for call in calls:
+            inputs = inputs_of(family, **call)
+            with torch.no_grad():
+                expected = first(model(**inputs, return_dict=False))
+                actual = first(fast(**inputs, return_dict=False))
+            assert bool(expected.isfinite().all())
+            found.append(relative_error(actual, expected))
+        torch._dynamo.reset()
+    return found
+
+
+def inductor_steps() -> list[float]:
+    """A computed and a reused step against one rank's, both compiled by Inductor."""
+    inputs, steps = inputs_of("hunyuan_video_i2v_replace", size=(3, 2, 10)), []
+    for parallel in (True, False)[: 2 - rank()]:
+        torch._dynamo.reset()
+        model = zoo.FAMILIES["hunyuan_video_i2v_replace"].build(**DEPTH | {"num_single_layers": 1})
+        options = {"first_block_cache": {"threshold": 1.0}, "context_parallel": parallel}
+        fast = hvfast(model, fullgraph=True, options=options)
+        with torch.no_grad():
+            steps.append(
+                [
+                    first(fast(**inputs | {"timestep": torch.tensor([time])}, return_dict=False))
+                    for time in (900.0, 900.0)
+                ]
+            )
+        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
+    return [relative_error(*pair) for pair in zip(*steps, strict=True)] if rank() == 0 else []
+
+
+def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[list[bool], list[bool], float]]:
+    """Thirty steps at each threshold: decisions of the ranks together, those of one rank, how the samples differ."""
+    found = []
+    for threshold in thresholds:
+        runs = []
+        for parallel in (True, False):
+            torch._dynamo.reset()
+            cache = {"threshold": threshold, **fields}
+            options = {"lower": lower, "first_block_cache": cache, "context_parallel": parallel}
+            fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
+
+            def was_reused(fast: Any = fast) -> bool:
+                return hvcompile.stats(fast).steps[-1].reused
+
+            inputs = inputs_of("hunyuan_video", size=(3, 4, 10))
+            runs.append(denoise(fast, inputs, was_reused=was_reused))
+        found.append((runs[0].reused, runs[1].reused, relative_error(runs[0].sample, runs[1].sample)))
+    return found
+
+
+HEADS = 4
+
+
+class JointBlock(torch.nn.Module):
+    """Attention of video tokens to video and text, in several heads; the text is only read."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.text, self.out = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.scale = scale
+
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
+        def heads(tokens: Any) -> Any:
+            return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+        text = self.text(text)
+        query, key, value = self.query(hidden + place), self.key(hidden + place), self.value(hidden)
+        key, value = torch.cat([key, text], dim=1), torch.cat([value, text], dim=1)
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return hidden + self.scale * self.out(mixed.transpose(1, 2).flatten(2) + time[:, None])
+
+
+class Joint(torch.nn.Module):
+    """``(sample [B, N, C], timestep [B], text [B, L, C]) -> [B, N, C]``, quick to trace."""
+
+    def __init__(self, blocks: int = 3, scale: float = 0.2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.time, self.head = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.blocks = torch.nn.ModuleList(JointBlock(scale) for _ in range(blocks))
+
+    def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
+        time = self.time((timestep[:, None].float() / 1000 * torch.arange(WIDTH, device=timestep.device)).cos())
+        place = torch.arange(sample.shape[1] * WIDTH, device=sample.device).view(sample.shape[1], WIDTH).sin()[None]
+        hidden = self.embed(sample)
+        for block in self.blocks:
+            hidden = block(hidden, text, time, place)
+        return self.head(hidden)
+
+
+def joint_inputs(seed: int = 0, tokens: int = 13, timestep: float = 900.0) -> dict[str, Any]:
+    draw = zoo.Draw(seed)
+    return {
+        "sample": draw.normal(1, tokens, WIDTH),
+        "timestep": torch.tensor([timestep]),
+        "text": draw.normal(1, 5, WIDTH),
+    }
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def joint(cache: Any = False, lower: str = "eager", timeout: float = 20.0, **fields: Any) -> Any:
+    sharded: Any = {"timeout_seconds": timeout, **fields}
+    options = {"lower": lower, "first_block_cache": cache, "context_parallel": sharded}
+    return hvfast(Joint(), fullgraph=True, options=options)
+
+
+def toy_lengths(lengths: list[int]) -> list[float]:
+    """Relative errors of the small model at these lengths."""
+    found = []
+    for tokens in lengths:
+        torch._dynamo.reset()
+        inputs = joint_inputs(tokens=tokens)
+        with torch.no_grad():
+            found.append(relative_error(joint()(**inputs), Joint()(**inputs)))
+    return found
+
+
+def fault(kind: str) -> str:
+    """Run the small model with something wrong on rank 1, and return what was raised."""
+    odd = rank() == 1
+    patience = 6.0 if kind in {"off", "death"} else 60.0
+    fast = joint(cache={"threshold": 0.1 if kind == "threshold" and odd else 0.5}, timeout=patience)
+    inputs = joint_inputs(seed=int(kind == "seed" and odd), tokens=14 if kind == "shape" and odd else 13)
+    if kind == "off" and odd:
+        fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
+    if kind == "blocks" and odd:
+        fast = hvfast(
+            Joint(4), fullgraph=True, options={"lower": "eager", "context_parallel": {"timeout_seconds": patience}}
+        )
+    try:
+        with torch.no_grad():
+            if kind == "failure" and odd:
+                joint(cache={"threshold": 0.5}, timeout=patience, ulysses=3)(**inputs)
+            fast(**inputs)
+            if kind == "later shape":
+                fast(**joint_inputs(tokens=15 if odd else 13, seed=4))
+            if kind == "later prompt":
+                fast(**joint_inputs(seed=5 if odd else 6))
+            if kind == "later seed":
+                for clock in (800.0, 700.0):
+                    fast(**inputs | {"timestep": torch.tensor([clock])})
+                inputs["sample"] = torch.randn_like(inputs["sample"]) + rank()
+                for clock in (900.0, 800.0):
+                    fast(**inputs | {"timestep": torch.tensor([clock])})
+            if kind == "death":
+                if odd:
+                    ranks.die()
+                for clock in (800.0, 700.0, 600.0):
+                    fast(**joint_inputs(seed=1, timestep=clock))
+            if kind == "death in a step":
+                if odd:
+                    ranks.die()
+                fast(**inputs | {"timestep": torch.tensor([800.0])})
+    except Exception as error:
+        return "".join(traceback.format_exception_only(error))
+    return "nothing"
+
+
+def rows_apart() -> tuple[list[bool], float]:
+    """Two videos on a 2x2 mesh, one a row; the second row's changes more. Decisions, and the error of the last step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "ulysses"))
+    row, error = rank() // 2, 0.0
+    fast = joint(cache={"threshold": 0.3}, mesh=mesh["ulysses"])
+    options = {"lower": "eager", "first_block_cache": {"threshold": 0.3}, "context_parallel": False}
+    alone = hvfast(Joint(), fullgraph=True, options=options)
+    with torch.no_grad():
+        for step in range(5):
+            inputs = joint_inputs(seed=row, timestep=900.0 - 0.5 * step)
+            inputs["sample"] *= 1 + (0.02 + 0.4 * row) * step
+            error = max(error, relative_error(fast(**inputs), alone(**inputs)))
+    return [step.reused for step in hvcompile.stats(fast).steps], error
+
+
+def skewed() -> list[tuple[bool, float]]:
+    """Residuals and state that differ from rank to rank; the decisions of each."""
+    fast = joint(cache={"threshold": 0.3})
+    with torch.no_grad():
+        for step in range(8):
+            inputs = joint_inputs(timestep=900.0 - 0.5 * step)
+            # only the tokens of the last rank move
+            inputs["sample"][:, 9:] += 0.02 * step
+            if step == 5 and rank() == 1:
+                for state in hvcompile.runtime._states_of(fast):
+                    for slot in state.slots.values():
+                        for tensor in slot.tensors:
+                            tensor.zero_()
+            fast(**inputs)
+    return [(step.reused, step.difference) for step in hvcompile.stats(fast).steps]

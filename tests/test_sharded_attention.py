@@ -1,0 +1,345 @@
+"""The pass: what it makes of a graph, that ranks together give what one gives, and that no fault hangs them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ranks
+import sharded_cases as cases
+import torch
+import torch.distributed as dist
+from oracle import hvfast
+from torch import fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from hvcompile import inductor, pipeline
+from hvcompile.errors import OptionError
+from hvcompile.inductor import TAG, value
+from hvcompile.nodes import op_name
+from hvcompile.outline import recover
+from hvcompile.passes.sharded_attention import ShardedAttention
+from hvcompile.trunk import Trunk
+
+
+@pytest.fixture
+def fake_group() -> Iterator[Callable[[int, int], None]]:
+    """Makes this process one rank of a group whose other ranks don't exist: collectives return at once."""
+
+    def start(rank: int, size: int) -> None:
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+
+    yield start
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def recovered(model: nn.Module, **inputs: Any) -> Trunk:
+    found: list[Trunk] = []
+
+    def backend(module: Any, _: object) -> Callable[..., Any]:
+        trunk = recover(module)
+        assert isinstance(trunk, Trunk), trunk
+        found.append(trunk)
+        return module.forward  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    return found[0]
+
+
+def counts(graph: fx.Graph) -> collections.Counter[str]:
+    return collections.Counter(op_name(node) for node in graph.nodes if node.op in {"call_function", "call_method"})
+
+
+def text_of(graph: fx.Graph) -> list[str]:
+    """The nodes that the pass made, and the attentions, as text."""
+    lines = []
+    for node in graph.nodes:
+        if node.meta.get(TAG) == "ShardedAttention" or "scaled_dot_product" in op_name(node):
+            args = ", ".join(map(str, node.args)).replace("slice(None, None, None)", ":")
+            lines.append(f"{op_name(node)}({args}) -> {list(value(node).shape)}")
+    return lines
+
+
+def test_graph(fake_group: Callable[[int, int], None]) -> None:
+    """Rank 1 of 2, 13 tokens: 7 each with one of padding; around the attention two redistributions, no more."""
+    fake_group(1, 2)
+    trunk = recovered(cases.Joint(), **cases.joint_inputs())
+    rows: list[pipeline.JournalRow] = []
+    pipeline.run(trunk, [(ShardedAttention(), True)], lambda *_: None, rows)
+    assert text_of(trunk.graph)[:3] + text_of(trunk.graph)[-3:] == [
+        "pad(contiguous_1, (0, 0, 0, 1)) -> [1, 14, 64]",
+        "narrow(pad, 1, 7, 7) -> [1, 7, 64]",
+        "clone(narrow) -> [1, 7, 64]",
+        "narrow(getitem_7, 1, 0, 7) -> [1, 7, 64]",
+        "gather(narrow_3, 0, 1) -> [1, 14, 64]",
+        "narrow(gather, 1, 0, 13) -> [1, 13, 64]",
+    ]
+    (body,) = trunk.bodies
+    assert text_of(body.module.graph) == [
+        "getitem(transpose, (:, :, slice(0, 7, None))) -> [1, 4, 7, 16]",
+        "getitem(transpose_1, (:, :, slice(0, 7, None))) -> [1, 4, 7, 16]",
+        "getitem(transpose_2, (:, :, slice(0, 7, None))) -> [1, 4, 7, 16]",
+        "stack([getitem, getitem_1, getitem_2]) -> [3, 1, 4, 7, 16]",
+        "reshard(stack, 0, 3, 2) -> [3, 1, 2, 14, 16]",
+        "getitem(reshard, 0) -> [1, 2, 14, 16]",
+        "getitem(getitem_3, (:, :, slice(None, 13, None))) -> [1, 2, 13, 16]",
+        "getitem(reshard, 1) -> [1, 2, 14, 16]",
+        "getitem(getitem_5, (:, :, slice(None, 13, None))) -> [1, 2, 13, 16]",
+        "getitem(reshard, 2) -> [1, 2, 14, 16]",
+        "getitem(getitem_7, (:, :, slice(None, 13, None))) -> [1, 2, 13, 16]",
+        "getitem(transpose_1, (:, slice(2, 4, None), slice(7, 12, None))) -> [1, 2, 5, 16]",
+        "cat([getitem_6, getitem_9]) -> [1, 2, 18, 16]",
+        "getitem(transpose_2, (:, slice(2, 4, None), slice(7, 12, None))) -> [1, 2, 5, 16]",
+        "cat([getitem_8, getitem_10]) -> [1, 2, 18, 16]",
+        "scaled_dot_product_attention(getitem_4, cat, cat_1) -> [1, 2, 13, 16]",
+        "getitem(mixed, (:, :, slice(0, 13, None))) -> [1, 2, 13, 16]",
+        "pad(getitem_11, (0, 0, 0, 1)) -> [1, 2, 14, 16]",
+        "unflatten(pad, 2, (2, 7)) -> [1, 2, 2, 7, 16]",
+        "flatten(unflatten_3, 2, 3) -> [1, 2, 14, 16]",
+        "reshard(flatten, 0, 1, 2) -> [1, 4, 7, 16]",
+    ]
+    assert rows[0].op_changes["reshard"] == 2
+    assert rows[0].op_changes["gather"] == 1
+    assert "2 ranks share 13 tokens (7 each, 1 of them padding)" in rows[0].report.matched[0]
+    assert all("nn_module_stack" in block.call.meta for block in trunk.blocks)
+
+
+def test_applied_twice_changes_nothing(fake_group: Callable[[int, int], None]) -> None:
+    fake_group(0, 2)
+    trunk = recovered(cases.Joint(), **cases.joint_inputs())
+    assert ShardedAttention().apply(trunk, pipeline.Context()).applied
+    before = [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)]
+    report = ShardedAttention().apply(trunk, pipeline.Context())
+    assert not report.applied
+    assert "already" in report.declined[0][1]
+    assert [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)] == before
+
+
+class Mixing(cases.Joint):
+    """A convolution over neighbouring tokens, inside the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.add_module("mix", nn.Conv1d(cases.WIDTH, cases.WIDTH, 3, padding=1))
+            block.register_forward_hook(lambda block, _, out: out + block.mix(out.transpose(1, 2)).transpose(1, 2))
+
+
+class TokenBlock(nn.Sequential):
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:  # type: ignore[override]
+        return hidden + self[0](hidden + place) * (text.mean() + time[:, None])
+
+
+class NoAttention(cases.Joint):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TokenBlock(nn.Linear(cases.WIDTH, cases.WIDTH)) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "fields", "reason"),
+    [
+        (cases.Joint, 1, {}, "the process group has a single rank"),
+        (cases.Joint, 0, {}, "no process group is initialised"),
+        (cases.Joint, 3, {}, "3 ranks can't share its 4 heads: use a number of ranks that divides them"),
+        (cases.Joint, 2, {"ulysses": 4}, "ulysses is 4, but 2 ranks share the sequence; allowed is that number"),
+        (Mixing, 2, {}, "conv1d (conv1d of L['self'].blocks.0"),
+        (NoAttention, 2, {}, "no attention"),
+    ],
+)
+def test_declines(
+    build: Callable[[], nn.Module],
+    size: int,
+    fields: dict[str, Any],
+    reason: str,
+    fake_group: Callable[[int, int], None],
+) -> None:
+    """The graph stays as it was, and the reason names the operation and where it stands."""
+    if size:
+        fake_group(0, size)
+    trunk = recovered(build(), **cases.joint_inputs())
+    before = [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)]
+    report = ShardedAttention(**fields).apply(trunk, pipeline.Context())
+    assert not report.applied
+    assert reason in report.declined[0][1].replace(".__dict__['_modules']['blocks']", ".blocks")
+    assert [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)] == before
+
+
+def test_options(fake_group: Callable[[int, int], None]) -> None:
+    fake_group(0, 4)
+    with pytest.raises(OptionError, match=r"context_parallel.mesh has 2 dimensions; allowed is one"):
+        ShardedAttention(mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "ulysses")))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "ulysses"))["ulysses"]
+    trunk = recovered(cases.Joint(), **cases.joint_inputs())
+    assert "2 ranks share 13 tokens" in ShardedAttention(mesh=mesh).apply(trunk, pipeline.Context()).matched[0]
+    with pytest.raises(OptionError, match=r"context_parallel.ulysses is 0"):
+        ShardedAttention(ulysses=0)
+    with pytest.raises(OptionError, match=r"context_parallel.timeout_seconds is 0"):
+        ShardedAttention(timeout_seconds=0)
+
+
+def test_switched_off_or_alone_changes_nothing() -> None:
+    """With no process group, asked for by name, it is an error before compile time is spent."""
+    with pytest.raises(Exception, match="no process group is initialised"), torch.no_grad():
+        cases.joint()(**cases.joint_inputs())
+
+
+COLLECTIVES = ("all_gather", "all_to_all", "alltoall", "all_reduce", "reduce_scatter")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside: bool, fake_group: Callable[[int, int], None]) -> None:
+    """Blocks in an autocast region, or with one of their own, are proven in it."""
+    fake_group(0, 2)
+
+    class Lower(cases.JointBlock):
+        def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
+                return super().forward(hidden, text, time, place)
+
+    model = cases.Joint()
+    model.blocks = nn.ModuleList(Lower(0.2) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        trunk = recovered(model, **cases.joint_inputs())
+        assert ShardedAttention().apply(trunk, pipeline.Context()).applied
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_collectives_of_the_compiled_graph(
+    device: str, fake_group: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After AOTAutograd: two a body, one gather, one sum for the cache's decision, and nothing hidden.
+
+    On the meta device DTensor takes the path that it takes on a GPU; on the CPU it replaces an all-to-all by an
+    all-gather.
+    """
+    fake_group(0, 2)
+    found: collections.Counter[str] = collections.Counter()
+
+    def capture(module: Any, inputs: Any) -> Any:
+        from functorch.compile import aot_module_simplified, nop
+
+        def count(traced: Any, _: object) -> Any:
+            for part in traced.modules():
+                if isinstance(part, fx.GraphModule):
+                    found.update(name for node in part.graph.nodes for name in COLLECTIVES if name in str(node.target))
+            return nop(traced, _)
+
+        aot_module_simplified(module, list(inputs), fw_compiler=count)
+        return module.forward
+
+    monkeypatch.setitem(inductor.LOWERINGS, "aot", capture)
+    with torch.device(device):
+        model = cases.Joint()
+    inputs = {name: held.to(device) for name, held in cases.joint_inputs().items()}
+    options = {"lower": "aot", "context_parallel": True, "first_block_cache": {"threshold": 0.5}}
+    with torch.no_grad():
+        if device == "meta":
+            with pytest.raises(Exception, match="meta"):  # it is compiled, and can't be run
+                hvfast(model, fullgraph=True, options=options)(**inputs)
+        else:
+            hvfast(model, fullgraph=True, options=options)(**inputs)
+    exchanges = {"all_gather": 3} if device == "cpu" else {"alltoall": 2, "all_gather": 1}
+    assert found == exchanges | {"all_reduce": 1}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [2, 4])
+def test_equal_to_one_rank(size: int) -> None:
+    """Text-to-video and both kinds of image-to-video, one, some and all of the text valid, uneven lengths, a batch.
+
+    To 1e-5 relative, fp32; a second shape of one model is compiled again, with Dynamo's symbolic sizes.
+    """
+    some: list[tuple[str, list[dict[str, Any]]]] = [
+        ("hunyuan_video", [{"valid": 1}, {"valid": 5}, {"valid": 7}, {"size": (3, 6, 6), "valid": 3}]),
+        ("hunyuan_video_i2v_replace", [{}]),
+    ]
+    if size == 2:
+        some[0][1].append({"valid": (2, 6), "size": (3, 6, 6)})
+        some.append(("hunyuan_video_i2v_concat", [{"size": (5, 2, 6)}]))
+    for errors in ranks.results(ranks.launch(cases.equality, size, "eager", some)):
+        assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+def test_lengths() -> None:
+    """Padding on several ranks, ranks that hold nothing but padding, as many tokens as ranks."""
+    for errors in ranks.results(ranks.launch(cases.toy_lengths, 4, [13, 9, 5, 4, 3, 2])):
+        assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+def test_compiled_by_inductor() -> None:
+    """Token-replace image-to-video with uneven parts and the cache, a computed and a reused step."""
+    errors, _ = ranks.results(ranks.launch(cases.inductor_steps, 2))
+    assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+def test_decides_as_one_rank_does() -> None:
+    """Thirty steps at two thresholds: the same steps reused, outputs to 1e-3."""
+    for found in ranks.results(ranks.launch(cases.decisions, 2, "eager", [0.75, 0.85])):
+        for together, alone, error in found:
+            assert together == alone
+            assert 0 < sum(together) < 30
+            assert error < 1e-3
+
+
+@pytest.mark.ranks
+def test_ranks_with_skewed_residuals_and_lost_state_decide_alike() -> None:
+    first, second = ranks.results(ranks.launch(cases.skewed, 2))
+    assert [reused for reused, _ in first] == [reused for reused, _ in second]
+    assert [reused for reused, _ in first] == [False, True, True, True, True, False, True, True]
+
+
+@pytest.mark.ranks
+def test_rows_of_a_mesh_decide_apart() -> None:
+    """The predicate is reduced over the ranks that share the sequence, and only those."""
+    found = ranks.results(ranks.launch(cases.rows_apart, 4))
+    assert max(error for _, error in found) < 1e-5
+    decisions = [reused for reused, _ in found]
+    assert decisions[0] == decisions[1] == [False, True, True, True, True]
+    assert decisions[2] == decisions[3] != decisions[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is wrong on rank 1, and what each rank must say (None: it ends without a word)."""
+
+    kind: str
+    zero: str
+    one: str | None
+
+
+DIFFER = "DisagreementError: ranks that share a sequence differ: "
+FAULTS = [
+    Fault("threshold", *[DIFFER + "first_block_cache.threshold is 0.1 on rank 1, 0.5 on rank 0"] * 2),
+    Fault(
+        "shape", *[DIFFER + "the input L['sample'] is torch.float32 [1, 14, 64] on cpu on rank 1, torch.float32"] * 2
+    ),
+    Fault("blocks", *[DIFFER + "the trunk is blocks x 4 on rank 1, blocks x 3 on rank 0"] * 2),
+    Fault("seed", *[DIFFER + "the content of L['sample'] is "] * 2),
+    Fault("failure", DIFFER + "context_parallel.ulysses is 3 on rank 1", "RequestedPassError: options ask for"),
+    Fault("off", "rank 0 was compiling, and rank 1 did not come within 6 s", "nothing"),
+    Fault("later shape", *[DIFFER + "what it does now is compiling on rank 1, beginning a generation on rank 0"] * 2),
+    Fault("later prompt", *[DIFFER + "the content of L['sample'] is "] * 2),
+    Fault("later seed", *[DIFFER + "the content of L['sample'] at the first step is "] * 2),
+    Fault("death", "rank 0 was beginning a generation, and rank 1 did not come within 6 s", None),
+    Fault("death in a step", "another rank has ended or hangs: look at what that one printed", None),
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kind)
+def test_every_fault_ends_every_rank_with_an_error_that_says_which_and_what(fault: Fault) -> None:
+    """Within the time that was set for it: 6 s to wait for another rank, 8 s for a collective, beside compiling."""
+    zero, one = ranks.launch(cases.fault, 2, fault.kind, group_timeout=8, limit=120)
+    assert fault.zero in zero.result
+    assert one.result is None if fault.one is None else fault.one in one.result
