@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from hvcompile import collectives, outputs
+from hvcompile import collectives, outputs, pipeline
 from hvcompile.explain import capture
 from hvcompile.inductor import numel_hint, value
 from hvcompile.nodes import is_tensor
@@ -107,7 +107,7 @@ def share(captured: fx.GraphModule, ranks: int, device_type: str) -> Share:
         raise SystemExit(trunk.reason)
     if ranks > 1:
         mesh = DeviceMesh.from_group(dist.new_group(list(range(ranks))), device_type)
-        report = ShardedAttention(mesh=mesh).apply(trunk)
+        report = ShardedAttention(mesh=mesh).apply(trunk, pipeline.Context())
         if not report.applied:
             return Share(ranks=ranks, reason=report.declined[0][1])
     return count(trunk, ranks)

@@ -1,0 +1,66 @@
+"""The pipeline that the package ships: whole, small, loaded by diffusers alone, and it makes what captions say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import check
+import clips
+import pytest
+import torch
+from diffusers import HunyuanVideoPipeline
+
+from hvcompile import pipelines, tiny
+
+MOST_BYTES = 12 * 2**20
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    loaded = HunyuanVideoPipeline.from_pretrained(tiny.DIRECTORY)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_it_is_small_and_whole() -> None:
+    files = [path for path in tiny.DIRECTORY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    assert {"README.md", "loss.png", "samples.png", "model_index.json"} <= {path.name for path in files}
+
+
+def test_it_loads_in_a_process_without_this_project() -> None:
+    script = (
+        "import sys; sys.modules['hvcompile'] = None\n"
+        "from diffusers import HunyuanVideoPipeline\n"
+        f"pipe = HunyuanVideoPipeline.from_pretrained({str(tiny.DIRECTORY)!r})\n"
+        "assert sum(weight.numel() for weight in pipe.transformer.parameters()) > 4e6\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, timeout=300, capture_output=True)
+
+
+def test_it_is_the_default() -> None:
+    loaded = pipelines.load()
+    assert loaded.defaults == tiny.DEFAULTS
+    assert next(loaded.pipe.transformer.parameters()).dtype == torch.float32
+
+
+def test_clips_show_what_their_held_out_captions_say(pipe: Any) -> None:
+    """A sample of what ``examples/tiny_model/check.py`` checks on 64."""
+    asked = [clips.make(seed, held_out=True) for seed in range(8)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    captions = [clip.caption for clip in asked]
+    videos = pipe(captions, generator=generators, output_type="np", **tiny.DEFAULTS).frames
+    score = check.Score()
+    for clip, frames in zip(asked, videos, strict=True):
+        score.add(frames, clip)
+    assert (score.num_clips, score.colour, score.background) == (8, 8, 8)
+    assert score.direction >= 7
+
+
+def test_the_vae_keeps_held_out_clips(pipe: Any) -> None:
+    """28 dB are wanted; the model card has the figure of 64 clips."""
+    back = [check._through_vae(pipe.vae, clips.make(seed, held_out=True).frames()) for seed in range(8)]
+    errors = [((made - clips.make(seed, held_out=True).frames()) ** 2).mean() for seed, made in enumerate(back)]
+    assert sum(-10 * torch.tensor(error).log10().item() for error in errors) / len(errors) >= 28
