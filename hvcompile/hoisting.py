@@ -45,20 +45,20 @@ def hoist(trunk: Trunk, tag: str) -> list[str]:
             if base is not None and _pays(base):
                 cuts[base] = None
     told = []
-    groups: dict[bool, list[fx.Node]] = {False: [], True: []}
+    # Those that follow from conditions first: taken out, the others would be inputs that these can't be copied with.
+    groups: dict[bool, list[fx.Node]] = {True: [], False: []}
     for node in cuts:
         sources = [item for item in needed([node]) if item.op == "placeholder"]
         groups[any(is_tensor(item) and not is_weight(item) for item in sources)].append(node)
     roles = classify(trunk)
-    is_known = roles.sample is not None and bool(
-        roles.clocks
-    )  # else what changes in every step may pass for a condition
+    # Else what changes in every step may pass for a condition.
+    is_known = roles.sample is not None and bool(roles.clocks)
     for is_conditioned, nodes in groups.items():
         if nodes and (is_known or not is_conditioned):
             _take_out(trunk, nodes, tag)
             kind = "conditions" if is_conditioned else "sizes and weights"
             told.append(f"{len(nodes)} values that follow from {kind} are computed once, not once a step")
-    return told
+    return told[::-1]
 
 
 def _base(node: fx.Node, same: set[fx.Node]) -> fx.Node | None:

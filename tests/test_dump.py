@@ -236,19 +236,21 @@ def test_the_journal_gives_the_reasons(tmp_path: Path) -> None:
 
 
 def test_rows_are_written_as_they_are(tmp_path: Path) -> None:
-    report = PassReport(matched=("a",), declined=(("b", "for c"),))
-    row = JournalRow(name="P", report=report, op_changes={"mul": -2}, section="p", is_exact=False)
+    report = PassReport(matched=("a",), declined=(("b", "for c"),), table=({"d": 1},))
+    row = JournalRow(name="P", report=report, op_changes={"mul": -2}, section="p", is_exact=False, tolerance=0.1)
     Dump(tmp_path, (3, 1)).journal([row])
     assert json.loads((tmp_path / "graph_3_1" / "journal.json").read_text())["passes"] == [
         {
             "name": "P",
             "section": "p",
             "is_exact": False,
+            "tolerance": 0.1,
             "matched": ["a"],
             "declined": [{"what": "b", "why": "for c"}],
             "unmet": [],
             "noted": [],
             "op_changes": {"mul": -2},
+            "table": [{"d": 1}],
         }
     ]
 

@@ -36,7 +36,8 @@ def test_family_is_recovered_and_unchanged(name: str) -> None:
     stats = hvcompile.stats(compiled)
     assert num_blocks(stats) == PARTIAL.get(name, family.num_blocks)
     assert [step.reused for step in stats.steps] == [False, True]
-    assert (stats.graphs, stats.recompiles) == (1, 0)
+    # Where padding stands before the sample's tokens, the mask stays, in a graph of its own.
+    assert (stats.graphs, stats.recompiles) == (1, 1 if stats.unfit else 0)
     assert relative_error(computed, expected) < 1e-5
     assert relative_error(reused, expected) < 1e-5
 

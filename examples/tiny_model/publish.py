@@ -14,6 +14,7 @@ import architecture
 import clips
 import numpy as np
 import torch
+import train_transformer
 import typer
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from PIL import Image
@@ -35,6 +36,9 @@ def main(
     vae: Annotated[Path | None, typer.Option(help="VAE to use in place of the pipeline's.")] = None,
     log: Annotated[list[Path] | None, typer.Option(help="A log.jsonl to draw; give as many as there are.")] = None,
     shift: Annotated[float, typer.Option(help="Shift of the scheduler.")] = 7.0,
+    slow: Annotated[
+        float, typer.Option(help="Radians a timestep unit beyond which the timestep's sinusoids are damped once more.")
+    ] = 2e-3,
     target: Annotated[Path, typer.Option(help="Where to write.")] = architecture.DIRECTORY,
 ) -> None:
     """Write the directory; a README.md that is there stays."""
@@ -42,6 +46,7 @@ def main(
     if vae is not None:
         pipe.register_modules(vae=AutoencoderKLHunyuanVideo.from_pretrained(vae))
     pipe.register_modules(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, shift=shift))
+    train_transformer.damp_clocks(pipe.transformer, slow)
     for name in HALVES:
         getattr(pipe, name).to(torch.float16)
     for part in (*HALVES, "tokenizer", "tokenizer_2", "scheduler"):
@@ -69,7 +74,7 @@ def draw_samples(model: Path, path: Path) -> None:
         rows.append(np.concatenate(np.pad(shown, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1), axis=1))
     picture = np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1)
     image = Image.fromarray((picture * 255).round().astype(np.uint8))
-    image.quantize(64).save(path, optimize=True)
+    image.quantize(256).save(path, optimize=True)
 
 
 def draw_losses(logs: list[Path], path: Path) -> None:

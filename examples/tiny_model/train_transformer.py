@@ -192,10 +192,17 @@ def initialise(pipe: Any) -> None:
         if isinstance(module, torch.nn.Linear) and (is_modulation(name) or name == "proj_out"):
             module.weight.zero_()
             module.bias.zero_()
-        elif name.endswith("timestep_embedder.linear_1"):
+    damp_clocks(pipe.transformer, SLOW)
+
+
+@torch.no_grad()
+def damp_clocks(transformer: Any, slow: float) -> None:
+    """Damp the columns that read sinusoids of the timestep much faster than ``slow``, in radians a timestep unit."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith("timestep_embedder.linear_1"):
             half = module.in_features // 2
             frequency = torch.exp(-math.log(10_000) * torch.arange(half) / half).repeat(2)  # radians a timestep unit
-            module.weight *= 1 / (1 + (frequency / SLOW) ** 2)
+            module.weight *= 1 / (1 + (frequency / slow) ** 2)
 
 
 def is_modulation(name: str) -> bool:
