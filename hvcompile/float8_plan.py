@@ -95,6 +95,8 @@ class Plan:
                 return f"fp8.skip names it ({pattern!r})"
         if min(place, len(self.trunk.blocks) - 1 - place) < self.keep_blocks:
             return f"fp8.keep_blocks is {self.keep_blocks}"
+        if place == 0 and self.context.is_first_block_compared:
+            return "the first block is compared from step to step, and float8's noise would count as change"
         rows, columns = map(size_hint, weight.shape)
         if rows % MULTIPLE or columns % MULTIPLE:
             return f"its weight is {rows} x {columns}, and float8 products take multiples of {MULTIPLE}"

@@ -28,12 +28,14 @@ class Context:
         requested: whether the user asked for the pass by name.
         given: the inputs of the call that is being compiled, by placeholder; empty where nothing will run.
         planned_for: a device that is planned for, where nothing will run.
+        is_first_block_compared: whether a pass that runs later compares the first block's results from step to step.
 
     """
 
     requested: bool = False
     given: Mapping[fx.Node, Any] = dataclasses.field(default_factory=dict)
     planned_for: Device | None = None
+    is_first_block_compared: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,13 @@ class Pass:
 
     ``section`` is its key in ``options``; ``is_exact`` says that it does not change numerics (it then also runs under
     ``mode="exact"``). ``tolerance`` is the relative difference that it may make to the outputs of a step that computes
-    all blocks.
+    all blocks; ``compares_first_block`` that it decides by how much the first block's results change.
     """
 
     section: ClassVar[str]
     is_exact: ClassVar[bool]
     tolerance: ClassVar[float] = 0.0
+    compares_first_block: ClassVar[bool] = False
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk in place, or leave it as it was and say why."""
@@ -168,16 +171,18 @@ def run(
         passes: each with whether the user asked for it by name.
         observe: called with the pass's name and the trunk after each pass that changed it (dumps).
         journal: gains a row a pass, also where one raises.
-        context: what the passes may know beside the graph; ``requested`` is set for each.
+        context: what the passes may know beside the graph; what depends on the passes is filled in.
 
     Raises:
         RequestedPassError: a pass that was asked for by name could not apply.
         InvalidRewriteError: a pass broke a postcondition.
 
     """
-    for item, requested in passes:
+    for place, (item, requested) in enumerate(passes):
+        compared = any(later.compares_first_block for later, _ in passes[place + 1 :])
+        known = dataclasses.replace(context or Context(), requested=requested, is_first_block_compared=compared)
         name, signature, counts = type(item).__name__, _signature(trunk), op_counts(trunk)
-        report = item.apply(trunk, dataclasses.replace(context or Context(), requested=requested))
+        report = item.apply(trunk, known)
         _check(trunk, signature, name)
         changes = op_counts(trunk)
         changes.subtract(counts)

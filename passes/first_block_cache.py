@@ -68,6 +68,7 @@ class FirstBlockCache(Pass):
 
     section: ClassVar[str] = "first_block_cache"
     is_exact: ClassVar[bool] = False
+    compares_first_block: ClassVar[bool] = True
 
     threshold: float = 0.06
     warmup_steps: int = 0

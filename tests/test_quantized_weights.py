@@ -139,7 +139,7 @@ def test_a_change_in_between_counts() -> None:
 
 def test_a_change_in_between_counts_in_every_shape() -> None:
     made, changed = Wide(), Wide()
-    run = compiled(made, {"keep_original": "cpu"}, first_block_cache=False)
+    run = compiled(made, {"keep_original": "cpu"})
     shapes = [wide_inputs(batch=batch) for batch in (1, 2)]
     with torch.no_grad():
         for inputs in shapes:
