@@ -1,6 +1,6 @@
 """Puts a trained pipeline where the package ships it, in half precision, with the pictures of its model card.
 
-``python examples/tiny_model/publish.py --pipeline runs/guided/pipeline --vae runs/decoder/vae --logs ...``
+``python examples/tiny_model/publish.py --pipeline runs/guided/pipeline --log runs/plain/log.jsonl``
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def velocity_of(modules: dict[str, Any], inputs: dict[str, torch.Tensor], text: 
 
 @torch.no_grad()
 def latents_of(vae: Any, num_clips: int, cache: Path) -> torch.Tensor:
-    """Encode the training clips, scaled as the pipeline's decoding expects, once a run: (clips, 16, 5, 6, 10)."""
+    """Encode the training clips, scaled as the pipeline's decoding expects, once a run: (clips, 16, 5, 4, 6)."""
     if cache.is_file():
         latents: torch.Tensor = torch.load(cache, weights_only=True)
         if len(latents) == num_clips:
