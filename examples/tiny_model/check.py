@@ -1,7 +1,7 @@
 """Checks the tiny model from pixels alone: whether the object has the caption's colour and goes the caption's way.
 
-No classifier, and of the training code the captions and the palette alone: a moving object is what differs from the background, its colour the
-nearest of the palette's, its way the shift of its centre of mass.
+No classifier, and of the training code the captions and the palette alone: a moving object is what differs from the
+background, its colour the nearest of the palette's, its way the shift of its centre of mass.
 
 ``python examples/tiny_model/check.py``: 64 held-out captions, each run exactly and with the first-block cache.
 """

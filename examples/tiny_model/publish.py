@@ -52,6 +52,13 @@ def main(
     for part in (*HALVES, "tokenizer", "tokenizer_2", "scheduler"):
         shutil.rmtree(target / part, ignore_errors=True)
     pipe.save_pretrained(target)
+    for path in target.rglob("*.json"):
+        if path.name in {"model_index.json", "config.json"}:  # where it was trained is nobody's business
+            content = json.loads(path.read_text())
+            content.pop("_name_or_path", None)
+            path.write_text(json.dumps(content, indent=2) + "\n")
+    for path in target.rglob("*.safetensors"):
+        path.chmod(0o644)
     # Stored in half precision, but to be computed in single wherever nobody asks for another.
     for name in ("text_encoder", "text_encoder_2"):
         path = target / name / "config.json"

@@ -88,15 +88,18 @@ class Run:
         self.save()
 
     _last_loss: float | None = None
+    _num_summed: int = 0
 
     def log(self, **figures: float) -> None:
         """Add the figures of this step; their means are written each ``log_every`` steps."""
         self._last_loss = next(iter(figures.values()))
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        if (self.step + 1) % self.log_every == 0:
-            means = {name: round(total / self.log_every, 6) for name, total in self._sums.items()}
+        self._num_summed += 1
+        if (self.step + 1) % self.log_every == 0:  # fewer than log_every after a resume
+            means = {name: round(total / self._num_summed, 6) for name, total in self._sums.items()}
             self._sums.clear()
+            self._num_summed = 0
             self.note(**means)
 
     def note(self, **figures: Any) -> None:
