@@ -226,6 +226,8 @@ def explain_graph(
             **common,
         )
     kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
+    kind_of = {block: trunk.bodies.index(block.body) for block in trunk.blocks}
+    flops_of = {block: sum(cost.flops for cost in costs(block.body.module.graph)) for block in trunk.blocks}
     prologue, epilogue = _around(trunk)
     stages = [stage("captured", captured, [block.path for block in trunk.blocks]), stage("outline", trunk.module)]
     journal: list[JournalRow] = []
@@ -242,12 +244,12 @@ def explain_graph(
         reason="",
         lists=trunk.lists,
         kinds=kinds,
-        stretches=tuple(_stretches(trunk)),
+        stretches=tuple(_stretches(trunk, kind_of)),
         num_prologue=prologue,
         num_epilogue=epilogue,
         journal=tuple(journal),
         reused_flops=sum(cost.flops for cost in costs(trunk.graph))
-        + sum(_block_flops(trunk, block) for block in trunk.blocks),
+        + sum(flops_of[block] for block in trunk.blocks if block.call.graph is trunk.graph),
         state_bytes=sum(
             numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
         ),
@@ -271,13 +273,6 @@ def _weight_bytes(graph: fx.Graph) -> int:
     return sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
 
 
-def _block_flops(trunk: Trunk, block: BlockCall) -> int:
-    """Operations of a block that runs in every step; none of one that a pass has moved into a branch."""
-    if block.call.graph is not trunk.graph:
-        return 0
-    return sum(cost.flops for cost in costs(block.body.module.graph))
-
-
 def _kind(trunk: Trunk, number: int) -> BlockKind:
     body = trunk.bodies[number]
     members = [block for block in trunk.blocks if block.body is body]
@@ -295,11 +290,11 @@ def _kind(trunk: Trunk, number: int) -> BlockKind:
     )
 
 
-def _stretches(trunk: Trunk) -> Iterator[Stretch]:
-    """Group the blocks as they run, after the passes."""
+def _stretches(trunk: Trunk, kinds: Mapping[BlockCall, int]) -> Iterator[Stretch]:
+    """Group the blocks as they run, after the passes, which may have given some blocks of a kind bodies of their own."""
 
     def group(block: BlockCall) -> tuple[int, bool]:
-        return trunk.bodies.index(block.body), block.call.graph is not trunk.graph
+        return kinds[block], block.call.graph is not trunk.graph
 
     for (kind, is_skipped), members in itertools.groupby(trunk.blocks, group):
         blocks = list(members)
