@@ -291,7 +291,7 @@ def _kind(trunk: Trunk, number: int) -> BlockKind:
 
 
 def _stretches(trunk: Trunk, kinds: Mapping[BlockCall, int]) -> Iterator[Stretch]:
-    """Group the blocks as they run, after the passes, which may have given some blocks of a kind bodies of their own."""
+    """Group the blocks as they run, after the passes, which may have given some of a kind bodies of their own."""
 
     def group(block: BlockCall) -> tuple[int, bool]:
         return kinds[block], block.call.graph is not trunk.graph
