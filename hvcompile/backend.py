@@ -255,12 +255,13 @@ def seal(trunk: Trunk) -> runtime.Calling:
     symbols = inductor.symbols_of(trunk.graph)
     sources = {node for stored in trunk.stored for node in stored.sources}
     passed = [place for place, node in enumerate(trunk.inputs) if node not in sources]
+    read = weights - sources
     first = [node for node in trunk.blocks[0].operands if node in weights]
     # A parameter rather than a buffer, which a forward may replace.
     anchors = [*filter(is_parameter, first), *filter(is_parameter, roles.weights), *first, *roles.weights]
     calling = runtime.Calling(
         anchor=placeholders.index(anchors[0]) if anchors else None,
-        weights=tuple(place for place, node in enumerate(placeholders) if node in weights - sources),
+        weights=tuple(place for place, node in enumerate(placeholders) if node in read),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
         numbers=tuple(place for place, node in enumerate(trunk.inputs) if not is_tensor(node)),
         symbols={place: symbol for place, symbol in symbols.items() if place < len(trunk.inputs)},

@@ -78,7 +78,8 @@ class Plan:
 
     def _reason(self, place: int, block: BlockCall, item: Linear) -> str:
         operand = self.operand(block, item.weight.name)
-        kind = type(self.context.given.get(operand, value(operand)))
+        given = self.context.given.get(operand, value(operand))
+        kind = type(given)
         if not is_parameter(operand):
             return "its weight is no parameter of the model, so it may change from call to call"
         if kind not in {torch.Tensor, torch.nn.Parameter, QuantizedWeight, *inductor.FAKES}:
@@ -86,7 +87,7 @@ class Plan:
         weight: torch.Tensor = value(operand)
         if weight.ndim != 2 or not weight.is_floating_point():
             return f"its weight is {weight.ndim}-dimensional, {weight.dtype}"
-        if item.is_written_to():
+        if item.is_written_to:
             return "its input is written to in place"
         path = self.path(block, item.weight.name)
         for pattern in self.skip:
@@ -100,7 +101,7 @@ class Plan:
         rows, columns = map(size_hint, weight.shape)
         if rows % MULTIPLE or columns % MULTIPLE:
             return f"its weight is {rows} x {columns}, and float8 products take multiples of {MULTIPLE}"
-        if self.context.given.get(operand) is not None and is_quantized(self.context.given[operand]):
+        if is_quantized(given):
             return ""
         if min(rows, columns) < SMALLEST:
             return f"its weight is {rows} x {columns}: too small to gain (less than {SMALLEST})"
@@ -114,8 +115,8 @@ class Plan:
         dtype = value(item.node).dtype
         if weight.device.type == "cuda" and dtype != torch.bfloat16 and self.granularity == "row":
             return f"it computes in {dtype}, and row-wise float8 products on GPUs give bfloat16"
-        given = self.context.given.get(operand)
-        if isinstance(given, torch.Tensor) and given.untyped_storage().nbytes() != given.numel() * given.element_size():
+        is_real = operand in self.context.given
+        if is_real and given.untyped_storage().nbytes() != given.numel() * given.element_size():
             return "its weight is part of a larger tensor, which it would not free"
         return ""
 

@@ -15,8 +15,8 @@ from hvcompile import inductor
 from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import value
 from hvcompile.inputs import classify
-from hvcompile.invariants import copied_out, drop_dead, invariants, needed
-from hvcompile.nodes import is_tensor, is_weight, op_name
+from hvcompile.invariants import copied_out, drop_dead, invariants
+from hvcompile.nodes import ancestors, is_tensor, is_weight, op_name
 from hvcompile.trunk import Trunk, contiguous_like
 
 # What moves nothing; done in the step, on what was hoisted.
@@ -48,7 +48,7 @@ def hoist(trunk: Trunk, tag: str) -> list[str]:
     # Those that follow from conditions first: taken out, the others would be inputs that these can't be copied with.
     groups: dict[bool, list[fx.Node]] = {True: [], False: []}
     for node in cuts:
-        sources = [item for item in needed([node]) if item.op == "placeholder"]
+        sources = [item for item in ancestors([node]) if item.op == "placeholder"]
         groups[any(is_tensor(item) and not is_weight(item) for item in sources)].append(node)
     roles = classify(trunk)
     # Else what changes in every step may pass for a condition.
@@ -77,7 +77,11 @@ def _is_number(node: fx.Node) -> bool:
 
 def _pays(node: fx.Node) -> bool:
     """Whether something is computed on the way to a node, rather than cast or laid out anew."""
-    work = [item for item in needed([node]) if item.op in {"call_function", "call_method"} and not _is_number(item)]
+    work = [
+        item
+        for item in {node, *ancestors([node])}
+        if item.op in {"call_function", "call_method"} and not _is_number(item)
+    ]
     return any(op_name(item) not in _CHEAP for item in work)
 
 

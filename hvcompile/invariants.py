@@ -16,6 +16,7 @@ from torch import fx
 from hvcompile.inductor import is_data_dependent, source_name, value
 from hvcompile.inputs import classify
 from hvcompile.nodes import (
+    ancestors,
     contexts,
     draws_random_numbers,
     is_context_switch,
@@ -67,18 +68,6 @@ def _stands_alone(node: fx.Node) -> bool:
     return is_scalar(node) or all(isinstance(item, torch.Tensor) for item in items)
 
 
-def needed(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and all that they depend on."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
 def copied_out(trunk: Trunk, wanted: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node]]:
     """Copy what some nodes depend on into a graph of its own, which has no output yet.
 
@@ -86,7 +75,7 @@ def copied_out(trunk: Trunk, wanted: Sequence[fx.Node]) -> tuple[fx.Graph, dict[
         The graph, its node for each node of the top-level graph, and the placeholders that it takes, in order.
 
     """
-    graph, among = fx.Graph(), needed(wanted)
+    graph, among = fx.Graph(), ancestors(wanted) | set(wanted)
     env: dict[fx.Node, fx.Node] = {}
     sources = [node for node in trunk.inputs if node in among]
     for node in [*sources, *(node for node in trunk.graph.nodes if node in among and node.op != "placeholder")]:
@@ -97,7 +86,8 @@ def copied_out(trunk: Trunk, wanted: Sequence[fx.Node]) -> tuple[fx.Graph, dict[
 
 def drop_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
     """Erase those of these nodes, and of what they depend on, whose results are read by nothing any more."""
-    among = needed(candidates)
+    wanted = set(candidates)
+    among = ancestors(wanted) | wanted
     for node in reversed(graph.nodes):
         is_work = node.op in {"call_function", "call_method", "get_attr"} and not is_context_switch(node)
         is_work = is_work and mutated_operand(node) is None and "_assert" not in op_name(node)

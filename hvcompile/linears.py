@@ -26,16 +26,14 @@ class Linear:
     bias: fx.Node | None
     source: fx.Node
     """What it is applied to, looked at through slices that are put together again."""
-
-    def is_written_to(self) -> bool:
-        """Whether something in the body writes into what it is applied to."""
-        read = {storage(self.source), *(storage(node) for node in self.node.all_input_nodes if is_tensor(node))}
-        written = (mutated_operand(node) for node in self.node.graph.nodes)
-        return any(node is not None and storage(node) in read for node in written)
+    is_written_to: bool
+    """Whether something in the body writes into what it is applied to."""
 
 
 def linears_of(body: Body) -> Iterator[Linear]:
     """The linear layers of a body whose weight is handed in and read by nothing else."""
+    mutated = (mutated_operand(node) for node in body.module.graph.nodes)
+    written = {storage(node) for node in mutated if node is not None}
     for node in body.module.graph.nodes:
         if node.op != "call_function" or op_name(node) != "linear":
             continue
@@ -43,7 +41,9 @@ def linears_of(body: Body) -> Iterator[Linear]:
         weight, bias = names["weight"], names.get("bias")
         if isinstance(weight, fx.Node) and weight.op == "placeholder" and list(weight.users) == [node]:
             source = whole(names["input"])
-            yield Linear(node=node, weight=weight, bias=bias, source=source)
+            read = {storage(item) for item in (source, *node.all_input_nodes) if is_tensor(item)}
+            is_written_to = not written.isdisjoint(read)
+            yield Linear(node=node, weight=weight, bias=bias, source=source, is_written_to=is_written_to)
 
 
 def may_join(linears: Sequence[Linear]) -> bool:

@@ -149,6 +149,12 @@ def model_state(anchor: torch.Tensor) -> ModelState:
         return state  # type: ignore[no-any-return]
 
 
+def _kept_of(module: torch.nn.Module) -> list[ModelState]:
+    with _MODELS_LOCK:
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        return [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
+
+
 def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
     module = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps; model.compile() does not
     if not isinstance(module, torch.nn.Module):
@@ -156,9 +162,7 @@ def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
             f"expected the compiled torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}: "
             "give the module, also where only its forward was compiled"
         )
-    with _MODELS_LOCK:
-        tensors = itertools.chain(module.parameters(), module.buffers())
-        states = [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
+    states = _kept_of(module)
     if not states:
         raise UncompiledModelError(
             f"this {type(module).__name__} has not run under hvfast yet: compile it with "
@@ -244,10 +248,7 @@ def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
     restored = restore_weights(module)
-    with _MODELS_LOCK:
-        tensors = itertools.chain(module.parameters(), module.buffers())
-        states = [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
-    for state in states:
+    for state in _kept_of(module):
         with state.lock:
             for stored in state.stored.values():
                 stored.forget()

@@ -110,7 +110,7 @@ class Float8Linears(Pass):
         )
         if device is None:
             return "the blocks take no tensor"
-        if any(is_quantized(given) for given in context.given.values()):
+        if any(map(is_quantized, context.given.values())):
             return ""  # it did apply, and there is no way back but to restore
         unfit = float8.reason_unfit(device)
         if device.type == "meta":
@@ -136,7 +136,7 @@ def _rewrite(
     keep_original: bool,
 ) -> None:
     """Give these blocks a body in which the named linear layers are float8 products."""
-    made = Body(_fresh_name(trunk, body, blocks), _copy(body.module), {})
+    made = Body(_fresh_name(trunk, body, blocks), inductor.clone_graph_module(body.module), {})
     graph = made.module.graph
     before = list(graph.find_nodes(op="placeholder"))
     streams = {place: before[operand] for place, operand in body.streams.items()}
@@ -189,23 +189,11 @@ def _fresh_name(trunk: Trunk, body: Body, blocks: Sequence[BlockCall]) -> str:
     return f"{body.name}_float8_{count}"
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].meta = dict(node.meta)
-    copied = fx.GraphModule(module, graph)
-    copied.meta = dict(module.meta)
-    return copied
-
-
 def _weight_placeholders(graph: fx.Graph, group: Sequence[Linear], granularity: str) -> tuple[fx.Node, fx.Node]:
     first: torch.Tensor = value(group[0].weight)
     rows = sum(value(item.weight).shape[0] for item in group)
     stem = group[0].weight.name if len(group) == 1 else f"{group[0].weight.name}_and_{len(group) - 1}"
-    last = list(graph.find_nodes(op="placeholder"))[-1]
-    with graph.inserting_after(last):
+    with graph.inserting_after(_last_placeholder(graph)):
         data = graph.placeholder(f"{stem}_float8")
     with graph.inserting_after(data):
         scale = graph.placeholder(f"{stem}_scale")

@@ -11,29 +11,13 @@ import torch
 from oracle import hvfast, relative_error, timesteps
 from torch import nn
 from toy import TOKENS, WIDTH, Toy, toy_inputs
+from trunks import recovered
 
 import hvcompile
 from hvcompile import pipeline
 from hvcompile.inductor import COND, INVOKE_SUBGRAPH, TAG
-from hvcompile.outline import recover
 from hvcompile.passes.first_block_cache import FirstBlockCache, steps_left
 from hvcompile.pipeline import Context
-from hvcompile.trunk import Trunk
-
-
-def recovered(model: nn.Module, **inputs: torch.Tensor) -> Trunk:
-    """The trunk of a model as the backend sees it."""
-    found: list[Trunk] = []
-
-    def backend(module: Any, _: object) -> Callable[..., Any]:
-        trunk = recover(module)
-        assert isinstance(trunk, Trunk), trunk
-        found.append(trunk)
-        return module.forward
-
-    with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
-    return found[0]
 
 
 def compiled(model: nn.Module, **fields: Any) -> Any:

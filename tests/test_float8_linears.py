@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from oracle import hvfast
-from test_first_block_cache import recovered
 from torch import nn
+from trunks import recovered
 from wide import TEXT, TOKENS, WIDTH, Wide, wide_inputs
 
 import hvcompile

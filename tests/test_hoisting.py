@@ -10,9 +10,10 @@ import pytest
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
-from test_unmasked_attention import NO_CACHE, check, recovered
+from test_unmasked_attention import NO_CACHE, check
 from torch import nn
 from toy import WIDTH, Toy, toy_inputs
+from trunks import recovered
 
 import hvcompile
 from hvcompile import pipeline
@@ -63,7 +64,7 @@ def products(call: Callable[[], Any]) -> int:
 def test_a_step_makes_no_rotary_tables() -> None:
     """Of the sines and cosines only those of timestep and guidance are left, and nothing counts tokens."""
     family = zoo.FAMILIES["hunyuan_video"]
-    trunk = recovered(family.build(), family.inputs() | {"return_dict": False})
+    trunk = recovered(family.build(), **family.inputs(), return_dict=False)
     before = operations(trunk)
     row = hoisted(trunk)
     after = operations(trunk)
@@ -219,7 +220,7 @@ def in_autocast(self: Any, text: torch.Tensor, _: Any) -> torch.Tensor:
 def test_what_stays_in_the_step(prepare: Callable[..., Any]) -> None:
     """Written to in place, in an autocast region, random, of the sample: the projection is where it was, and right."""
     model = Prompted(prepare)
-    trunk = recovered(model, toy_inputs())
+    trunk = recovered(model, **toy_inputs())
     before = operations(trunk).count("linear")
     hoisted(trunk)
     stays = operations(trunk).count("linear")
@@ -231,9 +232,8 @@ def test_what_stays_in_the_step(prepare: Callable[..., Any]) -> None:
 
 
 def test_casts_and_views_are_no_reason() -> None:
-    trunk = recovered(
-        Prompted(lambda self, text, _: text.double().float().transpose(1, 2).transpose(1, 2)), toy_inputs()
-    )
+    model = Prompted(lambda self, text, _: text.double().float().transpose(1, 2).transpose(1, 2))
+    trunk = recovered(model, **toy_inputs())
     hoisted(trunk)
     assert all("text" not in node.name for node in trunk.added)
 

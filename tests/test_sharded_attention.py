@@ -17,14 +17,13 @@ from oracle import hvfast
 from torch import fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from trunks import recovered
 
 from hvcompile import inductor, pipeline
 from hvcompile.errors import OptionError
 from hvcompile.inductor import TAG, value
 from hvcompile.nodes import op_name
-from hvcompile.outline import recover
 from hvcompile.passes.sharded_attention import ShardedAttention
-from hvcompile.trunk import Trunk
 
 
 @pytest.fixture
@@ -37,20 +36,6 @@ def fake_group() -> Iterator[Callable[[int, int], None]]:
     yield start
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def recovered(model: nn.Module, **inputs: Any) -> Trunk:
-    found: list[Trunk] = []
-
-    def backend(module: Any, _: object) -> Callable[..., Any]:
-        trunk = recover(module)
-        assert isinstance(trunk, Trunk), trunk
-        found.append(trunk)
-        return module.forward  # type: ignore[no-any-return]
-
-    with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
-    return found[0]
 
 
 def counts(graph: fx.Graph) -> collections.Counter[str]:

@@ -13,6 +13,7 @@ from oracle import first, hvfast, relative_error
 from torch import nn
 from torch._dynamo.utils import counters
 from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
+from trunks import recovered
 
 import hvcompile
 from hvcompile import inductor, pipeline
@@ -21,7 +22,6 @@ from hvcompile.errors import OptionError
 from hvcompile.inductor import TAG, value
 from hvcompile.key_padding import DROPPED, arguments, is_attention, read_lengths
 from hvcompile.nodes import op_name
-from hvcompile.outline import recover
 from hvcompile.passes import unmasked_attention
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
@@ -79,21 +79,6 @@ def masked_inputs(*valid: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return toy_inputs(seed, batch=len(valid)) | {"keep": keep_first(*valid)}
 
 
-def recovered(model: nn.Module, inputs: Mapping[str, Any]) -> Trunk:
-    """The trunk of a model as the backend sees it."""
-    found: list[Trunk] = []
-
-    def backend(module: Any, _: object) -> Callable[..., Any]:
-        trunk = recover(module)
-        assert isinstance(trunk, Trunk), trunk
-        found.append(trunk)
-        return module.forward  # type: ignore[no-any-return]
-
-    with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
-    return found[0]
-
-
 def apply(trunk: Trunk) -> pipeline.JournalRow:
     rows: list[pipeline.JournalRow] = []
     pipeline.run(trunk, [(UnmaskedAttention(hoist=False), False)], lambda *_: None, rows)
@@ -128,7 +113,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_graph() -> None:
     """No mask is left in the blocks nor before them; the number of valid keys is an input of graph and body."""
     family = zoo.FAMILIES["hunyuan_video"]
-    trunk = recovered(family.build(), family.inputs() | {"return_dict": False})
+    trunk = recovered(family.build(), **family.inputs(), return_dict=False)
     assert all(isinstance(arguments(node)["attn_mask"], torch.fx.Node) for node in attentions(trunk))
     row = apply(trunk)
     assert not row.report.declined
@@ -154,14 +139,14 @@ def test_graph() -> None:
 
 def test_streams_of_the_bodies_stay_right() -> None:
     family = zoo.FAMILIES["hunyuan_video"]
-    trunk = recovered(family.build(), family.inputs() | {"return_dict": False})
+    trunk = recovered(family.build(), **family.inputs(), return_dict=False)
     before = [{o: b.operands[p].name for o, p in b.body.streams.items()} for b in trunk.blocks]
     apply(trunk)
     assert [{o: b.operands[p].name for o, p in b.body.streams.items()} for b in trunk.blocks] == before
 
 
 def test_applied_twice_changes_nothing() -> None:
-    trunk = recovered(MaskedToy(), masked_inputs(14))
+    trunk = recovered(MaskedToy(), **masked_inputs(14))
     apply(trunk)
     before = [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)]
     row = apply(trunk)
@@ -170,7 +155,7 @@ def test_applied_twice_changes_nothing() -> None:
 
 
 def test_blocks_in_a_branch_are_left_alone() -> None:
-    trunk = recovered(MaskedToy(), masked_inputs(14))
+    trunk = recovered(MaskedToy(), **masked_inputs(14))
     FirstBlockCache().apply(trunk, pipeline.Context())
     assert "already stand in a branch" in UnmaskedAttention().apply(trunk, pipeline.Context()).declined[0][1]
 
@@ -186,7 +171,7 @@ def test_blocks_in_a_branch_are_left_alone() -> None:
 )
 def test_says_why_it_declines(model: nn.Module, keep: torch.Tensor | None, reason: str) -> None:
     inputs = toy_inputs() if keep is None else toy_inputs() | {"keep": keep}
-    trunk = recovered(model, inputs)
+    trunk = recovered(model, **inputs)
     before = [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)]
     row = apply(trunk)
     assert not row.report.applied
@@ -195,7 +180,7 @@ def test_says_why_it_declines(model: nn.Module, keep: torch.Tensor | None, reaso
 
 
 def test_large_batches_are_not_unrolled() -> None:
-    assert "unrolled up to" in apply(recovered(MaskedToy(), masked_inputs(*[14] * 9))).report.declined[0][1]
+    assert "unrolled up to" in apply(recovered(MaskedToy(), **masked_inputs(*[14] * 9))).report.declined[0][1]
 
 
 def test_a_symbolic_batch_is_declined() -> None:
@@ -276,7 +261,7 @@ def test_one_mask_for_a_whole_batch() -> None:
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"})
     check(fast, model, masked_inputs(14, 14) | {"keep": keep_first(14)})
     assert hvcompile.stats(fast).unfit == 0
-    trunk = recovered(model, masked_inputs(14, 14) | {"keep": keep_first(14)})
+    trunk = recovered(model, **masked_inputs(14, 14) | {"keep": keep_first(14)})
     apply(trunk)
     assert len(trunk.added) == len(attentions(trunk)) == 1
 
@@ -507,10 +492,10 @@ def test_kernels_with_and_without_masks(kernel: str, unmask: bool) -> None:
 
 
 def test_the_journal_says_which_kernel_and_why() -> None:
-    trunk = recovered(MaskedToy(), masked_inputs(15))
+    trunk = recovered(MaskedToy(), **masked_inputs(15))
     told = "kernel left to torch, which takes flash by itself for cpu, float32, head size 8, no mask"
     assert apply(trunk).report.noted == (told,)
-    trunk = recovered(MaskedToy(), masked_inputs(15))
+    trunk = recovered(MaskedToy(), **masked_inputs(15))
     assert (
         "run kernel 'math', asked for by options"
         in UnmaskedAttention(kernel="math").apply(trunk, pipeline.Context()).matched[1]
