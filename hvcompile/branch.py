@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.inductor import COND, TAG, value
+from hvcompile.inductor import COND, TAG, is_data_dependent, value
 from hvcompile.nodes import is_tensor
 from hvcompile.trunk import contiguous_like
 
@@ -51,11 +51,14 @@ class Branch:
         node.meta = {TAG: self.tag, "example_value": value(args[0])}
         return node
 
-    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
-        """Return these nodes, each as a contiguous tensor of its own."""
-        for result in results:
+    def finish(self, results: Sequence[fx.Node], flat: Sequence[bool]) -> fx.GraphModule:
+        """Return these nodes, each as a contiguous tensor of its own, of one dimension where ``flat`` says so."""
+        for result, is_flat in zip(results, flat, strict=True):
             copied = self.graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
             copied.meta = {TAG: self.tag, "example_value": contiguous_like(value(result))}
+            if is_flat:
+                copied = self.graph.call_function(torch.flatten, (copied,))
+                copied.meta = {TAG: self.tag, "example_value": contiguous_like(value(result)).flatten()}
             self.results.append(copied)
         self.graph.output(tuple(self.results))
         return fx.GraphModule(self.root, self.graph)
@@ -79,21 +82,61 @@ def add_cond(
         before: the node before which the call stands.
 
     """
+    operands = tuple(operands)
     tag = ""
+    shapes: list[list[int | tuple[fx.Node, int]] | None] = []
     results: list[Any] = []
     for name, (branch, returned) in branches.items():
-        setattr(root, name, branch.finish(returned))
+        shapes = shapes or [_shape_by_operands(value(node), operands) for node in returned]
+        setattr(root, name, branch.finish(returned, [shape is not None for shape in shapes]))
         results, tag = [value(node) for node in branch.results], branch.tag
     outputs = []
     with root.graph.inserting_before(before):
         targets = [root.graph.get_attr(name) for name in branches]
-        call = root.graph.call_function(COND, (predicate, *targets, tuple(operands)))
+        call = root.graph.call_function(COND, (predicate, *targets, operands))
         call.meta = {TAG: tag, "example_value": tuple(results)}
-        for place, result in enumerate(results):
+        for place, (result, shape) in enumerate(zip(results, shapes, strict=True)):
             output = root.graph.call_function(operator.getitem, (call, place))
             output.meta = {TAG: tag, "example_value": result}
-            outputs.append(output)
+            outputs.append(output if shape is None else _unflatten(output, shape, tag))
     return outputs
+
+
+def _shape_by_operands(fake: torch.Tensor, operands: Sequence[fx.Node]) -> list[int | tuple[fx.Node, int]] | None:
+    """Each size of a tensor, or the operand and dimension that has it; None where the tensor need not be flattened.
+
+    ``cond`` compares the strides of its branches' results as products of sizes. A contiguous tensor whose sizes hold
+    a floor division has strides such as ``Max(1, s0 * (s1 // 2))``, which it can't tell for such a product.
+    """
+    if not any(isinstance(stride, torch.SymInt) for stride in fake.stride()) or is_data_dependent(fake):
+        return None
+    sizes = {
+        str(size): (operand, dim)
+        for operand in operands
+        if is_tensor(operand)
+        for dim, size in enumerate(value(operand).shape)
+    }
+    shape = [sizes.get(str(size)) if isinstance(size, torch.SymInt) else int(size) for size in fake.shape]
+    return None if None in shape else [size for size in shape if size is not None]
+
+
+def _unflatten(node: fx.Node, shape: Sequence[int | tuple[fx.Node, int]], tag: str) -> fx.Node:
+    """Give a flattened result its shape back."""
+    graph = node.graph
+    sizes: list[Any] = []
+    fakes: list[Any] = []
+    for size in shape:
+        if isinstance(size, int):
+            sizes.append(size)
+            fakes.append(size)
+            continue
+        operand, dim = size
+        fakes.append(value(operand).shape[dim])
+        sizes.append(graph.call_method("size", (operand, dim)))
+        sizes[-1].meta = {TAG: tag, "example_value": fakes[-1]}
+    viewed = graph.call_method("view", (node, *sizes))
+    viewed.meta = {TAG: tag, "example_value": value(node).view(fakes)}
+    return viewed
 
 
 def is_submodule(node: fx.Node) -> bool:

@@ -187,10 +187,10 @@ def test_shapes_masks_and_batches_in_one_model(lowerings: list[int]) -> None:
     model = family.build()
     fast = hvfast(model, fullgraph=True)
 
-    def check(frames: int, valid: int, seed: int) -> None:
+    def check(frames: int, valid: int, seed: int, larger: tuple[int, int] = (0, 0)) -> None:
         inputs = family.inputs(seed)
-        shape = list(inputs["hidden_states"].shape)
-        shape[2] = frames
+        batch, channels, _, height, width = inputs["hidden_states"].shape
+        shape = (batch, channels, frames, height + larger[0], width + larger[1])
         inputs["hidden_states"] = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         length = inputs["encoder_attention_mask"].shape[1]
         inputs["encoder_attention_mask"] = zoo.partial_mask(length, valid)
@@ -203,6 +203,9 @@ def test_shapes_masks_and_batches_in_one_model(lowerings: list[int]) -> None:
     for frames in (3, 5, 7, 3):
         check(frames, valid=2, seed=frames)
     assert (hvcompile.stats(fast).recompiles, len(lowerings)) == (1, 2)
+    for larger in ((2, 4), (6, 2), (0, 0)):  # all three at once: their product is the length, by floor divisions
+        check(4, valid=2, seed=sum(larger), larger=larger)
+    assert (hvcompile.stats(fast).recompiles, len(lowerings)) == (2, 3)
     for valid in range(1, 7):
         check(5, valid, seed=20 + valid)
-    assert (hvcompile.stats(fast).recompiles, len(lowerings)) == (1, 2)
+    assert (hvcompile.stats(fast).recompiles, len(lowerings)) == (2, 3)
