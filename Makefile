@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 PROMPT ?= a red circle moves to the left over a blue background
 
-.PHONY: setup video test check bench pareto clean
+.PHONY: setup video test check bench core pareto clean
 
 setup: $(VENV)/.done
 
@@ -31,7 +31,11 @@ check: setup
 	$(BIN)/python -m pytest -n 2
 
 bench: setup
-	$(BIN)/python benchmarks/core.py --json docs/measurements/core_cpu.json
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/hvcompile bench --threads 1
+
+core: setup
+	$(BIN)/python benchmarks/core.py
 
 pareto: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'

@@ -321,6 +321,9 @@ def bench(request: Request, observe: Observer = lambda text: None) -> Result:
         request: what to measure.
         observe: told in a few words what goes on.
 
+    Returns:
+        All rows; after a KeyboardInterrupt, what had been measured by then, and ``conditions["interrupted"]``.
+
     Raises:
         InputError: the request can't be met.
 
@@ -330,12 +333,14 @@ def bench(request: Request, observe: Observer = lambda text: None) -> Result:
     restart = request.full if request.restart is None else request.restart
     shapes = not request.full if request.shapes is None else request.shapes
     rows = {system: Row(system=system) for system in systems}
-    start, load = time.perf_counter(), _load()
+    start, load, interrupted = time.perf_counter(), _load(), False
     with tempfile.TemporaryDirectory(prefix="hvcompile-bench-", ignore_cleanup_errors=True) as folder:
         seats = {system: Seat(system, protocol, Path(folder), request.timeout_s) for system in systems}
         latents = {system: Path(folder, f"latents_{place}.npy") for place, system in enumerate(systems)}
 
-        def turn(system: str, doing: str, work: Callable[[Seat, Row], None]) -> None:
+        def turn(
+            system: str, doing: str, work: Callable[[Seat, Row], None], fail: Callable[[Row, str], None] = _fail
+        ) -> None:
             row = rows[system]
             if row.error:
                 return
@@ -345,7 +350,7 @@ def bench(request: Request, observe: Observer = lambda text: None) -> Result:
                     seats[system].ask("run")
                 work(seats[system], row)
             except FailedError as error:
-                row.error = str(error)
+                fail(row, str(error))
             if restart:
                 seats[system].stop()
 
@@ -363,10 +368,16 @@ def bench(request: Request, observe: Observer = lambda text: None) -> Result:
                 turn(system, "steps", _observe)
             cases = other_shapes(protocol.shape)
             for system in systems if shapes else ():
-                turn(system, "other shapes and prompts", lambda seat, row: _recompile(seat, row, cases))
+                turn(system, "other shapes and prompts", lambda seat, row: _recompile(seat, row, cases), _fail_cases)
+        except KeyboardInterrupt:
+            # Hours may lie behind it: what is measured is given back, and a second interrupt ends it all.
+            interrupted = True
         finally:
             for seat in seats.values():
                 seat.stop()
+        for row in rows.values() if interrupted else ():
+            if not row.error and not row.rounds:
+                row.error = "interrupted before its first round"
         _compare(rows, latents)
     return Result(
         conditions={
@@ -374,10 +385,19 @@ def bench(request: Request, observe: Observer = lambda text: None) -> Result:
             "versions": _versions(),
             "machine": {**_machine(protocol), "load_average": {"before": load, "after": _load()}},
             "seconds_in_all": time.perf_counter() - start,
+            "interrupted": interrupted,
             "protocol": _record(request, protocol, restart),
         },
         rows=tuple(rows.values()),
     )
+
+
+def _fail(row: Row, reason: str) -> None:
+    row.error = reason
+
+
+def _fail_cases(row: Row, reason: str) -> None:
+    row.cases_error = reason  # what the first shape gave stands
 
 
 def _compile(seat: Seat, row: Row) -> None:

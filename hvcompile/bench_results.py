@@ -41,6 +41,7 @@ class Row:
         system: a name of ``hvcompile.contenders``.
         how: how it was put on the model, in words.
         error: why it is missing or failed; empty where all went well.
+        cases_error: the same of other shapes and prompts alone.
         warm_seconds: of each run that captured graphs, compiling included.
         rounds: seconds of each step of a run, by the number of the round.
         cpu_rounds: the same in processor time of the process, all its threads: where torch has one thread, what a run
@@ -59,6 +60,7 @@ class Row:
     system: str
     how: str = ""
     error: str = ""
+    cases_error: str = ""
     warm_seconds: list[float] = field(default_factory=list)
     rounds: dict[int, list[float]] = field(default_factory=dict)
     cpu_rounds: dict[int, list[float]] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """The row as JSON."""
-        hits = self.steps.count(REUSED) + self.steps.count(PARTLY) if self.steps else None
+        hits = self.steps.count(REUSED) if self.steps else None
         return {
             "system": self.system,
             "how": self.how,
@@ -124,6 +126,7 @@ class Row:
             },
             "steps": self.steps or None,
             "hits": hits,
+            "partly_reused": self.steps.count(PARTLY) if self.steps else None,
             "hit_rate": hits / len(self.steps) if hits is not None else None,
             "regions": self.regions,
             "regions_of_a_step": {
@@ -134,6 +137,7 @@ class Row:
             "graphs": self.graphs,
             "recompiles": self.num_recompiles,
             "recompile_cases": self.cases,
+            "recompile_error": self.cases_error or None,
             "peak_bytes": {"compiling": self.compiling_bytes, "running": self.running_bytes},
             "repeatable": len(set(self.digests)) == 1 if self.digests else None,
             "quality": self.quality.record() if self.quality else None,

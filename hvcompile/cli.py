@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -349,7 +350,11 @@ def bench_contenders(
                 else:
                     err.print(Text(doing), soft_wrap=True)
 
-            result = bench.bench(request, show)
+            terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # then, too, what is there is kept
+            try:
+                result = bench.bench(request, show)
+            finally:
+                signal.signal(signal.SIGTERM, terminate)
         if json_file is not None:
             outputs.write_json({"command": _command(), **result.record()}, json_file)
         if plot_file is not None:
@@ -366,13 +371,17 @@ def bench_contenders(
     for path in (json_file, plot_file):
         if path is not None and path.exists():
             out.print(Text(f"written to {path}"), soft_wrap=True)
-    if any(row.error and row.system not in PEERS for row in result.rows):
+    if result.conditions.get("interrupted"):
+        err.print("interrupted: the figures are of what was measured until then")
+        raise typer.Exit(130)
+    if any((row.error or row.cases_error) and row.system not in PEERS for row in result.rows):
         raise typer.Exit(1)
 
 
 def _command() -> str:
-    """What the user typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What the user typed, in the words of the installed command."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["hvcompile" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 class Display:

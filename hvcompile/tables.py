@@ -171,6 +171,11 @@ def bench_tables(result: BenchResult) -> list[Table]:
     if cases:
         seen.caption += f"; later: graphs captured for {', '.join(case['case'] for case in cases)}"
 
+    return [table for table in (speed, against, seen, steps, *_words(result)) if table.rows]
+
+
+def _words(result: BenchResult) -> list[Table]:
+    """How each contender runs, and why one failed."""
     how = Table(show_header=False, title="how each runs", title_justify="left")
     failed = Table(show_header=False, title="failed, and why", title_justify="left")
     for row in result.rows:
@@ -178,7 +183,9 @@ def bench_tables(result: BenchResult) -> list[Table]:
             how.add_row(row.system, Text(row.how))
         if row.error:
             failed.add_row(row.system, Text(row.error))
-    return [table for table in (speed, against, seen, steps, how, failed) if table.rows]
+        if row.cases_error:
+            failed.add_row(f"{row.system}, other shapes", Text(row.cases_error))
+    return [how, failed]
 
 
 def _plain_table(title: str, first: str, *headings: str) -> Table:

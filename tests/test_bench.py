@@ -166,6 +166,28 @@ def test_a_contender_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     seat.stop()
 
 
+def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = bench.Request(
+        blocks="1+2", hidden=32, frames=5, height=32, width=32, steps=3, repeats=1, threads=1, lower="eager",
+        contenders=("hvfast",), device="cpu",
+    )  # fmt: skip
+
+    def refuse(seat: bench.Seat, row: Row, cases: object) -> None:
+        if row.system == contenders.EAGER:
+            raise bench.FailedError("no such shape")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "_recompile", refuse)
+    result = bench.bench(request)
+    assert result.conditions["interrupted"]
+    assert [(row.error, row.cases_error, len(row.rounds)) for row in result.rows] == [
+        ("", "no such shape", 1),
+        ("", "", 1),
+    ]
+    assert result.record()["contenders"][0]["recompile_error"] == "no such shape"
+    assert result.ratio(contenders.EAGER, contenders.HVFAST) is not None
+
+
 @pytest.mark.parametrize("system", [*bench.KEYS.values()])
 def test_what_the_profiler_sees_is_what_happened(system: str) -> None:
     """At a threshold that reuses every step: regions and blocks, against what hvfast itself says of its steps."""
