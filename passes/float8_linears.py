@@ -47,6 +47,7 @@ class Float8Linears(Pass):
         skip: patterns (as of ``fnmatch``) of layers to leave alone, by their path in the model or its end: "proj_out",
             "transformer_blocks.0.*", "*.ff.*".
         keep_blocks: blocks at either end whose layers are left alone, 0 or more.
+        keep_last_blocks: blocks at the end whose layers are left alone, 0 or more.
         keep_original: "free" lets the originals go, "cpu" keeps exact copies there for ``hvcompile.restore``.
         audit: measure each layer's relative error on the inputs of the call that is compiled, into the journal. It
             takes a step without compilation, and both kinds of weights in memory at once.
@@ -72,6 +73,7 @@ class Float8Linears(Pass):
     granularity: str = "row"
     skip: tuple[str, ...] = ()
     keep_blocks: int = 0
+    keep_last_blocks: int = 2
     keep_original: str = "free"
     audit: bool = False
 
@@ -81,8 +83,9 @@ class Float8Linears(Pass):
                 raise OptionError(
                     f"fp8.{name} is {getattr(self, name)!r}; allowed is {' or '.join(map(repr, allowed))}"
                 )
-        if self.keep_blocks < 0:
-            raise OptionError(f"fp8.keep_blocks is {self.keep_blocks}; allowed is a whole number, 0 or more")
+        for name in ("keep_blocks", "keep_last_blocks"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"fp8.{name} is {getattr(self, name)}; allowed is a whole number, 0 or more")
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the bodies; see the class."""
@@ -90,7 +93,14 @@ class Float8Linears(Pass):
         if unfit:
             return PassReport(declined=(("graph", unfit),))
         granularity = cast("Granularity", self.granularity)
-        plan = Plan(trunk, context, granularity=granularity, skip=self.skip, keep_blocks=self.keep_blocks)
+        plan = Plan(
+            trunk,
+            context,
+            granularity=granularity,
+            skip=self.skip,
+            keep_blocks=self.keep_blocks,
+            keep_last_blocks=self.keep_last_blocks,
+        )
         if plan.is_empty:
             return PassReport(declined=plan.declined(), table=plan.table())
         if self.audit:
