@@ -250,9 +250,7 @@ def explain_graph(
     def keep(name: str, after: Trunk) -> None:
         stages.append(stage(name, after.module))
 
-    freed = {
-        node: held for node, held in zip(trunk.inputs, inputs, strict=False) if isinstance(held, QuantizedWeight)
-    }
+    freed = {node: held for node, held in zip(trunk.inputs, inputs, strict=False) if isinstance(held, QuantizedWeight)}
     context = pipeline.Context(planned_for=device, given=freed)
     # A pass that was asked for and can't apply is told of, not raised.
     wished = [(item, False) for item, _ in settings.passes]

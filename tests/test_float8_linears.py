@@ -44,11 +44,11 @@ def counts(module: Any) -> collections.Counter[str]:
 ROUNDING = 1e-3
 
 
-def compiled(model: nn.Module, fields: Any = True, **options: Any) -> Any:
+def compiled(model: nn.Module, fields: Any = True, dynamic: bool | None = None, **options: Any) -> Any:
     if fields:  # of so few blocks, none is kept
         fields = {"keep_last_blocks": 0, **(fields if isinstance(fields, dict) else {})}
     given = {"lower": "eager", "first_block_cache": False, "fp8": fields, **options}
-    return hvfast(model, fullgraph=True, options=given)
+    return hvfast(model, fullgraph=True, dynamic=dynamic, options=given)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -243,6 +243,23 @@ def test_shapes_share_the_weights() -> None:
     assert sum(layer.weight.untyped_storage().nbytes() for layer in layers) == 0
     assert after <= 0.56 * before, after / before
     assert relative(again, first) < 1e-2
+
+
+@pytest.mark.parametrize("how", ["dynamic", "marked"])
+def test_dynamic_shapes(how: str) -> None:
+    """One graph for every length, its products on as many rows as come; the weights quantised once."""
+    model = Wide()
+    run = compiled(model, lower="aot", dynamic=True if how == "dynamic" else None)
+    expected = reference(Wide())
+    with torch.no_grad():
+        for tokens, text in ((31, 19), (37, 23), (64, 18), (23, 40)):
+            inputs = wide_inputs(tokens=tokens, text=text)
+            if how == "marked":
+                for name in ("sample", "text"):
+                    torch._dynamo.mark_dynamic(inputs[name], 1)
+            assert relative(run(**inputs), expected(**inputs)) < ROUNDING
+    stats = hvcompile.stats(model)
+    assert (stats.graphs, stats.recompiles) == (1, 0)
 
 
 def test_with_the_cache() -> None:

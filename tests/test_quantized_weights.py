@@ -236,6 +236,53 @@ def test_an_adapter_beside_a_quantised_layer() -> None:
     assert made.blocks[1].to_k.weight.joined.data.shape[1] == held.data.shape[1]
 
 
+def test_a_lora_is_saved_after_restoring(tmp_path: Path) -> None:
+    """diffusers saves an adapter by way of the whole state dict, and fusing one reads the weights: both say so."""
+    pytest.importorskip("peft")
+    import peft
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "rope_axes_dim": (8, 12, 12), "text_embed_dim": 64}
+    layers = {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1, "mlp_ratio": 2.0}
+    made = HunyuanVideoTransformer3DModel(**sizes, **layers)
+    made.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False), "a")
+    made.eval().requires_grad_(False)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 2, 6, 8),
+        "timestep": torch.full((1,), 500),
+        "encoder_hidden_states": torch.randn(1, 8, 64),
+        "encoder_attention_mask": torch.ones(1, 8),
+        "pooled_projections": torch.randn(1, made.config.pooled_projection_dim),
+        "guidance": torch.full((1,), 6000.0),
+    }
+    run = compiled(made)
+    with torch.no_grad():
+        run(**inputs, return_dict=False)
+    for call in (lambda: made.save_lora_adapter(tmp_path, "a"), made.fuse_lora):
+        with pytest.raises(hvcompile.QuantizedWeightError, match=r"hvcompile\.restore\(model\)"):
+            call()
+    hvcompile.restore(made)
+    made.save_lora_adapter(tmp_path, "a")
+    assert list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_whole_model_is_changed_up_to_the_first_such_weight() -> None:
+    """What is said in the README: torch moves and loads layer by layer, and no hook of it comes before the first."""
+    made, other = Wide(), Wide(seed=1)
+    with torch.no_grad():
+        compiled(made)(**wide_inputs())
+    weight = made.blocks[0].to_q.weight
+    with pytest.raises(hvcompile.QuantizedWeightError):
+        made.to(torch.float64)
+    with pytest.raises(RuntimeError, match=r"hvcompile\.restore\(model\)"):
+        made.load_state_dict(other.state_dict())
+    assert made.blocks[0].to_q.weight is weight
+    hvcompile.restore(made)
+    made.to(torch.float32).load_state_dict(other.state_dict())  # done again, it is as it should be
+    assert all(map(torch.equal, made.parameters(), other.parameters()))
+
+
 @pytest.mark.parametrize("options", [{"fp8": False}, {"fp8": {"keep_blocks": 1}}, {"fp8": {"skip": ["up"]}}])
 def test_compiled_again_with_other_options(options: dict[str, Any]) -> None:
     made = Wide()
