@@ -27,7 +27,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from rich.console import Console
 from rich.table import Table
 
-from hvcompile import quantized_weights
+from hvcompile.quantized_weights import QuantizedWeight
 
 CONTENDERS = ("hvfast bf16", "hvfast fp8", "torchao fp8")
 SHAPES = {"960x544x61": (16, 68, 120), "1280x720x129": (33, 90, 160)}
@@ -236,6 +236,8 @@ def speed(
         case = Case(contender=contender, blocks=blocks, shape=shape, device=device, steps=steps)
         try:
             found = in_own_process(measure, case, seconds=timeout)
+        except TimeoutError:
+            found = Measured(failed=f"took longer than {timeout:g} s")
         except Exception as error:  # whatever a contender fails with is its row
             found = Measured(
                 failed=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -309,7 +311,7 @@ def measure_memory(blocks: tuple[int, int], device: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
 
     def look(when: str) -> None:
-        joined = {id(item.joined): item.joined for item in layers if quantized_weights.is_quantized(item)}
+        joined = {id(item.joined): item.joined for item in layers if isinstance(item, QuantizedWeight)}
         held = sum(weight.untyped_storage().nbytes() for weight in layers)  # 0 of those that are in float8 alone
         held += sum(item.num_bytes for item in joined.values())
         rows.append({"when": when, "resident_gib": resident_gib(device), "weights_gib": held / 2**30})

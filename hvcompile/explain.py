@@ -291,7 +291,8 @@ def _weight_bytes(graph: fx.Graph, inputs: Sequence[Any]) -> int:
     freed = [held for held in inputs if isinstance(held, QuantizedWeight)]
     weights -= {node for node, held in zip(placeholders, inputs, strict=False) if isinstance(held, QuantizedWeight)}
     joined = {id(held.joined): held.joined.num_bytes for held in freed}
-    return sum(numel_hint(value(node)) * value(node).element_size() for node in weights) + sum(joined.values())
+    kept: int = sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
+    return kept + sum(joined.values())
 
 
 def _kind(trunk: Trunk, number: int) -> BlockKind:

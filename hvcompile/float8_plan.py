@@ -17,7 +17,7 @@ from hvcompile.inductor import numel_hint, size_hint, value
 from hvcompile.linears import Linear, linears_of, may_join
 from hvcompile.nodes import is_parameter
 from hvcompile.pipeline import Context
-from hvcompile.quantized_weights import QuantizedWeight, is_quantized
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.structure import parameter_path
 from hvcompile.trunk import BlockCall, Body, Trunk
 
@@ -111,7 +111,7 @@ class Plan:
         rows, columns = map(size_hint, weight.shape)
         if rows % MULTIPLE or columns % MULTIPLE:
             return f"its weight is {rows} x {columns}, and float8 products take multiples of {MULTIPLE}"
-        if is_quantized(given):
+        if isinstance(given, QuantizedWeight):
             return ""
         if min(rows, columns) < SMALLEST:
             return f"its weight is {rows} x {columns}: too small to gain (less than {SMALLEST})"

@@ -301,8 +301,3 @@ def restore_weights(module: torch.nn.Module) -> Restored:
             len(weights),
         )
     return Restored(exact, len(weights) - exact)
-
-
-def is_quantized(weight: Any) -> bool:
-    """Whether a tensor is a weight that is kept in float8 alone."""
-    return isinstance(weight, QuantizedWeight)

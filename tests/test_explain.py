@@ -266,7 +266,7 @@ def test_a_model_that_is_quantised_already() -> None:
 
     if not float8.is_available():
         pytest.skip("torchao is not installed")
-    model, inputs = Wide(), wide_inputs()
+    model, inputs = Wide(), dict[str, Any](wide_inputs())
     before = explain(model, **inputs)
     with torch.no_grad():
         compiled(model)(**inputs)

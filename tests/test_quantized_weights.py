@@ -238,8 +238,7 @@ def test_an_adapter_beside_a_quantised_layer() -> None:
 
 def test_a_lora_is_saved_after_restoring(tmp_path: Path) -> None:
     """diffusers saves an adapter by way of the whole state dict, and fusing one reads the weights: both say so."""
-    pytest.importorskip("peft")
-    import peft
+    peft: Any = pytest.importorskip("peft")
     from diffusers import HunyuanVideoTransformer3DModel
 
     torch.manual_seed(0)
