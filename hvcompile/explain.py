@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from hvcompile import inductor, pipeline
+from hvcompile.backend import require_values
 from hvcompile.costs import Cost, Device, costs
 from hvcompile.errors import UntraceableModelError
 from hvcompile.graph_text import Stage, stage
@@ -25,6 +26,7 @@ from hvcompile.options import parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.trunk import BlockCall, NoTrunk, Trunk
 
 
@@ -135,10 +137,17 @@ def capture(model: torch.nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule
         UntraceableModelError: Dynamo can't keep the call in one graph.
 
     """
-    graphs: list[fx.GraphModule] = []
+    return _capture(model, args, kwargs)[0]
 
-    def keep(module: fx.GraphModule, _inputs: Any) -> Any:
-        graphs.append(inductor.clone_graph_module(module))
+
+def _capture(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, Sequence[Any]]:
+    """The graph of a call, and the graph's inputs."""
+    graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+
+    def keep(module: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append((inductor.clone_graph_module(module), list(inputs)))
 
         def stop(*_: Any) -> None:
             raise _CaptureDoneError
@@ -184,28 +193,34 @@ def explain(
 
     Raises:
         OptionError: ``options`` or ``mode`` is invalid.
+        QuantizedWeightError: the model's weights are in float8 alone already, and such options could not compile it.
         UntraceableModelError: Dynamo can't keep the call in one graph.
 
     """
     parse(PASSES, options, mode)  # before the trace, which can take half a minute
-    return explain_graph(capture(model, *args, **kwargs), options=options, mode=mode, device=device)
+    graph, inputs = _capture(model, args, kwargs)
+    return explain_graph(graph, inputs, options=options, mode=mode, device=device)
 
 
 def explain_graph(
     captured: fx.GraphModule,
+    inputs: Sequence[Any] = (),
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
     device: Device | None = None,
 ) -> Explanation:
-    """Say what hvfast would do with a graph captured by Dynamo, which is not changed; see ``explain``."""
+    """Say what hvfast would do with a graph captured by Dynamo, which is not changed; see ``explain``.
+
+    ``inputs`` are the graph's, from which weights are known that are in float8 alone already.
+    """
     settings = parse(PASSES, options, mode)
     trunk = recover(captured)
     spent = costs(captured.graph)
     parts = tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent))
     common: dict[str, Any] = {
         "costs": parts,
-        "weight_bytes": _weight_bytes(captured.graph),
+        "weight_bytes": _weight_bytes(captured.graph, inputs),
         "depends_on_data": any(is_data_dependent(value(node)) for node in captured.graph.nodes if is_tensor(node)),
         "dtype": str(spent[-1].dtype).removeprefix("torch."),
         "device": device.name if device is not None else "",
@@ -235,10 +250,12 @@ def explain_graph(
     def keep(name: str, after: Trunk) -> None:
         stages.append(stage(name, after.module))
 
-    context = pipeline.Context(planned_for=device)
+    freed = {node: held for node, held in zip(trunk.inputs, inputs, strict=False) if isinstance(held, QuantizedWeight)}
+    context = pipeline.Context(planned_for=device, given=freed)
     # A pass that was asked for and can't apply is told of, not raised.
     wished = [(item, False) for item, _ in settings.passes]
     pipeline.run(trunk, wished, keep, journal, context)
+    require_values(trunk, context)
     journal += pipeline.off_rows(settings.switched_off)
     return Explanation(
         reason="",
@@ -268,9 +285,14 @@ def _total(part: str, spent: list[Cost], device: Device | None) -> PartCost:
     )
 
 
-def _weight_bytes(graph: fx.Graph) -> int:
-    weights = [node for node in graph.find_nodes(op="placeholder") if is_tensor(node) and is_weight(node)]
-    return sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
+def _weight_bytes(graph: fx.Graph, inputs: Sequence[Any]) -> int:
+    placeholders = graph.find_nodes(op="placeholder")
+    weights = {node for node in placeholders if is_tensor(node) and is_weight(node)}
+    freed = [held for held in inputs if isinstance(held, QuantizedWeight)]
+    weights -= {node for node, held in zip(placeholders, inputs, strict=False) if isinstance(held, QuantizedWeight)}
+    joined = {id(held.joined): held.joined.num_bytes for held in freed}
+    kept: int = sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
+    return kept + sum(joined.values())
 
 
 def _kind(trunk: Trunk, number: int) -> BlockKind:

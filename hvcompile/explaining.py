@@ -118,8 +118,8 @@ def explain_script(request: Request) -> Explanation:
     path = str(request.model)
     found: list[Explanation] = []
 
-    def explaining(graph: fx.GraphModule, _inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
-        explanation = explain_graph(graph, options=options, mode=mode, device=DEVICES[request.gpu])
+    def explaining(graph: fx.GraphModule, inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
+        explanation = explain_graph(graph, inputs, options=options, mode=mode, device=DEVICES[request.gpu])
         if explanation.reason:
             return graph.forward
         found.append(explanation)

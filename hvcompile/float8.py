@@ -56,6 +56,8 @@ def quantize(tensor: torch.Tensor, granularity: Granularity = "row") -> tuple[to
     from torchao.quantization.quant_primitives import _choose_scale_float8, _quantize_affine_float8
 
     rows = tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
+    if _has_no_rows(rows):  # of nothing there is no largest
+        return rows.to(DTYPE), rows.new_ones([0, 1] if granularity == "row" else [])
     block = [1, rows.shape[1]] if granularity == "row" else list(rows.shape)
     scale = _choose_scale_float8(rows, block, DTYPE, hp_value_lb=SMALLEST_MAGNITUDE)
     if granularity == "tensor":
@@ -96,6 +98,8 @@ def linear(
         ``[rows, N]``.
 
     """
+    if _has_no_rows(data):  # which the product refuses
+        return torch.empty((0, weight.shape[0]), dtype=dtype, device=data.device)
     if bias is not None:
         bias = bias.to(dtype)
     if scale.ndim == 0 or inductor.has_row_scales(data.device):
@@ -104,6 +108,11 @@ def linear(
     one = torch.ones([], device=data.device)
     product = inductor.scaled_mm(data, weight.t(), one, one, None, torch.float32) * weight_scale.t() * scale
     return (product if bias is None else product + bias).to(dtype)
+
+
+def _has_no_rows(rows: torch.Tensor) -> bool:
+    """Whether there are none; asked of a plain number alone, as a symbolic one would be guarded on."""
+    return isinstance(rows.shape[0], int) and rows.shape[0] == 0
 
 
 def shape_like(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hvcompile.inductor import size_hint
 from hvcompile.linears import Linear
 from hvcompile.nodes import op_name
 from hvcompile.pipeline import Context
-from hvcompile.quantized_weights import is_quantized
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.trunk import BlockCall, Trunk
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def measure_errors(
         are no inputs, or where weights are in float8 alone already.
 
     """
-    if not context.given or any(map(is_quantized, context.given.values())):
+    if not context.given or any(isinstance(item, QuantizedWeight) for item in context.given.values()):
         log.warning("fp8.audit measures nothing here: that takes the first graph that is compiled for a model")
         return {}
     names = {(block, item.node): name for (block, name), item in linears.items()}

@@ -17,7 +17,7 @@ from hvcompile.inductor import numel_hint, size_hint, value
 from hvcompile.linears import Linear, linears_of, may_join
 from hvcompile.nodes import is_parameter
 from hvcompile.pipeline import Context
-from hvcompile.quantized_weights import QuantizedWeight, is_quantized
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.structure import parameter_path
 from hvcompile.trunk import BlockCall, Body, Trunk
 
@@ -32,10 +32,18 @@ class Plan:
     """Which linear layer of which block is quantised, and why the others are not."""
 
     def __init__(
-        self, trunk: Trunk, context: Context, *, granularity: Granularity, skip: Sequence[str], keep_blocks: int
+        self,
+        trunk: Trunk,
+        context: Context,
+        *,
+        granularity: Granularity,
+        skip: Sequence[str],
+        keep_blocks: int,
+        keep_last_blocks: int,
     ) -> None:
         self.trunk, self.context = trunk, context
-        self.granularity, self.skip, self.keep_blocks = granularity, skip, keep_blocks
+        self.granularity, self.skip = granularity, skip
+        self.keep_blocks, self.keep_last_blocks = keep_blocks, keep_last_blocks
         self.linears = {body: {item.weight.name: item for item in linears_of(body)} for body in trunk.bodies}
         names = {body: placeholder_names(body) for body in trunk.bodies}
         self._operands = {block: dict(zip(names[block.body], block.operands, strict=True)) for block in trunk.blocks}
@@ -96,12 +104,14 @@ class Plan:
                 return f"fp8.skip names it ({pattern!r})"
         if min(place, len(self.trunk.blocks) - 1 - place) < self.keep_blocks:
             return f"fp8.keep_blocks is {self.keep_blocks}"
+        if len(self.trunk.blocks) - 1 - place < self.keep_last_blocks:
+            return f"fp8.keep_last_blocks is {self.keep_last_blocks}"
         if place == 0 and self.context.is_first_block_compared:
             return "the first block is compared from step to step, and float8's noise would count as change"
         rows, columns = map(size_hint, weight.shape)
         if rows % MULTIPLE or columns % MULTIPLE:
             return f"its weight is {rows} x {columns}, and float8 products take multiples of {MULTIPLE}"
-        if is_quantized(given):
+        if isinstance(given, QuantizedWeight):
             return ""
         if min(rows, columns) < SMALLEST:
             return f"its weight is {rows} x {columns}: too small to gain (less than {SMALLEST})"

@@ -24,8 +24,10 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._logging.trace_structured`` and its ``trace_log``: artifacts for tlparse.
 - ``torch._scaled_mm``: the public ``torch.nn.functional.scaled_mm`` has no CPU kernel in 2.11, and no Inductor lowering
   before 2.13. On CPUs 2.11 and 2.12 take one scale a tensor only.
-- ``torch._C._set_throw_on_mutable_data_ptr``: makes a tensor without memory raise, rather than crash, where compiled
-  code asks for its address.
+- ``torch._C._set_throw_on_mutable_data_ptr`` and ``torch._C._set_storage_data_ptr_access_error_msg``: make a tensor
+  without memory raise, rather than crash, where native code asks for its address to write, and to read. The second is
+  in builds with CUDA alone; without, the flag that it sets (``StorageImpl::throw_on_immutable_data_ptr_``) is set where
+  it lies, beside the one that the first sets, after it was seen to work on a tensor made for that.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
   backend.
 - ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
@@ -38,6 +40,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import sys
 import threading
@@ -455,9 +458,44 @@ def scaled_mm(
     return torch._scaled_mm(first, second, first_scale, second_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
 
 
-def forbid_address(tensor: torch.Tensor) -> None:
-    """Make whoever asks a tensor for its address to write to it get an error, also through its views."""
+def forbid_address(tensor: torch.Tensor, message: str) -> None:
+    """Make whoever asks for a tensor's address, to read or to write, get an error; also through its aliases and views.
+
+    Args:
+        tensor: its storage is its own; what the storage holds is lost to all.
+        message: of the error; torch's own says so too, without the reason, where it was built without CUDA.
+
+    """
     torch._C._set_throw_on_mutable_data_ptr(tensor)
+    address = tensor.untyped_storage()._cdata
+    set_message = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)
+    if set_message is not None:
+        set_message(address, message)
+    elif (offset := _offset_of_read_flag()) is not None:
+        ctypes.memset(address + offset, 1, 1)
+
+
+@functools.cache
+def _offset_of_read_flag() -> int | None:
+    """Where in a storage lies the flag that forbids to read its address; None where it does not lie as in 2.11 to 2.13.
+
+    Found by what another flag, the one before it, changes in a storage made for this, and tried out on that.
+    """
+    length = 80  # bytes; the least that a storage takes in these versions is more
+    tensor = torch.zeros(1)
+    address = tensor.untyped_storage()._cdata
+    before = ctypes.string_at(address, length)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    after = ctypes.string_at(address, length)
+    changed = [place for place in range(length) if before[place] != after[place]]
+    if len(changed) != 2 or changed[1] != changed[0] + 1 or changed[1] + 1 >= length or after[changed[1] + 1]:
+        return None
+    ctypes.memset(address + changed[1] + 1, 1, 1)
+    try:
+        tensor.clone()
+    except RuntimeError:
+        return changed[1] + 1
+    return None
 
 
 def tracing_backend() -> Callable[..., Any] | None:

@@ -3,7 +3,8 @@
 A linear layer's parameter keeps its identity, so the module, LoRA adapters and Dynamo's guards still know it, but gives
 up its memory and becomes a ``QuantizedWeight``: shape, dtype and device can be asked for, anything that needs its
 values raises. The float8 copy hangs on the parameter, so it is shared by every graph compiled for the model and dies
-with it. What torch does with a tensor whose storage was merely resized to zero is to crash, in most operations.
+with it. What torch does with a tensor whose storage was merely resized to zero is to crash, in most operations: the
+storage itself is told to refuse its address, for the few calls that ask no Python code.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ _METHODS = frozenset(
         *("_is_zerotensor", "_has_symbolic_sizes_strides", "_has_compatible_shallow_copy_type"),
     )
 )
+_OF_STORAGE = frozenset(
+    (
+        *("nbytes", "size", "element_size", "device", "get_device", "resizable", "untyped", "is_cuda", "is_hpu"),
+        *("is_sparse", "is_sparse_csr", "_cdata", "_weak_ref", "_free_weak_ref", "_expired", "_fix_weakref"),
+    )
+)
 _SETTABLE = frozenset({"requires_grad", "grad"})
 _VALUES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 
@@ -48,6 +55,24 @@ class Joined:
         return self.data.untyped_storage().nbytes() + self.scale.untyped_storage().nbytes()
 
 
+class _Hollow(torch.UntypedStorage):
+    """The storage of a ``QuantizedWeight`` and of what aliases it: can be asked for its size and place, and no more.
+
+    Some of its methods would end the process (``is_shared``), or make the weight crash (``share_memory_``).
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__") or name in _OF_STORAGE:
+            return super().__getattribute__(name)
+        raise QuantizedWeightError(f"the storage of a weight that is kept in float8 alone has no {name!r}: {_CURE}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise QuantizedWeightError(f"the storage of a weight that is kept in float8 alone can't be copied: {_CURE}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise QuantizedWeightError(f"the storage of a weight that is kept in float8 alone can't be pickled: {_CURE}")
+
+
 class QuantizedWeight(torch.nn.Parameter):
     """A parameter without memory, whose float8 copy is rows ``start`` to ``stop`` of ``joined``.
 
@@ -55,6 +80,7 @@ class QuantizedWeight(torch.nn.Parameter):
         path: where in the model it was when it was quantised, for errors.
         joined: its float8 copy, with those of the weights that are multiplied with it at once.
         start: its first row there.
+        hollow: its storage, which keeps its class as long as it is held here.
         original: a copy of what it was, on the CPU; None where that was let go.
 
     """
@@ -63,6 +89,7 @@ class QuantizedWeight(torch.nn.Parameter):
     joined: Joined
     start: int
     original: torch.Tensor | None
+    hollow: torch.UntypedStorage
 
     @classmethod
     def __torch_function__(
@@ -230,9 +257,12 @@ def _free(weight: torch.Tensor, path: str, *, keep_original: bool) -> None:
     hollow = torch.empty_strided(shape, stride, dtype=weight.dtype, device=weight.device)
     hollow.untyped_storage().resize_(0)
     weight.data = hollow
-    inductor.forbid_address(weight)  # should anything reach it past __torch_function__, as compiled code would
+    # For what reaches it past __torch_function__: torch.tensor(weight), torch.Tensor(weight), compiled code.
+    inductor.forbid_address(weight, f"{path} is kept in float8 alone and has no values: {_CURE}")
+    storage = weight.untyped_storage()
+    storage.__class__ = _Hollow
     weight.__class__ = QuantizedWeight
-    weight.path, weight.original = path, original  # type: ignore[attr-defined]
+    weight.path, weight.original, weight.hollow = path, original, storage  # type: ignore[attr-defined]
 
 
 class Restored(NamedTuple):
@@ -259,7 +289,7 @@ def restore_weights(module: torch.nn.Module) -> Restored:
             held = float8.dequantize(*weight.rows, weight.dtype)
         plain = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
         plain.copy_(held)
-        for name in ("path", "joined", "start", "original"):
+        for name in ("path", "joined", "start", "original", "hollow"):
             delattr(weight, name)
         weight.__class__ = torch.nn.Parameter  # type: ignore[assignment]
         weight.data = plain
@@ -271,8 +301,3 @@ def restore_weights(module: torch.nn.Module) -> Restored:
             len(weights),
         )
     return Restored(exact, len(weights) - exact)
-
-
-def is_quantized(weight: Any) -> bool:
-    """Whether a tensor is a weight that is kept in float8 alone."""
-    return isinstance(weight, QuantizedWeight)

@@ -21,6 +21,7 @@ import torch
 
 import hvcompile
 from hvcompile import graph_text, outputs, pictures
+from hvcompile.condensed import condensed
 from hvcompile.errors import InputError
 from hvcompile.explain import Explanation
 from hvcompile.graph_text import Line, Listing, Stage
@@ -80,7 +81,7 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "bytes": _bytes, "signed": _signed}
+    environment.filters |= {"number": _number, "bytes": _bytes, "signed": _signed, "condensed": condensed}
     text = environment.get_template("report.html").render(_content(explanation, stats, title, facts or {}))
     with outputs.replacing(path) as part:
         part.write_text(text, "utf-8")

@@ -11,6 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from hvcompile.condensed import condensed
+
 if TYPE_CHECKING:
     from hvcompile.bench_results import Result as BenchResult
     from hvcompile.bench_results import Spread
@@ -65,7 +67,7 @@ def summary(result: Result) -> Table:
 
 
 def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
-    """Lay out an explanation: the trunk, the passes, and what a step costs."""
+    """Lay out an explanation: the trunk, the passes, what they do to each layer, and what a step costs."""
     trunk = Table(title="trunk", title_justify="left")
     for heading in ("blocks", "of them first .. last", "operations", "streams"):
         trunk.add_column(heading, overflow="fold")
@@ -82,6 +84,15 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     for row in explanation.journal:
         reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
         passes.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
+
+    layers = []
+    for row in explanation.journal:
+        rows = condensed(row.report.table)
+        if rows:
+            table = Table(*(column.replace("_", " ") for column in rows[0]), title=row.name, title_justify="left")
+            for item in rows:
+                table.add_row(*(Text(str(held)) for held in item.values()))
+            layers.append(table)
 
     cost = Table(title=f"a step that computes everything, in {explanation.dtype}", title_justify="left")
     cost.add_column("")
@@ -102,7 +113,7 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     memory = Table("", "GB", title="memory", title_justify="left")
     memory.add_row("weights", f"{explanation.weight_bytes / 1e9:.3g}")
     memory.add_row("kept from step to step, a generation", f"{explanation.state_bytes / 1e9:.3g}")
-    return [trunk, passes, cost, memory]
+    return [trunk, passes, *layers, cost, memory]
 
 
 def _cost_row(flops: int, share: float, moved: int | None, seconds: float | None) -> tuple[str, ...]:

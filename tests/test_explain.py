@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toy import Toy
@@ -19,11 +21,14 @@ from toy import toy_inputs as drawn
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile import cli, tiny
+from hvcompile import cli, float8, tiny
+from hvcompile.condensed import condensed
 from hvcompile.costs import DEVICES, Cost
-from hvcompile.errors import InputError, OptionError, UntraceableModelError
+from hvcompile.errors import InputError, OptionError, QuantizedWeightError, UntraceableModelError
 from hvcompile.explain import explain
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.skeleton import skeleton, transformer_call
+from hvcompile.tables import explanation_tables
 
 
 def toy_inputs() -> dict[str, Any]:
@@ -252,3 +257,62 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
     assert done.exit_code == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_quantised_already() -> None:
+    """What is true of it: its layers are float8 products, on a CPU too, and its weights take what they take."""
+    from test_float8_linears import compiled
+    from wide import Wide, wide_inputs
+
+    if not float8.is_available():
+        pytest.skip("torchao is not installed")
+    model, inputs = Wide(), dict[str, Any](wide_inputs())
+    before = explain(model, **inputs)
+    with torch.no_grad():
+        compiled(model)(**inputs)
+    options = {"fp8": {"keep_last_blocks": 0}, "first_block_cache": False}
+    explanation = explain(model, **inputs, options=options)
+    (row,) = [row for row in explanation.journal if row.name == "Float8Linears"]
+    assert "15 of 18 linear layers" in row.report.matched[0]
+    held = [weight for weight in model.parameters() if isinstance(weight, QuantizedWeight)]
+    freed = sum(4 * weight.numel() for weight in held)
+    kept = sum(weight.numel() + 4 * weight.shape[0] for weight in held)
+    assert explanation.weight_bytes == before.weight_bytes - freed + kept
+    for other in ({"fp8": False}, {"fp8": {"skip": ["up"]}}):
+        with pytest.raises(QuantizedWeightError, match=r"hvcompile\.restore\(model\)"):
+            explain(model, **inputs, options=other)
+
+
+def test_layers_are_told_where_many_are_alike_at_once() -> None:
+    """As text and in the report: a row for each that differs from others in more than the block's number."""
+    from wide import Wide, wide_inputs
+
+    if not float8.is_available():
+        pytest.skip("torchao is not installed")
+    model = Wide(6).to("meta")
+    inputs: dict[str, Any] = {name: item.to("meta") for name, item in wide_inputs().items()}
+    explanation = explain(model, **inputs, device=DEVICES["h100"])
+    (row,) = [row for row in explanation.journal if row.name == "Float8Linears"]
+    rows = condensed(row.report.table)
+    assert sum(item["count"] for item in rows) == len(row.report.table) == 36
+    told = {item["linear"]: item for item in rows}
+    assert told["blocks.1-3.up"] == {
+        **{"linear": "blocks.1-3.up", "count": 3, "shape": "128 x 64", "done": "float8", "why": ""},
+        **{"bytes_before": 3 * 128 * 64 * 4, "bytes_after": 3 * (128 * 64 + 4 * 128)},
+    }
+    assert "compared from step to step" in told["blocks.0.up"]["why"]
+    assert "keep_last_blocks" in told["blocks.4-5.up"]["why"]
+    text = io.StringIO()
+    for table in explanation_tables(explanation, "h100"):
+        Console(file=text, width=200).print(table)
+    assert "blocks.1-3.up" in text.getvalue()
+
+
+def test_condensed_rows() -> None:
+    table = [{"linear": f"blocks.{n}.0.w", "done": "x", "bytes": 2, "error": n / 100} for n in (0, 1, 3)]
+    table += [{"linear": "head", "done": "x", "bytes": 7, "error": None}]
+    assert condensed(table) == [
+        {"linear": "blocks.0-1,3.0.w", "count": 3, "done": "x", "bytes": 6, "error": "0 .. 0.03"},
+        {"linear": "head", "count": 1, "done": "x", "bytes": 7, "error": ""},
+    ]
+    assert condensed([]) == []

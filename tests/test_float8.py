@@ -85,6 +85,16 @@ def test_dequantised(granularity: float8.Granularity) -> None:
     assert relative.max().item() <= 2**-4
 
 
+@pytest.mark.parametrize("granularity", float8.GRANULARITIES)
+def test_no_rows(granularity: float8.Granularity) -> None:
+    data, scale = float8.quantize(torch.zeros(2, 0, 64), granularity)
+    assert scale.shape == float8.quantize(torch.zeros(0, 64), granularity)[1].shape
+    weight = float8.quantize(torch.randn(32, 64), granularity)
+    product = float8.linear(data, scale, *weight, torch.randn(32), torch.bfloat16)
+    assert float8.shape_like(product, torch.zeros(2, 0, 64)).shape == (2, 0, 32)
+    assert product.dtype == torch.bfloat16
+
+
 def test_leading_dimensions() -> None:
     given = torch.randn(2, 3, 5, 64)
     data, scale = float8.quantize(given)

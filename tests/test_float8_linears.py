@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is no
 def rewritten(model: nn.Module | None = None, **fields: Any) -> tuple[Trunk, PassReport]:
     trunk = recovered(model or Wide(), **wide_inputs())
     rows: list[pipeline.JournalRow] = []
-    pipeline.run(trunk, [(Float8Linears(**fields), True)], lambda *_: None, rows)
+    pipeline.run(trunk, [(Float8Linears(**{"keep_last_blocks": 0, **fields}), True)], lambda *_: None, rows)
     return trunk, rows[0].report
 
 
@@ -44,9 +44,11 @@ def counts(module: Any) -> collections.Counter[str]:
 ROUNDING = 1e-3
 
 
-def compiled(model: nn.Module, fields: Any = True, **options: Any) -> Any:
+def compiled(model: nn.Module, fields: Any = True, dynamic: bool | None = None, **options: Any) -> Any:
+    if fields:  # of so few blocks, none is kept
+        fields = {"keep_last_blocks": 0, **(fields if isinstance(fields, dict) else {})}
     given = {"lower": "eager", "first_block_cache": False, "fp8": fields, **options}
-    return hvfast(model, fullgraph=True, options=given)
+    return hvfast(model, fullgraph=True, dynamic=dynamic, options=given)
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -108,7 +110,7 @@ def test_one_scale_in_all_joins_nothing() -> None:
 def test_applied_twice_changes_nothing() -> None:
     trunk, _ = rewritten()
     code = trunk.bodies[0].module.code
-    report = Float8Linears().apply(trunk, Context(requested=True))
+    report = Float8Linears(keep_last_blocks=0).apply(trunk, Context(requested=True))
     assert not report.applied
     assert trunk.bodies[0].module.code == code
 
@@ -124,6 +126,17 @@ def test_blocks_that_are_kept_have_a_body_of_their_own() -> None:
     assert any("keep_blocks is 1" in why for _, why in report.declined)
     FirstBlockCache().apply(trunk, Context())
     trunk.module.graph.lint()
+
+
+def test_the_last_blocks_are_kept_unless_asked_for() -> None:
+    trunk, report = rewritten(Wide(4), keep_last_blocks=Float8Linears().keep_last_blocks)
+    bodies = [block.body for block in trunk.blocks]
+    assert bodies[0] is bodies[1]
+    assert bodies[2] is bodies[3]
+    assert [counts(body.module)["quantize"] for body in (bodies[0], bodies[2])] == [2, 0]
+    done = {row["linear"].split(".")[1] for row in report.table if row["done"] == "float8"}
+    assert done == {"0", "1"}
+    assert Float8Linears().keep_last_blocks == 2  # of benchmarks/float8_ablation.py
 
 
 def test_layers_that_are_skipped() -> None:
@@ -163,7 +176,7 @@ def test_a_model_without_linear_layers_that_qualify() -> None:
     from toy import Toy, toy_inputs
 
     trunk = recovered(Toy(), **toy_inputs())
-    report = Float8Linears().apply(trunk, Context(requested=True))
+    report = Float8Linears(keep_last_blocks=0).apply(trunk, Context(requested=True))
     assert not report.applied
     assert any("too small" in why for _, why in report.declined)
 
@@ -194,7 +207,8 @@ def test_planned_for_a_gpu() -> None:
         (reports[gpu],) = [row.report for row in explanation.journal if row.name == "Float8Linears"]
     assert "not known to run on a GPU" in reports[None].declined[0][1]
     assert not reports["a100"].applied
-    assert "15 of 24 linear layers as 6 float8 products" in reports["h100"].matched[0]
+    assert "5 of 24 linear layers as 2 float8 products" in reports["h100"].matched[0]
+    assert any("keep_last_blocks is 2" in why for _, why in reports["h100"].declined)
     assert any("compared from step to step" in why for _, why in reports["h100"].declined)
 
 
@@ -229,6 +243,23 @@ def test_shapes_share_the_weights() -> None:
     assert sum(layer.weight.untyped_storage().nbytes() for layer in layers) == 0
     assert after <= 0.56 * before, after / before
     assert relative(again, first) < 1e-2
+
+
+@pytest.mark.parametrize("how", ["dynamic", "marked"])
+def test_dynamic_shapes(how: str) -> None:
+    """One graph for every length, its products on as many rows as come; the weights quantised once."""
+    model = Wide()
+    run = compiled(model, lower="aot", dynamic=True if how == "dynamic" else None)
+    expected = reference(Wide())
+    with torch.no_grad():
+        for tokens, text in ((31, 19), (37, 23), (64, 18), (23, 40)):
+            inputs = wide_inputs(tokens=tokens, text=text)
+            if how == "marked":
+                for name in ("sample", "text"):
+                    torch._dynamo.mark_dynamic(inputs[name], 1)
+            assert relative(run(**inputs), expected(**inputs)) < ROUNDING
+    stats = hvcompile.stats(model)
+    assert (stats.graphs, stats.recompiles) == (1, 0)
 
 
 def test_with_the_cache() -> None:
@@ -336,6 +367,7 @@ def test_weights_that_torchao_has_quantised_pass_through() -> None:
         ({"granularity": "column"}, "allowed is 'row' or 'tensor'"),
         ({"keep_original": "disk"}, "allowed is 'free' or 'cpu'"),
         ({"keep_blocks": -1}, "0 or more"),
+        ({"keep_last_blocks": -1}, "0 or more"),
         ({"skip": "proj_out"}, "allowed is a list of str"),
         ({"skips": []}, "did you mean 'skip'"),
     ],
@@ -421,7 +453,7 @@ def test_compiled_by_inductor() -> None:
     model, inputs = Wide(), wide_inputs(tokens=31)
     with torch.no_grad():
         expected = reference(Wide())(**inputs)
-        run = hvfast(model, fullgraph=True, options={"fp8": True, "first_block_cache": False})
+        run = hvfast(model, fullgraph=True, options={"fp8": {"keep_last_blocks": 0}, "first_block_cache": False})
         computed, codes = run_and_get_code(run, **inputs)
         assert relative(computed, expected) < ROUNDING
         assert relative(run(**wide_inputs(tokens=37)), reference(Wide())(**wide_inputs(tokens=37))) < ROUNDING

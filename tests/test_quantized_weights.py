@@ -236,6 +236,52 @@ def test_an_adapter_beside_a_quantised_layer() -> None:
     assert made.blocks[1].to_k.weight.joined.data.shape[1] == held.data.shape[1]
 
 
+def test_a_lora_is_saved_after_restoring(tmp_path: Path) -> None:
+    """diffusers saves an adapter by way of the whole state dict, and fusing one reads the weights: both say so."""
+    peft: Any = pytest.importorskip("peft")
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "rope_axes_dim": (8, 12, 12), "text_embed_dim": 64}
+    layers = {"num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1, "mlp_ratio": 2.0}
+    made = HunyuanVideoTransformer3DModel(**sizes, **layers)
+    made.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False), "a")
+    made.eval().requires_grad_(False)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 2, 6, 8),
+        "timestep": torch.full((1,), 500),
+        "encoder_hidden_states": torch.randn(1, 8, 64),
+        "encoder_attention_mask": torch.ones(1, 8),
+        "pooled_projections": torch.randn(1, made.config.pooled_projection_dim),
+        "guidance": torch.full((1,), 6000.0),
+    }
+    run = compiled(made)
+    with torch.no_grad():
+        run(**inputs, return_dict=False)
+    for call in (lambda: made.save_lora_adapter(tmp_path, "a"), made.fuse_lora):
+        with pytest.raises(hvcompile.QuantizedWeightError, match=r"hvcompile\.restore\(model\)"):
+            call()
+    hvcompile.restore(made)
+    made.save_lora_adapter(tmp_path, "a")
+    assert list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_whole_model_is_changed_up_to_the_first_such_weight() -> None:
+    """What is said in the README: torch moves and loads layer by layer, and no hook of it comes before the first."""
+    made, other = Wide(), Wide(seed=1)
+    with torch.no_grad():
+        compiled(made)(**wide_inputs())
+    weight = made.blocks[0].to_q.weight
+    with pytest.raises(hvcompile.QuantizedWeightError):
+        made.to(torch.float64)
+    with pytest.raises(RuntimeError, match=r"hvcompile\.restore\(model\)"):
+        made.load_state_dict(other.state_dict())
+    assert made.blocks[0].to_q.weight is weight
+    hvcompile.restore(made)
+    made.to(torch.float32).load_state_dict(other.state_dict())  # done again, it is as it should be
+    assert all(map(torch.equal, made.parameters(), other.parameters()))
+
+
 @pytest.mark.parametrize("options", [{"fp8": False}, {"fp8": {"keep_blocks": 1}}, {"fp8": {"skip": ["up"]}}])
 def test_compiled_again_with_other_options(options: dict[str, Any]) -> None:
     made = Wide()
@@ -262,31 +308,106 @@ def test_restore_wants_a_module() -> None:
         hvcompile.restore(torch.zeros(3))  # type: ignore[arg-type]
 
 
-def test_nothing_crashes(tmp_path: Path) -> None:
-    """Operations of torch on such a weight, each of which would read its memory, all raise: in a process of its own."""
-    script = """
-        import torch, sys
-        sys.path.insert(0, {tests!r})
+def in_own_process(script: str, file: Path) -> str:
+    """What a script prints that is given a compiled model, one weight of it, an equal tensor, and a way to count."""
+    head = """
+        import sys, warnings
+        import torch
+        warnings.simplefilter("ignore")
+        sys.path[:0] = {paths!r}
         from test_float8_linears import compiled
         from wide import Wide, wide_inputs
-        made = Wide()
+        made, count = Wide(), 0
         with torch.no_grad():
             compiled(made)(**wide_inputs())
-            weight, other, count = made.blocks[0].to_q.weight, torch.ones(64, 64), 0
+        torch.set_grad_enabled(False)
+        weight, other = made.blocks[0].to_q.weight, torch.ones(64, 64)
+        def attempt(call, *arguments):
+            global count
+            try:
+                call(*arguments)
+            except Exception as error:
+                count += any(part in repr(error.args) for part in ("restore", "Cannot access data pointer"))
+    """
+    text = head.format(paths=[str(Path(__file__).parent), str(Path(hvcompile.__file__).parents[1])]) + script
+    file.write_text("\n".join(line[8:] for line in text.splitlines()))
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_nothing_crashes(tmp_path: Path) -> None:
+    """Operations of torch on such a weight, or on an alias that torch made without asking it: all raise."""
+    script = """
+        for given in (weight, torch.Tensor(weight)):
             for name in sorted(set(dir(torch)) | set(dir(torch.Tensor)) | set(dir(torch.nn.functional))):
                 for owner in (torch, torch.Tensor, torch.nn.functional):
                     call = getattr(owner, name, None)
-                    if not callable(call) or isinstance(call, type) or name.startswith("__") or "storage" in name:
+                    if not callable(call) or isinstance(call, type) or name.startswith(("__", "set_")):
                         continue
-                    for arguments in ((weight,), (weight, other), (other, weight), (weight, 0), ([weight, weight],)):
-                        try:
-                            call(*arguments)
-                        except Exception as error:
-                            count += "restore" in str(error)
-        print("raised", count)
+                    for arguments in ((given,), (given, other), (other, given), (given, 0), ([given, given],)):
+                        attempt(call, *arguments)
+            print("raised", count)
     """
-    file = tmp_path / "script.py"
-    file.write_text("\n".join(line[8:] for line in script.format(tests=str(Path(__file__).parent)).splitlines()))
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) > 1000
+    first, second = (int(line.split()[1]) for line in in_own_process(script, tmp_path / "script.py").splitlines())
+    assert first > 1000
+    assert second > first + 1000
+
+
+def test_native_code_that_asks_no_subclass_raises(tmp_path: Path) -> None:
+    """Constructors and internals reach the storage past ``__torch_function__``; it has no address to give."""
+    script = """
+        calls = [
+            lambda: torch.tensor(weight),
+            lambda: torch.Tensor(weight) + 1,
+            lambda: torch.FloatTensor(weight) + 1,
+            lambda: torch.Tensor._make_subclass(torch.Tensor, weight) + 1,
+            lambda: torch.nn.Parameter._make_subclass(torch.nn.Parameter, weight).clone(),
+            lambda: torch.Tensor.__new__(torch.Tensor, weight).sum(),
+            lambda: other.new_tensor(weight),
+            lambda: other.new(weight) + 1,
+            lambda: torch._C._to_dlpack(weight),
+            lambda: torch.func.vmap(lambda row: row + 1)(weight),
+            lambda: torch.Tensor(weight).numpy(),
+            lambda: torch.Tensor(weight).is_shared(),
+            lambda: torch.Tensor(weight).share_memory_(),
+            lambda: torch.Tensor(weight).copy_(other),
+            lambda: torch.Tensor(weight).tolist(),
+            lambda: other.copy_(torch.Tensor(weight)),
+            lambda: torch.mm(torch.Tensor(weight), other),
+        ]
+        for call in calls:
+            attempt(call)
+        print("of natives", len(calls), "raised", count)
+        for storage in (weight.untyped_storage(), torch.Tensor(weight).untyped_storage()):
+            for name in dir(storage):
+                if not name.startswith("_"):
+                    for arguments in ((), (storage,), (0,), (4,), (other.untyped_storage(),)):
+                        attempt(lambda *given: getattr(storage, name)(*given), *arguments)
+        print("still there", torch.Tensor(weight).untyped_storage().nbytes())
+    """
+    natives, still = in_own_process(script, tmp_path / "script.py").splitlines()
+    assert natives == "of natives 17 raised 17"
+    assert still == "still there 0"
+
+
+def test_moved_by_swapping() -> None:
+    """Refused, and nothing has moved."""
+    made = Wide()
+    with torch.no_grad():
+        compiled(made)(**wide_inputs())
+    held = dict(made.named_parameters())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(RuntimeError):
+            made.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(weight is held[name] for name, weight in made.named_parameters())
+    assert all(weight.dtype == torch.float32 for weight in made.parameters())
+    assert hvcompile.restore(made).dequantized == 15
+
+
+def test_freed_weights_are_no_aliases_of_one_another(model: Wide) -> None:
+    weights = [weight for weight in model.parameters() if isinstance(weight, QuantizedWeight)]
+    assert len({weight.untyped_storage()._cdata for weight in weights}) == len(weights) == 15
