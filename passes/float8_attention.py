@@ -68,7 +68,7 @@ class Float8Attention(Pass):
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the attention of every body; see the class."""
         if not self.fp8:
-            told = "options['attention']['fp8'] is not True, and mode is not 'max'"
+            told = "attention.fp8 is not True, and mode is not 'max'"
             return PassReport(declined=(("switched off", told),))
         if any(block.call.graph is not trunk.graph for block in trunk.blocks):
             return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
