@@ -162,7 +162,9 @@ def attentions(shape: str, latent: tuple[int, int, int], device: str, is_swept: 
             reason = f"its scores take {scores:.0f} GiB"
         run = pinned(kernel, device, torch.bfloat16)
         calls[f"no mask, {kernel}"] = reason or functools.partial(run, query, near, near_values, None, False, scale)
-    calls[FLOAT8] = lambda: float8_attention.attend(query, near, near_values, scale)
+    calls[FLOAT8 if device == "cuda" else "float8, emulated"] = lambda: float8_attention.attend(
+        query, near, near_values, scale
+    )
     has_fa3 = device == "cuda" and importlib.util.find_spec("fa3_fwd_interface") is not None
     calls[FA3] = (lambda: fa3(query, near, near_values, scale)) if has_fa3 else "fa3-fwd is not installed, or no GPU"
     if is_swept and device == "cuda":
