@@ -245,7 +245,7 @@ def speed(
         rows.append(dataclasses.asdict(case) | dataclasses.asdict(found))
         console.print(f"{contender}, {blocks[0]}+{blocks[1]} blocks, {shape}: {_summary(found)}")
         if json_file is not None:
-            _write(json_file, {"command": "speed", **environment(device), "rows": rows})
+            write(json_file, {"command": "speed", **environment(device), "rows": rows})
     console.print(speed_table(rows))
 
 
@@ -294,7 +294,7 @@ def memory(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     figures = in_own_process(measure_memory, blocks, device, seconds=1800)
     if json_file is not None:
-        _write(json_file, {"command": "memory", **environment(device), **figures})
+        write(json_file, {"command": "memory", **environment(device), **figures})
     table = Table("when", "GiB in use", "GiB of the float8 layers' weights", "ratio")
     for row in figures["rows"]:
         held, before = row["weights_gib"], figures["rows"][0]["weights_gib"]
@@ -336,7 +336,8 @@ def environment(device: str) -> dict[str, Any]:
     return {"device": name, "date": time.strftime("%Y-%m-%d"), **versions}
 
 
-def _write(file: Path, figures: Mapping[str, Any]) -> None:
+def write(file: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 

@@ -1,9 +1,9 @@
-"""What float8 does to a video and to the cache's decisions: every combination of both, on one model.
+"""What float8 does to a video and to the cache's decisions: linear layers, attention, the cache, in every combination.
 
-``python benchmarks/float8_fidelity.py`` generates every prompt exactly, with float8, with the cache, and with both, and
-gives PSNR against the exact clips and the share of steps reused. It also measures what float8 adds to the difference
-that the cache decides by: block 1's, in steps that are all computed, with float8 in all blocks but the first, as it is,
-and in every block, as it is not. Seconds are not measured: on a CPU float8 is emulated.
+``python benchmarks/float8_fidelity.py`` generates every prompt exactly and with each, and gives PSNR against the exact
+clips and the share of steps reused. It also measures what float8 adds to the difference that the cache decides by:
+block 1's, in steps that are all computed, with float8 in all blocks but the first, as it is, and in every block, as it
+is not. Seconds are not measured: on a CPU float8 is emulated.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ import hvcompile
 from hvcompile import metrics, pipelines
 from hvcompile.passes.first_block_cache import FirstBlockCache
 
+NUMERICS: dict[str, dict[str, Any]] = {
+    "exact": {"fp8": False},
+    "float8 linears": {"fp8": True},
+    "float8 attention": {"fp8": False, "attention": {"fp8": True}},
+    "float8 linears and attention": {"fp8": True, "attention": {"fp8": True}},
+}
 ALWAYS = {"warmup_steps": 10**6}
 """A cache that computes every step and still measures the difference."""
 
@@ -46,17 +52,27 @@ def main(
     console = Console()
     prompts = PROMPTS[:num_prompts]
     thresholds = threshold or [0.06, 0.1, 0.15]
-    settings: dict[str, dict[str, Any]] = {"exact": {"fp8": False, "first_block_cache": False}}
-    settings["fp8"] = {"fp8": True, "first_block_cache": False}
-    for number in thresholds:
-        settings[f"cache {number:g}"] = {"fp8": False, "first_block_cache": {"threshold": number}}
-        settings[f"fp8, cache {number:g}"] = {"fp8": True, "first_block_cache": {"threshold": number}}
+    settings: dict[str, dict[str, Any]] = {}
+    for number in (None, *thresholds):
+        cache = {"first_block_cache": False if number is None else {"threshold": number}}
+        for name, options in NUMERICS.items():
+            settings[name if number is None else f"{name}, cache {number:g}"] = {**options, **cache}
     exact: list[Any] = []
     rows: list[dict[str, Any]] = []
+    found: dict[str, list[float]] = {}
+
+    def write() -> None:
+        if json_file is not None:
+            versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "torchao": torchao.__version__}
+            run = {"model": model or "embedded", "steps": steps, "lower": lower, "prompts": list(prompts)}
+            content = {"date": time.strftime("%Y-%m-%d"), **versions, **run, "rows": rows, "differences": found}
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
     for name, options in settings.items():
         frames, reused, _ = generate(model, prompts, steps, {**options, "lower": lower}, name)
-        if not exact:
-            exact = frames
+        exact = exact or frames
+        if frames is exact:
             continue
         quality = [metrics.compare(made, known) for made, known in zip(frames, exact, strict=True)]
         psnr = [item.mean_psnr for item in quality]
@@ -68,28 +84,17 @@ def main(
                 "ssim": [round(item.mean_ssim, 5) for item in quality],
             }
         )
+        write()
     console.print(quality_table(rows))
 
-    known = differences(model, prompts, steps, {"fp8": False, "lower": lower})
-    float8 = {"fp8": True, "lower": lower}
-    noise = {"all blocks but the first": differences(model, prompts, steps, float8)}
-    with mock.patch.object(FirstBlockCache, "compares_first_block", False):  # as if it did not decide by it
-        noise["every block"] = differences(model, prompts, steps, float8)
-    console.print(noise_table(known, noise))
-    if json_file is not None:
-        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "torchao": torchao.__version__}
-        content = {
-            "date": time.strftime("%Y-%m-%d"),
-            **versions,
-            "model": model or "embedded",
-            "steps": steps,
-            "lower": lower,
-            "prompts": list(prompts),
-            "rows": rows,
-            "differences": {"without float8": known, **noise},
-        }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    found["no float8"] = differences(model, prompts, steps, {**NUMERICS["exact"], "lower": lower})
+    for name in ("float8 linears", "float8 attention"):
+        float8 = {**NUMERICS[name], "lower": lower}
+        found[f"{name}, all blocks but the first"] = differences(model, prompts, steps, float8)
+        with mock.patch.object(FirstBlockCache, "compares_first_block", False):  # as if it did not decide by it
+            found[f"{name}, every block"] = differences(model, prompts, steps, float8)
+        write()
+    console.print(noise_table(found))
 
 
 def generate(
@@ -130,10 +135,11 @@ def quality_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def noise_table(known: list[float], noise: dict[str, list[float]]) -> Table:
-    """What float8 adds to the differences: their quantiles, and how the median moved."""
-    table = Table("float8 in", "tenth", "median", "nine tenths", "median of the ratio to without")
-    for name, found in {"no block": known, **noise}.items():
+def noise_table(differences: dict[str, list[float]]) -> Table:
+    """What float8 adds to the differences: their quantiles, and how the median moved; first those without."""
+    table = Table("", "tenth", "median", "nine tenths", "median of the ratio to without")
+    known, *_ = differences.values()
+    for name, found in differences.items():
         tenths = statistics.quantiles(found, n=10)
         ratio = statistics.median(item / base for item, base in zip(found, known, strict=True) if base)
         table.add_row(name, f"{tenths[0]:.4f}", f"{tenths[4]:.4f}", f"{tenths[8]:.4f}", f"{ratio:.4f}")

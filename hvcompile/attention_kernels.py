@@ -113,10 +113,10 @@ def pinned(kernel: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
     def attend(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
         given = (query, key, value)
         if kernel == "math" and attn_mask is None and not is_causal and scale is not None:
-            # Its operator asks torch 2.11 for the number of keys, which is known at run time alone.
+            # Its operator asks torch 2.11 for the number of keys, which is known at run time alone; so does matmul.
             query, key, value = (item.to(torch.promote_types(dtype, torch.float32)) for item in given)
-            weights = torch.matmul(query * scale, key.transpose(-2, -1)).softmax(-1)
-            return torch.matmul(weights, value).to(dtype)
+            weights = torch.einsum("bhqd,bhkd->bhqk", query * scale, key).softmax(-1)
+            return torch.einsum("bhqk,bhkd->bhqd", weights, value).to(dtype)
         if kernel == "math":
             return aten._scaled_dot_product_attention_math.default(
                 *given, attn_mask, 0.0, is_causal, None, scale=scale

@@ -44,7 +44,8 @@ def hvfast(
     Args:
         graph_module: Dynamo's graph; not changed.
         example_inputs: one a placeholder.
-        mode: None or "default" for all passes that apply, "exact" for those that do not change numerics.
+        mode: None or "default" for all passes that apply, "exact" for those that do not change numerics, "max" for
+            those too that are off by themselves.
         options: sections of ``hvcompile.options``.
 
     Returns:
@@ -139,7 +140,7 @@ def _compile_instead(
     passes = []
     for item, requested in settings.passes:
         if type(item).__name__ != made_by:
-            passes.append((item, requested))
+            passes.append((item, requested and made_by not in item.needs))
         elif (other := item.instead()) is not None:
             passes.append((other, False))
     settings = dataclasses.replace(settings, passes=tuple(passes))

@@ -25,8 +25,8 @@ from typing import Any
 COMPUTED, PARTLY, REUSED = "#", "+", "."
 """Marks of a step in a sequence: it computed all blocks, some, or just the first of each list of blocks."""
 
-ATTENTION = ("aten::_scaled_dot_product", "torch_attn::_varlen_attn")
-"""Every kernel behind scaled_dot_product_attention, and varlen_attn, has a name that begins so."""
+ATTENTION = ("aten::_scaled_dot_product", "torch_attn::_varlen_attn", "hvcompile::float8_attention")
+"""Every kernel behind scaled_dot_product_attention, varlen_attn, and attention in float8, has a name that begins so."""
 REGION = "Torch-Compiled Region"
 
 

@@ -74,7 +74,10 @@ def generate(
         bool | None,
         typer.Option("--fp8/--no-fp8", help="Linear layers in float8, or not (default: where GPUs gain from it)."),
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="'exact': only rewrites that don't change numerics.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The video file; replaced if there.")] = Path(
         "out.mp4"
     ),
@@ -177,7 +180,10 @@ def explain(
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     prompt: Annotated[str, typer.Option(help="Its length counts where the pipeline does not pad.")] = "a cat walks",
-    mode: Annotated[str | None, typer.Option(help="'exact': only rewrites that don't change numerics.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too."),
+    ] = None,
     gpu: Annotated[
         str, typer.Option(help="Whose peaks bound the step time: a100, l20, l40s, rtx4090, h100, h200 or b200.")
     ] = "h100",

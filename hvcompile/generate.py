@@ -36,7 +36,7 @@ class Request:
         true_cfg: above 1, with ``negative_prompt``, the transformer runs twice a step.
         threshold: of the first-block cache, a relative difference; at 0 only what is the same is reused.
         fp8: linear layers in float8: True asks for it, on a CPU too, False rules it out, None is where it pays.
-        mode: "exact" for the rewrites that don't change numerics.
+        mode: "exact" for the rewrites that don't change numerics, "max" for those too that are off by themselves.
         dump: directory for the graphs before and after each pass.
         compare: also run the plain compiled model, and measure against it.
         sheet_file: the contact sheet of the comparison; None for one beside ``output``.

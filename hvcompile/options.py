@@ -1,7 +1,9 @@
 """``options`` and ``mode`` of ``torch.compile``: parsed and validated before any compile time is spent.
 
 ``options`` is a dict of sections. A pass's section is ``False`` (off), ``True`` (on with its defaults; an error where
-it can't apply) or a dict of its fields; a section left out is on where it applies. ``dump`` is a directory, ``lower``
+it can't apply) or a dict of its fields; a section left out is on where it applies. Passes may share a section: those
+that a dict has fields of are asked for by name. One with a ``switch`` is off unless that field, or ``mode="max"``, says
+otherwise. ``dump`` is a directory, ``lower``
 what the rewritten graph is handed to, ``dump_limit_gib`` how much of the weights a dump may keep.
 """
 
@@ -21,7 +23,7 @@ from hvcompile.errors import OptionError
 from hvcompile.inductor import LOWERINGS
 from hvcompile.pipeline import Pass
 
-MODES = ("default", "exact")
+MODES = ("default", "exact", "max")
 DUMP_VARIABLE = "HVCOMPILE_DUMP"
 DUMP_LIMIT_GIB = 2.0  # a tiny model's weights are kept without asking, those of a full-size one are not
 
@@ -43,7 +45,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
     Args:
         pass_types: all passes, in the order in which they run.
         options: as given to ``torch.compile``.
-        mode: None, "default" or "exact".
+        mode: None, "default", "exact" or "max".
 
     Raises:
         OptionError: an unknown key, a wrong type or a value out of range; names the key and what is allowed.
@@ -54,23 +56,29 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options is a {type(options).__name__}; allowed is a dict of sections")
     given = dict(options or {})
-    sections = [item.section for item in pass_types]
-    _require_known(given, [*sections, "dump", "dump_limit_gib", "lower"], "options")
+    fields: dict[str, list[str]] = {}
+    for item in pass_types:
+        fields.setdefault(item.section, []).extend(field.name for field in dataclasses.fields(item))
+    _require_known(given, [*fields, "dump", "dump_limit_gib", "lower"], "options")
+    for section, names in fields.items():
+        _require_section(given.get(section, True), names, f"options[{section!r}]")
 
     passes, switched_off = [], []
     for item in pass_types:
         setting = given.get(item.section)
-        asked = item.section in given and setting is not False
+        asked, own = _asked(item, setting)
         if mode == "exact" and not item.is_exact:
             if asked:
                 raise OptionError(
-                    f"options ask for {item.section!r}, which mode='exact' rules out: it changes numerics"
+                    f"options ask for {_spelled(item)}, which mode='exact' rules out: it changes numerics"
                 )
             switched_off.append((item.__name__, "mode='exact' keeps only passes that do not change numerics"))
         elif setting is False:
             switched_off.append((item.__name__, f"options[{item.section!r}] is False"))
         else:
-            passes.append((_configure(item, setting) if asked else item(), asked))
+            if item.switch and mode == "max":
+                own = {item.switch: True, **own}
+            passes.append((_configure(item, own), asked))
     return Options(
         passes=tuple(passes),
         switched_off=tuple(switched_off),
@@ -80,19 +88,37 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
     )
 
 
-def _configure(item: type[Pass], setting: Any) -> Pass:
-    if setting is True:
-        return item()
+def _asked(item: type[Pass], setting: Any) -> tuple[bool, dict[str, Any]]:
+    """Whether a section asks for a pass by name, and what it has of its fields."""
     if not isinstance(setting, Mapping):
+        return setting is True and not item.switch, {}
+    own = {name: setting[name] for name in setting if name in [field.name for field in dataclasses.fields(item)]}
+    if item.switch:
+        return own.get(item.switch) is True, own
+    return bool(own) or not setting, own
+
+
+def _spelled(item: type[Pass]) -> str:
+    return f"{item.section + '.' + item.switch if item.switch else item.section!r}"
+
+
+def _require_section(setting: Any, fields: Sequence[str], where: str) -> None:
+    if isinstance(setting, Mapping):
+        _require_known(setting, fields, where)
+    elif not isinstance(setting, bool):
         raise OptionError(
-            f"options[{item.section!r}] is {setting!r}; allowed is False (off), True (on), or a dict of its fields: "
-            f"{', '.join(field.name for field in dataclasses.fields(item))}"
+            f"{where} is {setting!r}; allowed is False (off), True (on), or a dict of its fields: {', '.join(fields)}"
         )
-    _require_known(setting, [field.name for field in dataclasses.fields(item)], f"options[{item.section!r}]")
+
+
+def _configure(item: type[Pass], own: Mapping[str, Any]) -> Pass:
     hints = typing.get_type_hints(item)
-    for name, held in setting.items():
+    for name, held in own.items():
         _require_type(held, hints[name], f"{item.section}.{name}")
-    return item(**{name: tuple(held) if isinstance(held, list) else held for name, held in setting.items()})
+    others = [name for name in own if name != item.switch]
+    if item.switch and others and not own.get(item.switch):
+        raise OptionError(f"{item.section}.{others[0]} is given, which does nothing unless {_spelled(item)} is True")
+    return item(**{name: tuple(held) if isinstance(held, list) else held for name, held in own.items()})
 
 
 def _require_known(given: Mapping[Any, Any], allowed: Iterable[str], where: str) -> None:

@@ -203,6 +203,27 @@ class Trunk:
         self.derived.append(made)
         return made
 
+    def split_body(self, body: Body, blocks: Sequence[BlockCall], suffix: str, tag: str) -> Body:
+        """A body for some of a body's blocks to themselves: a copy of it where others keep it, else the body itself."""
+        if all(block in blocks for block in self.blocks if block.body is body):
+            return body
+        name, count = f"{body.name}_{suffix}", 0
+        while hasattr(self.module, name):
+            count += 1
+            name = f"{body.name}_{suffix}_{count}"
+        made = Body(name, inductor.clone_graph_module(body.module), dict(body.streams))
+        setattr(self.module, name, made.module)
+        for block in blocks:
+            with self.graph.inserting_before(block.call):
+                reference = self.graph.get_attr(name)
+            reference.meta = {TAG: tag}
+            old = block.call.args[0]
+            block.call.args = (reference, name, *block.operands)
+            if isinstance(old, fx.Node) and not old.users:
+                self.graph.erase_node(old)
+            block.body = made
+        return made
+
     def add_operand(self, body: Body, node: fx.Node) -> fx.Node:
         """Hand one more value to every call of a body; returns the placeholder that it is inside."""
         last = list(body.module.graph.find_nodes(op="placeholder"))[-1]

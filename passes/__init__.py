@@ -1,6 +1,7 @@
 """The passes, in the one order in which they run."""
 
 from hvcompile.passes.first_block_cache import FirstBlockCache
+from hvcompile.passes.float8_attention import Float8Attention
 from hvcompile.passes.float8_linears import Float8Linears
 from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
@@ -14,6 +15,8 @@ PASSES: tuple[type[Pass], ...] = (
     ShardedAttention,
     # Looks for attention in the bodies, and at the mask where it is still made before the blocks.
     UnmaskedAttention,
+    # Takes attention without a mask, which the one before leaves.
+    Float8Attention,
     # Edits bodies, which the cache's branches call as well.
     Float8Linears,
     # Last of all: it moves blocks 2..N into a branch, and the others look for blocks at the top level.

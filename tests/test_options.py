@@ -52,7 +52,7 @@ def test_invalid_options(options: Any, says: list[str]) -> None:
 
 
 def test_invalid_modes() -> None:
-    with pytest.raises(OptionError, match=r"'fast'.*'default', 'exact'"):
+    with pytest.raises(OptionError, match=r"'fast'.*'default', 'exact', 'max'"):
         parse(PASSES, None, "fast")
     with pytest.raises(OptionError, match="first_block_cache"):
         parse(PASSES, {"first_block_cache": True}, "exact")

@@ -470,6 +470,10 @@ def test_the_kernel_is_the_one_asked_for(lower: str) -> None:
     assert FLASH not in ran["math"]
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < "2.12",
+    reason="torch 2.11's math kernel, which this asks for, needs the number of keys while it is traced",
+)
 def test_a_kernel_overrides_what_torch_would_take() -> None:
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
         model = MaskedToy()

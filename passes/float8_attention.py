@@ -1,0 +1,177 @@
+"""Float8 attention: the blocks' attention on quantised queries, keys, values and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from hvcompile import float8, float8_attention
+from hvcompile.attention_kernels import describe
+from hvcompile.errors import OptionError
+from hvcompile.float8_attention import MOST_HEAD_SIZE
+from hvcompile.graph_code import run_on_fakes
+from hvcompile.inductor import provenance, shape_key, value
+from hvcompile.key_padding import arguments, is_attention
+from hvcompile.nodes import is_tensor
+from hvcompile.pipeline import Context, Pass, PassReport
+from hvcompile.trunk import BlockCall, Body, Trunk
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Float8Attention(Pass):
+    """Compute the blocks' attention in float8: both products on quantised operands, softmax and sums in float32.
+
+    Queries have a scale a token, keys (less their mean over tokens) one a block of 128 tokens, values (less theirs) one
+    a channel; see ``hvcompile.float8_attention``. The kernel takes no mask, so it follows the pass that removes masks.
+
+    Off unless asked for: with ``options={"attention": {"fp8": True}}``, which is an error where it can't run, or with
+    ``mode="max"``, which says why in the journal. It runs on NVIDIA GPUs of compute capability 8.9 or newer where
+    Triton is installed; asked for by name, on CPUs too, emulated. The first block is left alone where the cache decides
+    by it, as float8 linear layers leave it.
+
+    Args:
+        fp8: whether it runs.
+        fp8_keep_blocks: blocks at either end whose attention is left alone, 0 or more.
+
+    Source: Zhang et al., SageAttention2 (arXiv:2411.10958).
+
+    Before::
+
+        out = scaled_dot_product_attention(query, key, value)
+
+    After::
+
+        out = scaled_dot_product_float8_attention(query, key, value, scale)
+
+    """
+
+    section: ClassVar[str] = "attention"
+    is_exact: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 0.1
+    switch: ClassVar[str] = "fp8"
+    needs: ClassVar[tuple[str, ...]] = ("UnmaskedAttention",)
+
+    fp8: bool = False
+    fp8_keep_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fp8_keep_blocks < 0:
+            raise OptionError(
+                f"attention.fp8_keep_blocks is {self.fp8_keep_blocks}; allowed is a whole number, 0 or more"
+            )
+
+    def apply(self, trunk: Trunk, context: Context) -> PassReport:
+        """Rewrite the attention of every body; see the class."""
+        if not self.fp8:
+            told = "attention.fp8 is not True, and mode is not 'max'"
+            return PassReport(declined=(("switched off", told),))
+        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+            return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
+        declined: list[tuple[str, str]] = []
+        fit: dict[Body, list[fx.Node]] = {}
+        for body in trunk.bodies:
+            for node in filter(is_attention, body.module.graph.nodes):
+                reason = refusal(node)
+                if reason:
+                    declined.append((f"{node.name} of {body.name}", reason))
+                else:
+                    fit.setdefault(body, []).append(node)
+        if not fit:
+            why = "the blocks hold no attention, or options['attention']['kernel'] names another kernel for it"
+            return PassReport(declined=tuple(declined) or ((trunk.lists, why),))
+        unfit = _unfit(trunk, context)
+        if unfit:
+            return PassReport(declined=(*declined, ("graph", unfit)))
+        done: list[BlockCall] = []
+        for place, block in enumerate(trunk.blocks):
+            kept = self._why_kept(trunk, place, context)
+            if kept:
+                declined.append((block.path, kept))
+            elif block.body in fit:
+                done.append(block)
+        if not done:
+            return PassReport(declined=tuple(declined))
+        matched = []
+        for body, nodes in fit.items():
+            blocks = [block for block in done if block.body is body]
+            if blocks:
+                matched.append(f"{', '.join(node.name for node in nodes)} of {body.name} in {len(blocks)} blocks")
+                _rewrite(trunk, body, nodes, blocks)
+        return PassReport(matched=(f"attention in float8: {'; '.join(matched)}",), declined=tuple(declined))
+
+    def _why_kept(self, trunk: Trunk, place: int, context: Context) -> str:
+        if min(place, len(trunk.blocks) - 1 - place) < self.fp8_keep_blocks:
+            return f"attention.fp8_keep_blocks is {self.fp8_keep_blocks}"
+        if place == 0 and context.is_first_block_compared:
+            return "the first block is compared from step to step, and float8's noise would count as change"
+        return ""
+
+
+def refusal(node: fx.Node) -> str:
+    """Why an attention can't be computed in float8; empty if it can."""
+    given = arguments(node)
+    query, key, held = (value(given[name]) for name in ("query", "key", "value"))
+    if given.get("attn_mask") is not None:
+        return (
+            "it has a mask, and the float8 kernel takes none; masks of padding go with options['attention']['unmask']"
+        )
+    if given.get("is_causal"):
+        return "it is causal, and the float8 kernel attends to all keys"
+    if given.get("dropout_p", 0.0):
+        return "it drops out weights"
+    if query.ndim != 4 or key.ndim != 4 or held.ndim != 4:
+        return f"its query has {query.ndim} dimensions; looked for are [batch, heads, tokens, head size]"
+    if isinstance(given.get("scale"), fx.Node):
+        return "its scale is computed"
+    kind = describe(query, key, held, has_mask=False)
+    if kind.is_grouped:
+        return "query and key differ in their number of heads"
+    if kind.dtype not in DTYPES:
+        return f"it computes in {kind.dtype}; float8 stands in for {', '.join(map(str, DTYPES))}"
+    size, value_size = kind.head_sizes
+    if size != value_size:
+        return f"query and value differ in head size ({size} and {value_size})"
+    if size > MOST_HEAD_SIZE:
+        return f"its head size is {size}; the kernel's registers hold {MOST_HEAD_SIZE}"
+    if shape_key(query)[0] != shape_key(key)[0]:
+        return "query and key differ in batch size"
+    return ""
+
+
+def _unfit(trunk: Trunk, context: Context) -> str:
+    """Why this device or installation can't; empty if it can."""
+    device = next((value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None)
+    if device is None:
+        return "the blocks take no tensor"
+    if device.type == "meta":
+        planned = context.planned_for
+        is_fit = context.requested or (planned is not None and float8.DTYPE in planned.flops)
+        return "" if is_fit else "it is not known to run on a GPU with float8 products"
+    if device.type == "cpu" and context.requested:
+        return ""
+    unfit = float8.reason_unfit(device)
+    if unfit or float8_attention.has_triton():
+        return unfit
+    return "triton, of which the float8 kernel is made, can't be imported: pip install triton"
+
+
+def _rewrite(trunk: Trunk, body: Body, nodes: list[fx.Node], blocks: list[BlockCall]) -> None:
+    """Give these blocks of a body one in which these attentions are in float8."""
+    tag = Float8Attention.__name__
+    names = {node.name for node in nodes}
+    made = trunk.split_body(body, blocks, "float8_attention", tag)
+    for node in [node for node in made.module.graph.nodes if node.name in names]:
+        given = arguments(node)
+        scale = given.get("scale")
+        scale = float(int(value(given["query"]).shape[-1]) ** -0.5 if scale is None else scale)
+        operands = (given["query"], given["key"], given["value"], scale)
+        with node.graph.inserting_before(node):
+            other = node.graph.call_function(float8_attention.scaled_dot_product_float8_attention, operands)
+        other.meta = provenance(node, tag, run_on_fakes(other))
+        node.replace_all_uses_with(other)
+        node.graph.erase_node(node)
