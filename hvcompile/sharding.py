@@ -35,6 +35,8 @@ class Split:
         rank: this process's place in it.
         ranks: its size.
         length: tokens of the whole sequence.
+        ring: stretches of the sequence, one after the other, between which the keys travel. As many ranks as each has
+            in a row (``ulysses``) share out its heads.
 
     """
 
@@ -42,6 +44,7 @@ class Split:
     rank: int
     ranks: int
     length: int
+    ring: int = 1
 
     @property
     def local(self) -> int:
@@ -52,6 +55,25 @@ class Split:
     def start(self) -> int:
         """Place of this rank's first token in the whole sequence."""
         return self.rank * self.local
+
+    @property
+    def ulysses(self) -> int:
+        """Ranks that share out the heads of one stretch."""
+        return self.ranks // self.ring
+
+    @property
+    def stretch(self) -> int:
+        """Tokens of one stretch, padding included."""
+        return self.local * self.ulysses
+
+    @property
+    def place(self) -> int:
+        """Which stretch this rank has a part of."""
+        return self.rank // self.ulysses
+
+    def valid(self, stretch: int) -> int:
+        """Tokens of a stretch that are no padding."""
+        return min(max(self.length - stretch * self.stretch, 0), self.stretch)
 
 
 @dataclasses.dataclass(frozen=True)

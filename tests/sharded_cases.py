@@ -34,12 +34,12 @@ def inputs_of(family: str, valid: int | tuple[int, ...] = 5, size: tuple[int, in
     return inputs
 
 
-def equality(lower: str, cases: list[tuple[str, list[dict[str, Any]]]], cache: Any = False) -> list[float]:
-    """The relative difference from one rank, in the order of the cases; families in turn, each one model."""
+def equality(lower: str, cases: list[tuple[str, Any, list[dict[str, Any]]]], cache: Any = False) -> list[float]:
+    """The relative difference from one rank, in order; a case is a family, how its model is split, and its calls."""
     found = []
-    for family, calls in cases:
+    for family, parallel, calls in cases:
         model = zoo.FAMILIES[family].build(**DEPTH)
-        options = {"lower": lower, "first_block_cache": cache, "context_parallel": True}
+        options = {"lower": lower, "first_block_cache": cache, "context_parallel": parallel}
         fast = hvfast(model, fullgraph=True, options=options)
         for call in calls:
             inputs = inputs_of(family, **call)
@@ -102,19 +102,19 @@ class JointBlock(torch.nn.Module):
         self.query, self.key, self.value, self.text, self.out = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(5))
         self.scale = scale
 
-    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any, mask: Any = None) -> Any:
         def heads(tokens: Any) -> Any:
             return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
         text = self.text(text)
         query, key, value = self.query(hidden + place), self.key(hidden + place), self.value(hidden)
         key, value = torch.cat([key, text], dim=1), torch.cat([value, text], dim=1)
-        mixed = torch.nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value), mask)
         return hidden + self.scale * self.out(mixed.transpose(1, 2).flatten(2) + time[:, None])
 
 
 class Joint(torch.nn.Module):
-    """``(sample [B, N, C], timestep [B], text [B, L, C]) -> [B, N, C]``, quick to trace."""
+    """``(sample [B, N, C], timestep [B], text [B, L, C], valid text [B, L]) -> [B, N, C]``, quick to trace."""
 
     def __init__(self, blocks: int = 3, scale: float = 0.2) -> None:
         super().__init__()
@@ -122,12 +122,14 @@ class Joint(torch.nn.Module):
         self.embed, self.time, self.head = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.blocks = torch.nn.ModuleList(JointBlock(scale) for _ in range(blocks))
 
-    def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
+    def forward(self, sample: Any, timestep: Any, text: Any, valid: Any = None) -> Any:
         time = self.time((timestep[:, None].float() / 1000 * torch.arange(WIDTH, device=timestep.device)).cos())
         place = torch.arange(sample.shape[1] * WIDTH, device=sample.device).view(sample.shape[1], WIDTH).sin()[None]
-        hidden = self.embed(sample)
+        hidden, mask = self.embed(sample), None
+        if valid is not None:
+            mask = torch.cat([valid.new_ones(sample.shape[:2]), valid], dim=1)[:, None, None]
         for block in self.blocks:
-            hidden = block(hidden, text, time, place)
+            hidden = block(hidden, text, time, place, mask)
         return self.head(hidden)
 
 
@@ -150,14 +152,37 @@ def joint(cache: Any = False, lower: str = "eager", timeout: float = 20.0, **fie
     return hvfast(Joint(), fullgraph=True, options=options)
 
 
-def toy_lengths(lengths: list[int]) -> list[float]:
+def toy_lengths(lengths: list[int], fields: dict[str, Any]) -> list[float]:
     """Relative errors of the small model at these lengths."""
     found = []
     for tokens in lengths:
         torch._dynamo.reset()
         inputs = joint_inputs(tokens=tokens)
         with torch.no_grad():
-            found.append(relative_error(joint()(**inputs), Joint()(**inputs)))
+            found.append(relative_error(joint(**fields)(**inputs), Joint()(**inputs)))
+    return found
+
+
+def masked_inputs(counts: tuple[int, ...], tokens: int = 13) -> dict[str, Any]:
+    """Inputs of the small model with so many valid text tokens of five, one number a sample."""
+    inputs = {name: held.expand(len(counts), *held.shape[1:]) for name, held in joint_inputs(tokens=tokens).items()}
+    draw = zoo.Draw(4)
+    inputs["text"] = draw.normal(len(counts), 5, WIDTH)
+    return inputs | {"valid": torch.arange(5)[None] < torch.tensor(counts)[:, None]}
+
+
+def toy_masks(valid: list[tuple[int, ...]], tokens: int, fields: dict[str, Any]) -> list[tuple[float, float]]:
+    """Relative errors of the small model, with the mask as it is and as shorter keys."""
+    found = []
+    for counts in valid:
+        inputs, errors = masked_inputs(counts, tokens), []
+        for attention in (False, True):
+            options = {"lower": "eager", "first_block_cache": False, "context_parallel": fields, "attention": attention}
+            with torch.no_grad():
+                errors.append(
+                    relative_error(hvfast(Joint(), fullgraph=True, options=options)(**inputs), Joint()(**inputs))
+                )
+        found.append((errors[0], errors[1]))
     return found
 
 
