@@ -52,34 +52,49 @@ def equality(lower: str, cases: list[tuple[str, Any, list[dict[str, Any]]]], cac
     return found
 
 
-def inductor_steps() -> list[float]:
-    """A computed and a reused step against one rank's, both compiled by Inductor."""
-    inputs, steps = inputs_of("hunyuan_video_i2v_replace", size=(3, 2, 10)), []
-    for parallel in (True, False)[: 2 - rank()]:
+def inductor_steps(family: str, parallel: Any, calls: list[dict[str, Any]]) -> list[float]:
+    """Steps at one time, the first of which is computed and the rest reused, against one rank; compiled by Inductor."""
+    steps: list[list[torch.Tensor]] = []
+    for fields in (parallel, False)[: 2 - bool(rank())]:
         torch._dynamo.reset()
-        model = zoo.FAMILIES["hunyuan_video_i2v_replace"].build(**DEPTH | {"num_single_layers": 1})
-        options = {"first_block_cache": {"threshold": 1.0}, "context_parallel": parallel}
+        model = zoo.FAMILIES[family].build(**DEPTH | {"num_single_layers": 1})
+        options = {"first_block_cache": {"threshold": 1.0}, "context_parallel": fields}
         fast = hvfast(model, fullgraph=True, options=options)
-        with torch.no_grad():
-            steps.append(
-                [
-                    first(fast(**inputs | {"timestep": torch.tensor([time])}, return_dict=False))
-                    for time in (900.0, 900.0)
-                ]
-            )
-        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
-    return [relative_error(*pair) for pair in zip(*steps, strict=True)] if rank() == 0 else []
+        steps.append([])
+        for call in calls:
+            inputs = inputs_of(family, **call)
+            with torch.no_grad():
+                steps[-1] += [first(fast(**inputs, return_dict=False)) for _ in range(2)]
+        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True] * len(calls)
+    return [relative_error(*pair) for pair in zip(*steps, strict=True)] if rank() == 0 else [0.0]
 
 
-def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[list[bool], list[bool], float]]:
+def float8(cases: list[tuple[str, Any]]) -> list[float]:
+    """The relative difference between ranks and one rank, both with float8; a family and how its model is split."""
+    found = []
+    for family, parallel in cases:
+        outputs = []
+        for fields in (parallel, False):
+            torch._dynamo.reset()
+            options = {"lower": "eager", "first_block_cache": False, "fp8": True, "context_parallel": fields}
+            fast = hvfast(zoo.FAMILIES[family].build(**DEPTH), fullgraph=True, options=options)
+            with torch.no_grad():
+                outputs.append(first(fast(**inputs_of(family, size=(3, 4, 12)), return_dict=False)))
+        found.append(relative_error(*outputs))
+    return found
+
+
+def decisions(
+    lower: str, thresholds: list[float], parallel: list[Any], **fields: Any
+) -> list[tuple[list[bool], list[bool], float]]:
     """Thirty steps at each threshold: decisions of the ranks together, those of one rank, how the samples differ."""
     found = []
     for threshold in thresholds:
         runs = []
-        for parallel in (True, False):
+        for layout in (*parallel, False):
             torch._dynamo.reset()
             cache = {"threshold": threshold, **fields}
-            options = {"lower": lower, "first_block_cache": cache, "context_parallel": parallel}
+            options = {"lower": lower, "first_block_cache": cache, "context_parallel": layout}
             fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
 
             def was_reused(fast: Any = fast) -> bool:
@@ -87,7 +102,8 @@ def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[
 
             inputs = inputs_of("hunyuan_video", size=(3, 4, 10))
             runs.append(denoise(fast, inputs, was_reused=was_reused))
-        found.append((runs[0].reused, runs[1].reused, relative_error(runs[0].sample, runs[1].sample)))
+        *together, alone = runs
+        found += [(run.reused, alone.reused, relative_error(run.sample, alone.sample)) for run in together]
     return found
 
 

@@ -409,14 +409,31 @@ def test_lengths() -> None:
 @pytest.mark.ranks
 def test_compiled_by_inductor() -> None:
     """Token-replace image-to-video with uneven parts and the cache, a computed and a reused step."""
-    errors, _ = ranks.results(ranks.launch(cases.inductor_steps, 2))
+    errors, _ = ranks.results(
+        ranks.launch(cases.inductor_steps, 2, "hunyuan_video_i2v_replace", True, [{"size": (3, 2, 10)}])
+    )
     assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+def test_ring_and_heads_compiled_by_inductor() -> None:
+    """Text-to-video on 2 x 2 ranks with the cache, one of seven and all text valid: keys are shorter, code the same."""
+    calls = [{"valid": 1}, {"valid": 7}]
+    errors, *_ = ranks.results(ranks.launch(cases.inductor_steps, 4, "hunyuan_video", BOTH, calls))
+    assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+def test_with_float8_as_one_rank_with_float8() -> None:
+    shared = [("hunyuan_video", True), ("hunyuan_video_i2v_replace", RING)]
+    for errors in ranks.results(ranks.launch(cases.float8, 2, shared)):
+        assert max(errors) < 1e-2, errors
 
 
 @pytest.mark.ranks
 def test_decides_as_one_rank_does() -> None:
     """Thirty steps at two thresholds: the same steps reused, outputs to 1e-3."""
-    for found in ranks.results(ranks.launch(cases.decisions, 2, "eager", [0.75, 0.85])):
+    for found in ranks.results(ranks.launch(cases.decisions, 2, "eager", [0.75, 0.85], [True, RING])):
         for together, alone, error in found:
             assert together == alone
             assert 0 < sum(together) < 30
