@@ -14,7 +14,7 @@ import torch
 
 from hvcompile import collectives
 from hvcompile.attention_kernels import merge, scaled_dot_product_attention_with_lse
-from hvcompile.sharding import Layout, Split, localise
+from hvcompile.layouts import Layout, Split, localise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ from hvcompile.errors import OptionError
 from hvcompile.inductor import value
 from hvcompile.inputs import classify
 from hvcompile.key_padding import arguments, is_attention
+from hvcompile.layouts import Layout, Segment, Split
 from hvcompile.nodes import ancestors, contexts, descendants
 from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.sharding import CannotShard, Layout, Resharder, Segment, Split, WantsSplit
+from hvcompile.sharding import CannotShard, Resharder, WantsSplit
 from hvcompile.trunk import BlockCall, Body, Group, Sharding, Trunk, is_activation
 
 

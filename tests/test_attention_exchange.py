@@ -18,7 +18,7 @@ import torch
 from hvcompile import inductor
 from hvcompile.attention_exchange import Heads, Mask, Ring
 from hvcompile.attention_kernels import merge, scaled_dot_product_attention_with_lse
-from hvcompile.sharding import Layout, Segment, Split, localise
+from hvcompile.layouts import Layout, Segment, Split, localise
 
 BATCH, HEADS, SIZE = 2, 4, 8
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
