@@ -45,6 +45,8 @@ class ShardedAttention(Pass):
         mesh: one dimension over the ranks that share the sequence; None for all ranks of the default process group.
         ulysses: ranks in a row, which share out the heads. None for the most that divide ranks and heads.
         ring: rows, 1 or more; ``ulysses`` times ``ring`` is the number of ranks. None for as many as that takes.
+        cfg: 2 for the samples of one call, such as both halves of classifier-free guidance, to be shared out as well:
+            half of them to each row of a ``mesh`` of two dimensions, 2 and the ranks that share a sequence.
         timeout_seconds: how long the ranks wait for each other when they compare what they are about to run.
 
     Source: DeepSpeed Ulysses (arXiv:2309.14509), Ring Attention (arXiv:2310.01889), both as in USP (arXiv:2405.07719);
@@ -79,14 +81,23 @@ class ShardedAttention(Pass):
     mesh: DeviceMesh | None = None
     ulysses: int | None = None
     ring: int | None = None
+    cfg: int = 1
     timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
+        if self.cfg not in {1, 2}:
+            raise OptionError(f"context_parallel.cfg is {self.cfg}; allowed is 1 or 2")
         for name in ("ulysses", "ring"):
             degree = getattr(self, name)
             if degree is not None and degree < 1:
                 raise OptionError(f"context_parallel.{name} is {degree}; allowed is a whole number, 1 or more")
-        if self.mesh is not None and self.mesh.ndim != 1:
+        if self.cfg == 2 and (self.mesh is None or self.mesh.ndim != 2 or self.mesh.size(0) != 2):
+            given = "there is no mesh" if self.mesh is None else f"mesh is of {tuple(self.mesh.shape)} ranks"
+            raise OptionError(
+                f"context_parallel.cfg is 2 and {given}; allowed is a mesh of two dimensions, 2 and the ranks that "
+                'share a sequence: init_device_mesh(device, (2, ranks // 2), mesh_dim_names=("cfg", "sequence"))'
+            )
+        if self.cfg == 1 and self.mesh is not None and self.mesh.ndim != 1:
             raise OptionError(
                 f"context_parallel.mesh has {self.mesh.ndim} dimensions; allowed is one, over the ranks that share a "
                 'sequence, such as mesh["sequence"]: how they are laid out as ring x ulysses, those two options say'
@@ -105,7 +116,28 @@ class ShardedAttention(Pass):
         group = self._group()
         if isinstance(group, str):
             return PassReport(declined=((where, group),))
-        trunk.group = Group(name=group.group_name, timeout_seconds=self.timeout_seconds)
+        if self.cfg == 1:
+            trunk.group = Group(name=group.group_name, timeout_seconds=self.timeout_seconds)
+            return self._split_sequence(trunk, group)
+        whole: Any = dist.group.WORLD
+        trunk.group = Group(name=whole.group_name, timeout_seconds=self.timeout_seconds)
+        halves = self._split_batch(trunk)
+        if group.size() == 1 or not halves.applied:
+            return halves
+        report = self._split_sequence(trunk, group)
+        matched = (*halves.matched, *report.matched)
+        # It was asked for, and half of it is done by now: that the rest can't be is an error.
+        return dataclasses.replace(report, matched=matched, declined=(), unmet=report.declined)
+
+    def _split_batch(self, trunk: Trunk) -> PassReport:
+        assert self.mesh is not None
+        try:
+            return _SplitBatch(trunk, self.mesh.get_group(0), 1).run()
+        except CannotShard as verdict:
+            return PassReport(declined=((trunk.lists, str(verdict)),))
+
+    def _split_sequence(self, trunk: Trunk, group: dist.ProcessGroup) -> PassReport:
+        where = trunk.lists
         chosen = self._degrees(group.size(), _head_counts(trunk))
         if isinstance(chosen, str):
             return PassReport(declined=((where, chosen),))
@@ -137,6 +169,12 @@ class ShardedAttention(Pass):
         """The ranks that share the sequence, or why there are none."""
         if not dist.is_available() or not dist.is_initialized():
             return "no process group is initialised: start the script with torchrun, which makes one rank a GPU"
+        if self.cfg == 2 and self.mesh is not None:
+            if self.mesh.size() != dist.get_world_size():
+                return (
+                    f"cfg is 2 and mesh has {self.mesh.size()} of {dist.get_world_size()} ranks; allowed is all of them"
+                )
+            return self.mesh.get_group(1)
         group: Any = self.mesh.get_group() if self.mesh is not None else dist.group.WORLD
         if group.size() < 2:
             return "the process group has a single rank"
@@ -150,7 +188,7 @@ class _Rewrite:
         self.trunk, self.group, self.ring = trunk, group, ring
         self.tag = ShardedAttention.__name__
         self.bodies: dict[Body, tuple[dict[int, Layout], Resharder, list[Layout | None]]] = {}
-        self.num_attentions = 0
+        self.num_attentions = self.num_nodes = 0
 
     def run(self) -> PassReport:
         trunk, first = self.trunk, self.trunk.blocks[0]
@@ -314,13 +352,16 @@ class _Rewrite:
             state.next_value = top.env[state.next_value] if state.next_value is not None else None
         trunk.observed = {name: top.env[node] for name, node in trunk.observed.items()}
         trunk.sharding = Sharding(split=split, streams=streams)
+        return PassReport(matched=(f"{self._told()}; gathered after the blocks: {', '.join(gathered)}",))
+
+    def _told(self) -> str:
+        split = self.split
         padding = split.local * split.ranks - split.length
         tokens = f"{split.ranks} ranks share {split.length} tokens ({split.local} each" + (
             f", {padding} of them padding)" if padding else ")"
         )
         how = "the heads" if split.ring == 1 else f"ulysses x ring is {split.ulysses} x {split.ring}"
-        told = f"{tokens}, and {how} in the bodies' {self.num_attentions} attentions; gathered after the blocks: "
-        return PassReport(matched=(told + ", ".join(gathered),))
+        return f"{tokens}, and {how} in the bodies' {self.num_attentions} attentions"
 
     # Attention
 
@@ -412,6 +453,54 @@ class _Rewrite:
         if isinstance(mask, fx.Node) and value(mask).ndim > 1 and inductor.size_hint(value(mask).shape[-2]) != 1:
             replaced[mask] = resharder.part_of(mask, layout.at(value(mask).ndim - 2))
         resharder.env[node] = resharder.copy(node, replaced)
+        return layout
+
+
+class _SplitBatch(_Rewrite):
+    """The same for the samples of a batch: they have nothing to do with each other, so nothing is exchanged within."""
+
+    def run(self) -> PassReport:
+        trunk, first = self.trunk, self.trunk.blocks[0]
+        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+            raise CannotShard("the blocks already stand in a branch")
+        stream, sample = _main_stream(trunk), classify(trunk).sample
+        fake = value(first.operands[stream])
+        collectives.mesh_of(self.group.group_name, fake.device.type)  # it can't be made while the graph is traced
+        if sample is None or str(value(sample).shape[0]) != str(fake.shape[0]):
+            raise CannotShard("the first dimension of what enters the blocks is not that of the samples")
+        try:
+            batch = inductor.fix_size(fake.shape[0], trunk.graph)
+        except ValueError as error:
+            raise CannotShard(f"the batch can't be split: {error}") from error
+        if batch % 2:
+            raise CannotShard(
+                f"cfg is 2, and a call has {batch} sample{'s' if batch > 1 else ''}: where a pipeline calls the model "
+                "once for each half of the guidance, as HunyuanVideo's does, one graph has nothing to share out. Drop cfg"
+            )
+        self.split = Split(group=self.group.group_name, rank=self.group.rank(), ranks=2, length=batch)
+        entry = Layout(0, (Segment(0, batch, True),))
+        self._body(first, {stream: entry})
+        report = self._top(stream, entry)
+        assert trunk.sharding is not None
+        # Each half decides by itself whether it reuses a step.
+        trunk.sharding = dataclasses.replace(trunk.sharding, streams={})
+        return report
+
+    def _told(self) -> str:
+        return f"{self.split.length} samples, half of them to each of 2 rows of ranks"
+
+    def _attention(self, resharder: Resharder, node: fx.Node) -> Layout | None:
+        given = arguments(node)
+        tensors = [
+            item for name in ("query", "key", "value", "attn_mask") if isinstance(item := given.get(name), fx.Node)
+        ]
+        layouts = {layout for item in tensors if (layout := resharder.layout(item)) is not None}
+        if len(layouts) > 1 or {layout.dim for layout in layouts} != {0}:
+            raise resharder.refuse(node, "its operands are split in different ways")
+        (layout,) = layouts
+        wholes = [item for item in tensors if resharder.layout(item) is None]
+        batched = [item for item in wholes if value(item).ndim == value(node).ndim and value(item).shape[0] != 1]
+        resharder.env[node] = resharder.copy(node, {item: resharder.part_of(item, layout) for item in batched})
         return layout
 
 

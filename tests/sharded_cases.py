@@ -258,6 +258,32 @@ def rows_apart() -> tuple[list[bool], float]:
     return [step.reused for step in hvcompile.stats(fast).steps], error
 
 
+def halves(fields: dict[str, Any], steps: int) -> list[tuple[bool, bool, float]]:
+    """A batch of two samples, whose second one changes more, its halves on two rows of ranks, with the cache.
+
+    Of each step, what this rank decided, what one rank decides for that sample alone, and the error of its half.
+    """
+    shape = (2, torch.distributed.get_world_size() // 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cfg", "sequence"))
+    cache, row = {"threshold": 0.3}, rank() // shape[1]
+    fast = joint(cache=cache, mesh=mesh, cfg=2, **fields)
+    alone = hvfast(
+        Joint(), fullgraph=True, options={"lower": "eager", "first_block_cache": cache, "context_parallel": False}
+    )
+    found = []
+    with torch.no_grad():
+        for step in range(steps):
+            inputs = masked_inputs((2, 4))
+            inputs["timestep"] = torch.full((2,), 900.0 - 0.5 * step)
+            inputs["sample"] = torch.cat([joint_inputs(seed=0)["sample"], joint_inputs(seed=1)["sample"]])
+            inputs["sample"] *= 1 + torch.tensor([0.02, 0.42])[:, None, None] * step
+            mine = {name: held[row : row + 1] for name, held in inputs.items()}
+            error = relative_error(fast(**inputs)[row : row + 1], alone(**mine))
+            together, single = (hvcompile.stats(model).steps[-1].reused for model in (fast, alone))
+            found.append((together, single, error))
+    return found
+
+
 def skewed() -> list[tuple[bool, float]]:
     """Residuals and state that differ from rank to rank; the decisions of each."""
     fast = joint(cache={"threshold": 0.3})

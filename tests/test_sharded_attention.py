@@ -264,6 +264,17 @@ def test_options(fake_group: Callable[[int, int], None]) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "ulysses"))["ulysses"]
     trunk = recovered(cases.Joint(), **cases.joint_inputs())
     assert "2 ranks share 13 tokens" in ShardedAttention(mesh=mesh).apply(trunk, pipeline.Context()).matched[0]
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "sequence"))
+    trunk = recovered(cases.Joint(), **cases.joint_inputs())
+    report = ShardedAttention(mesh=whole, cfg=2).apply(trunk, pipeline.Context())
+    assert (
+        "cfg is 2, and a call has 1 sample: where a pipeline calls the model once for each half"
+        in report.declined[0][1]
+    )
+    with pytest.raises(OptionError, match=r"cfg is 2 and there is no mesh; allowed is a mesh of two dimensions"):
+        ShardedAttention(cfg=2)
+    with pytest.raises(OptionError, match=r"context_parallel.cfg is 3; allowed is 1 or 2"):
+        ShardedAttention(cfg=3)
     with pytest.raises(OptionError, match=r"context_parallel.ulysses is 0"):
         ShardedAttention(ulysses=0)
     with pytest.raises(OptionError, match=r"context_parallel.timeout_seconds is 0"):
@@ -455,6 +466,18 @@ def test_rows_of_a_mesh_decide_apart() -> None:
     decisions = [reused for reused, _ in found]
     assert decisions[0] == decisions[1] == [False, True, True, True, True]
     assert decisions[2] == decisions[3] != decisions[0]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("size", "fields"), [(2, {}), (4, {"ring": 2})])
+def test_halves_of_a_batch(size: int, fields: dict[str, Any]) -> None:
+    """Two samples with prompts of their own: each as one rank has it alone, decisions too, which differ."""
+    found = ranks.results(ranks.launch(cases.halves, size, fields, 5))
+    for steps in found:
+        assert all(together == alone for together, alone, _ in steps)
+        assert max(error for _, _, error in steps) < 1e-5, steps
+    decisions = [[together for together, _, _ in steps] for steps in found]
+    assert decisions[0] == decisions[size // 2 - 1] != decisions[size // 2] == decisions[-1]
 
 
 @dataclasses.dataclass(frozen=True)
