@@ -475,7 +475,7 @@ class _SplitBatch(_Rewrite):
         if batch % 2:
             raise CannotShard(
                 f"cfg is 2, and a call has {batch} sample{'s' if batch > 1 else ''}: where a pipeline calls the model "
-                "once for each half of the guidance, as HunyuanVideo's does, one graph has nothing to share out. Drop cfg"
+                "once for each half of the guidance, as HunyuanVideo's does, a graph has nothing to share out. Drop cfg"
             )
         self.split = Split(group=self.group.group_name, rank=self.group.rank(), ranks=2, length=batch)
         entry = Layout(0, (Segment(0, batch, True),))

@@ -52,36 +52,36 @@ def equality(lower: str, cases: list[tuple[str, Any, list[dict[str, Any]]]], cac
     return found
 
 
-def inductor_steps(family: str, parallel: Any, calls: list[dict[str, Any]]) -> list[float]:
-    """Steps at one time, the first of which is computed and the rest reused, against one rank; compiled by Inductor."""
-    steps: list[list[torch.Tensor]] = []
-    for fields in (parallel, False)[: 2 - bool(rank())]:
+def inductor_steps() -> list[float]:
+    """A computed and a reused step against one rank's, both compiled by Inductor."""
+    inputs, steps = inputs_of("hunyuan_video_i2v_replace", size=(3, 2, 10)), []
+    for parallel in (True, False)[: 2 - rank()]:
         torch._dynamo.reset()
-        model = zoo.FAMILIES[family].build(**DEPTH | {"num_single_layers": 1})
-        options = {"first_block_cache": {"threshold": 1.0}, "context_parallel": fields}
+        model = zoo.FAMILIES["hunyuan_video_i2v_replace"].build(**DEPTH | {"num_single_layers": 1})
+        options = {"first_block_cache": {"threshold": 1.0}, "context_parallel": parallel}
         fast = hvfast(model, fullgraph=True, options=options)
-        steps.append([])
-        for call in calls:
-            inputs = inputs_of(family, **call)
-            with torch.no_grad():
-                steps[-1] += [first(fast(**inputs, return_dict=False)) for _ in range(2)]
-        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True] * len(calls)
-    return [relative_error(*pair) for pair in zip(*steps, strict=True)] if rank() == 0 else [0.0]
+        with torch.no_grad():
+            steps.append(
+                [
+                    first(fast(**inputs | {"timestep": torch.tensor([time])}, return_dict=False))
+                    for time in (900.0, 900.0)
+                ]
+            )
+        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
+    return [relative_error(*pair) for pair in zip(*steps, strict=True)] if rank() == 0 else []
 
 
-def float8(cases: list[tuple[str, Any]]) -> list[float]:
-    """The relative difference between ranks and one rank, both with float8; a family and how its model is split."""
-    found = []
-    for family, parallel in cases:
-        outputs = []
-        for fields in (parallel, False):
-            torch._dynamo.reset()
-            options = {"lower": "eager", "first_block_cache": False, "fp8": True, "context_parallel": fields}
-            fast = hvfast(zoo.FAMILIES[family].build(**DEPTH), fullgraph=True, options=options)
-            with torch.no_grad():
-                outputs.append(first(fast(**inputs_of(family, size=(3, 4, 12)), return_dict=False)))
-        found.append(relative_error(*outputs))
-    return found
+def float8(parallel: list[Any]) -> list[float]:
+    """The relative difference from one rank, all with float8."""
+    outputs = []
+    for fields in (*parallel, False):
+        torch._dynamo.reset()
+        options = {"lower": "eager", "first_block_cache": False, "fp8": True, "context_parallel": fields}
+        fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
+        with torch.no_grad():  # of a size at which one rank alone has no more layers that are worth it
+            outputs.append(first(fast(**inputs_of("hunyuan_video", size=(3, 4, 12)), return_dict=False)))
+    *together, alone = outputs
+    return [relative_error(output, alone) for output in together]
 
 
 def decisions(
@@ -187,19 +187,37 @@ def masked_inputs(counts: tuple[int, ...], tokens: int = 13) -> dict[str, Any]:
     return inputs | {"valid": torch.arange(5)[None] < torch.tensor(counts)[:, None]}
 
 
-def toy_masks(valid: list[tuple[int, ...]], tokens: int, fields: dict[str, Any]) -> list[tuple[float, float]]:
-    """Relative errors of the small model, with the mask as it is and as shorter keys."""
+def toy_masks(valid: list[tuple[int, ...]], tokens: int, fields: dict[str, Any]) -> list[float]:
+    """Relative errors of the small model, first with the mask as it is and then as shorter keys."""
     found = []
-    for counts in valid:
-        inputs, errors = masked_inputs(counts, tokens), []
-        for attention in (False, True):
-            options = {"lower": "eager", "first_block_cache": False, "context_parallel": fields, "attention": attention}
+    for attention in (False, True):
+        torch._dynamo.reset()
+        options = {"lower": "eager", "first_block_cache": False, "context_parallel": fields, "attention": attention}
+        fast = hvfast(Joint(), fullgraph=True, dynamic=False, options=options)
+        for counts in valid:
+            inputs = masked_inputs(counts, tokens)
             with torch.no_grad():
-                errors.append(
-                    relative_error(hvfast(Joint(), fullgraph=True, options=options)(**inputs), Joint()(**inputs))
-                )
-        found.append((errors[0], errors[1]))
+                found.append(relative_error(fast(**inputs), Joint()(**inputs)))
     return found
+
+
+def toy_inductor(fields: dict[str, Any]) -> list[float]:
+    """Relative errors of the small model compiled by Inductor: a computed and a reused step of each of two batches."""
+    errors, cache = [], {"threshold": 1.0}
+    fast, alone = (
+        hvfast(
+            Joint(2), fullgraph=True, options={"lower": lower, "first_block_cache": cache, "context_parallel": split}
+        )
+        for lower, split in (("inductor", fields), ("eager", False))
+    )
+    for counts in ((2, 4), (5, 1)):
+        for _ in range(2):
+            inputs = masked_inputs(counts)
+            with torch.no_grad():
+                errors.append(relative_error(fast(**inputs), alone(**inputs)))
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True] * 2
+    assert not hvcompile.stats(fast).recompiles
+    return errors
 
 
 def fault(kind: str) -> str:
@@ -208,6 +226,10 @@ def fault(kind: str) -> str:
     patience = 6.0 if kind in {"off", "death"} else 60.0
     fast = joint(cache={"threshold": 0.1 if kind == "threshold" and odd else 0.5}, timeout=patience)
     inputs = joint_inputs(seed=int(kind == "seed" and odd), tokens=14 if kind == "shape" and odd else 13)
+    if kind == "death in a ring":
+        fast = joint(cache={"threshold": 0.5}, timeout=patience, ring=2)
+    if kind == "ring":
+        fast = joint(cache={"threshold": 0.5}, timeout=patience, ring=1 + odd)
     if kind == "off" and odd:
         fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
     if kind == "blocks" and odd:
@@ -234,7 +256,7 @@ def fault(kind: str) -> str:
                     ranks.die()
                 for clock in (800.0, 700.0, 600.0):
                     fast(**joint_inputs(seed=1, timestep=clock))
-            if kind == "death in a step":
+            if kind in {"death in a step", "death in a ring"}:
                 if odd:
                     ranks.die()
                 fast(**inputs | {"timestep": torch.tensor([800.0])})

@@ -159,6 +159,8 @@ def test_parts_lose_their_masks_alike_on_all_ranks(fake_group: Callable[[int, in
         assert len(parts) == 6  # three stretches of each of two samples
         assert not any("attn_mask" in arguments(node) for node in parts)
         told.append([row.line() for row in rows])
+        UnmaskedAttention(unmask=False, kernel="math").apply(trunk, pipeline.Context())
+        assert {node.kwargs["kernel"] for node in parts} == {"math"}
         dist.destroy_process_group()
     assert "attended_0 of block_0, attended_1 of block_0, attended_2 of block_0: keys end" in told[0][1]
     assert told[0] == told[1] == told[2]
@@ -377,11 +379,10 @@ SHARED: list[tuple[int, list[tuple[str, Any, list[dict[str, Any]]]]]] = [
     (
         4,
         [
-            ("hunyuan_video", True, [{"valid": 1}, {"valid": 7}, UNEVEN]),
-            ("hunyuan_video", BOTH, [{"valid": 1}, {"valid": 7}, BATCH]),
+            ("hunyuan_video", True, [UNEVEN]),
+            ("hunyuan_video", BOTH, [{"valid": (1, 7), "size": (3, 6, 6)}]),
             ("hunyuan_video_i2v_replace", BOTH, [{}]),
             ("hunyuan_video_i2v_concat", BOTH, [{"size": (5, 2, 6)}]),
-            ("hunyuan_video_i2v_replace", {"ring": 4}, [{}]),
         ],
     ),
 ]
@@ -403,16 +404,15 @@ def test_equal_to_one_rank(size: int, shared: Any) -> None:
 def test_masks() -> None:
     """No, one, some and all of the text valid, two prompts of one batch: with the mask, and with shorter keys."""
     valid = [(0,), (1,), (3,), (5,), (0, 4), (5, 1)]
-    for found in ranks.results(ranks.launch(cases.toy_masks, 4, valid, 13, BOTH)):
-        assert max(max(errors) for errors in found) < 1e-5, found
-    for found in ranks.results(ranks.launch(cases.toy_masks, 3, valid[:2], 7, {})):
-        assert max(max(errors) for errors in found) < 1e-5, found
+    for size, tokens, fields in ((4, 13, BOTH), (3, 7, {})):
+        for errors in ranks.results(ranks.launch(cases.toy_masks, size, valid, tokens, fields)):
+            assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.ranks
 def test_lengths() -> None:
     """Padding on several ranks, ranks that hold nothing but padding, as many tokens as ranks."""
-    for fields, lengths in (({}, [13, 9, 5, 4, 3, 2]), (BOTH, [9, 5, 3]), ({"ring": 4}, [9, 5, 2])):
+    for fields, lengths in (({}, [13, 9, 5, 4, 3, 2]), (BOTH, [9, 5]), ({"ring": 4}, [5, 2])):
         for errors in ranks.results(ranks.launch(cases.toy_lengths, 4, lengths, fields)):
             assert max(errors) < 1e-5, errors
 
@@ -420,24 +420,21 @@ def test_lengths() -> None:
 @pytest.mark.ranks
 def test_compiled_by_inductor() -> None:
     """Token-replace image-to-video with uneven parts and the cache, a computed and a reused step."""
-    errors, _ = ranks.results(
-        ranks.launch(cases.inductor_steps, 2, "hunyuan_video_i2v_replace", True, [{"size": (3, 2, 10)}])
-    )
+    errors, _ = ranks.results(ranks.launch(cases.inductor_steps, 2))
     assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.ranks
-def test_ring_and_heads_compiled_by_inductor() -> None:
-    """Text-to-video on 2 x 2 ranks with the cache, one of seven and all text valid: keys are shorter, code the same."""
-    calls = [{"valid": 1}, {"valid": 7}]
-    errors, *_ = ranks.results(ranks.launch(cases.inductor_steps, 4, "hunyuan_video", BOTH, calls))
-    assert max(errors) < 1e-5, errors
+@pytest.mark.parametrize(("size", "fields"), [(2, RING), (4, BOTH)], ids=["ring", "both"])
+def test_ring_compiled_by_inductor(size: int, fields: dict[str, Any]) -> None:
+    """Batches of two prompts with a mask, uneven parts, and the cache; other prompts run the same code."""
+    for errors in ranks.results(ranks.launch(cases.toy_inductor, size, fields)):
+        assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.ranks
 def test_with_float8_as_one_rank_with_float8() -> None:
-    shared = [("hunyuan_video", True), ("hunyuan_video_i2v_replace", RING)]
-    for errors in ranks.results(ranks.launch(cases.float8, 2, shared)):
+    for errors in ranks.results(ranks.launch(cases.float8, 2, [True, RING])):
         assert max(errors) < 1e-2, errors
 
 
@@ -504,6 +501,8 @@ FAULTS = [
     Fault("later seed", *[DIFFER + "the content of L['sample'] at the first step is "] * 2),
     Fault("death", "rank 0 was beginning a generation, and rank 1 did not come within 6 s", None),
     Fault("death in a step", "another rank has ended or hangs: look at what that one printed", None),
+    Fault("death in a ring", "another rank has ended or hangs: look at what that one printed", None),
+    Fault("ring", *[DIFFER + "context_parallel.ring is 2 on rank 1, 1 on rank 0"] * 2),
 ]
 
 
