@@ -9,10 +9,14 @@ stands behind flash (FA2, FA3, FA4) stays torch's own switch, ``torch.nn.attenti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
+
+from hvcompile import inductor
 
 AUTO = "auto"
 KERNELS = (AUTO, "cudnn", "flash", "efficient", "math")
@@ -134,3 +138,90 @@ def pinned(kernel: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
         return aten._scaled_dot_product_efficient_attention.default(*given, None, False, 0.0, is_causal, scale=scale)[0]
 
     return attend
+
+
+def scaled_dot_product_attention_with_lse(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    *,
+    scale: float | None = None,
+    kernel: str = AUTO,
+    name: str | None = None,
+) -> Any:
+    """Attention to some of the keys, and by how much it counts beside attention to others; graph code.
+
+    Args:
+        query: ``[B, H, Q, E]``, floating point.
+        key: ``[B, H, K, E]``, same dtype.
+        value: ``[B, H, K, F]``, same dtype.
+        attn_mask: bool (True keeps) or what is added to the scores; broadcasts to ``[B, H, Q, K]``; or None.
+        scale: of the scores; None for ``E ** -0.5``.
+        kernel: one of ``KERNELS``; "auto" takes what ``scaled_dot_product_attention`` takes by itself.
+        name: for the node, where this is written into a graph.
+
+    Returns:
+        The attention ``[B, H, Q, F]`` in the query's dtype, and the log-sum-exp of its scores, ``[B, H, Q]`` in fp32
+        (fp64 for fp64). For a query that a mask keeps from all keys they are 0 and minus infinity.
+
+    """
+    if isinstance(query, fx.Proxy):
+        given = {"attn_mask": attn_mask, "scale": scale}
+        kwargs = {name: held for name, held in given.items() if held is not None}
+        return query.tracer.create_proxy(
+            "call_function", scaled_dot_product_attention_with_lse, (query, key, value), kwargs, name
+        )
+    kind = describe(query, key, value, has_mask=attn_mask is not None)
+    kernel = expected(kind) if kernel == AUTO else kernel
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bias, sees = None, None
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        sees = (attn_mask if is_bool else attn_mask != -math.inf).any(-1)
+        bias = attn_mask.to(query.dtype)
+        if is_bool:
+            bias = torch.zeros_like(bias).masked_fill(attn_mask.logical_not(), -math.inf)
+    if kernel == "math":
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = torch.matmul(query.to(wide) * scale, key.to(wide).transpose(-2, -1))
+            scores = scores if bias is None else scores + bias
+            lse = scores.logsumexp(-1)
+            out = torch.matmul((scores - lse.unsqueeze(-1)).exp(), value.to(wide)).to(query.dtype)
+    else:
+        out, lse = inductor.attention_with_lse(kernel, query, key, value, bias, scale)
+    if sees is not None:
+        out = torch.where(sees.unsqueeze(-1), out, torch.zeros_like(out))
+        lse = torch.where(sees, lse, torch.full_like(lse, -math.inf))
+    return out, lse
+
+
+def merge(parts: Sequence[tuple[Any, Any]], dtype: torch.dtype) -> Any:
+    """Attention to all keys, from attention to parts of them; graph code.
+
+    Args:
+        parts: of each part the attention ``[B, H, Q, F]`` and the log-sum-exp ``[B, H, Q]``, as
+            ``scaled_dot_product_attention_with_lse`` gives them.
+        dtype: of the result; what is summed is in that of the log-sum-exp.
+
+    Returns:
+        ``[B, H, Q, F]``; 0 for a query that sees no key of any part.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
+
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    peak = parts[0][1]
+    for _, lse in parts[1:]:
+        peak = torch.maximum(peak, lse)
+    peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
+    total: Any = None
+    out: Any = None
+    for attended, lse in parts:
+        weight = (lse - peak).exp()
+        weighted = attended * weight.unsqueeze(-1)  # promoted to the dtype of the weight
+        total, out = (weight, weighted) if out is None else (total + weight, out + weighted)
+    total = torch.where(total == 0, torch.ones_like(total), total)
+    return (out / total.unsqueeze(-1)).to(dtype)

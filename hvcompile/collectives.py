@@ -1,5 +1,8 @@
 """Collectives as operations of a captured graph: DTensor redistributions that trace away into functional collectives.
 
+What moves between some ranks of a group alone, its rows and columns, is one all-to-all of the group in which the others
+get nothing: no other process group has to be made, by ranks that might not all come to make it.
+
 Each is a plain function of a tensor and literals (the group goes by its name), so that a graph which calls it can be
 printed, dumped and copied; called on an ``fx.Proxy`` it becomes one node.
 """
@@ -38,7 +41,9 @@ def mesh_of(group: str, device_type: str) -> DeviceMesh:
         )
     process_group = inductor.process_group(group)
     known = _MESHES.get((group, device_type))
-    if known is None or known.get_group() is not process_group:
+    # A mesh holds its group by name alone: of a group that was made anew under that name it gives the new one.
+    is_same = known is not None and known.get_group() is process_group and known.size() == process_group.size()
+    if known is None or not is_same:
         known = _MESHES[group, device_type] = DeviceMesh.from_group(process_group, device_type)
     return known
 
@@ -61,6 +66,49 @@ def reshard(local: Any, group: str, source: int, target: int) -> Any:
     from torch.distributed.tensor import Shard
 
     return _redistribute(local, group, Shard(source), Shard(target))
+
+
+def reshard_row(local: Any, group: str, source: int, target: int, rows: int) -> Any:
+    """As ``reshard``, among the ranks of each of ``rows`` equally many that follow each other."""
+    if isinstance(local, fx.Proxy):
+        return local.tracer.create_proxy("call_function", reshard_row, (local, group, source, target, rows), {})
+    process_group = inductor.process_group(group)
+    size, rank = process_group.size(), process_group.rank()
+    columns = size // rows
+    splits = [int(other // columns == rank // columns) for other in range(size)]
+    pieces = local.unflatten(target, (columns, -1)).movedim(target, 0).contiguous()
+    moved = arrived(inductor.all_to_all(pieces, splits, splits, group))
+    return moved.movedim(0, source).flatten(source, source + 1)
+
+
+def pass_on(local: Any, group: str, rows: int) -> Any:
+    """Hand a tensor to the rank below, in the next of ``rows`` rows, and get that of the rank above; a ring.
+
+    Args:
+        local: a tensor of the same shape on all ranks.
+        group: the process group's name.
+        rows: as many equal parts of the group, of ranks that follow each other.
+
+    Returns:
+        What the rank above had, once ``arrived`` has waited for it; until then ``local`` must stay as it is.
+
+    """
+    if isinstance(local, fx.Proxy):
+        return local.tracer.create_proxy("call_function", pass_on, (local, group, rows), {})
+    process_group = inductor.process_group(group)
+    size, rank = process_group.size(), process_group.rank()
+    columns, length = size // rows, local.shape[0]
+    to, of = (rank + columns) % size, (rank - columns) % size
+    given = [length * (other == to) for other in range(size)]
+    taken = [length * (other == of) for other in range(size)]
+    return inductor.all_to_all(local.contiguous(), taken, given, group)
+
+
+def arrived(moving: Any) -> Any:
+    """Wait for what ``pass_on`` gave."""
+    if isinstance(moving, fx.Proxy):
+        return moving.tracer.create_proxy("call_function", arrived, (moving,), {})
+    return inductor.wait(moving)
 
 
 def gather(local: Any, group: str, dim: int) -> Any:

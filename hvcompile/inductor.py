@@ -34,6 +34,10 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 - ``torch.distributed.distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to
   the group, and to the store through which its ranks met; functional collectives do the first themselves.
+- ``torch.ops._c10d_functional.all_to_all_single`` and ``wait_tensor``: what functional collectives trace into. The
+  functions around them wait at once while a graph is traced, so that nothing could be computed in the meantime.
+- ``torch.ops.aten._scaled_dot_product_*_attention``: the kernels that give the log-sum-exp by which parts of an
+  attention are merged; ``scaled_dot_product_attention`` keeps it to itself. Schemas are the same in both.
 """
 
 from __future__ import annotations
@@ -240,6 +244,68 @@ def process_group(name: str) -> dist.ProcessGroup:
 def store_of(group: dist.ProcessGroup) -> Any:
     """The key-value store through which a group's ranks met."""
     return dist.distributed_c10d._get_process_group_store(group)
+
+
+def all_to_all(tensor: torch.Tensor, taken: Sequence[int], given: Sequence[int], group: str) -> torch.Tensor:
+    """Send so many rows to each rank and take so many from each; still on its way when it returns (see ``wait``).
+
+    Args:
+        tensor: contiguous; its rows lie in the order of the ranks that they go to.
+        taken: rows from each rank.
+        given: rows for each rank.
+        group: name of the process group.
+
+    """
+    return torch.ops._c10d_functional.all_to_all_single(tensor, list(taken), list(given), group)  # type: ignore[no-any-return]
+
+
+def wait(moving: torch.Tensor) -> torch.Tensor:
+    """What ``all_to_all`` gave, once it is there."""
+    return torch.ops._c10d_functional.wait_tensor(moving)  # type: ignore[no-any-return]
+
+
+def attention_with_lse(
+    kernel: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by one of torch's kernels, with its log-sum-exp.
+
+    Args:
+        kernel: "flash", "cudnn" or "efficient"; on a CPU "flash". "flash" takes a bias on a CPU only, "cudnn" none.
+        query: ``[B, H, Q, E]``; key and value ``[B, H, K, E]``.
+        key: see ``query``.
+        value: see ``query``.
+        bias: is added to the scores; in the query's dtype, broadcasts to ``[B, H, Q, K]``.
+        scale: of the scores.
+
+    Returns:
+        ``[B, H, Q, E]`` in the query's dtype, and the natural logarithm of the sum of exponentials, ``[B, H, Q]`` in
+        fp32 (fp64 for fp64). What they are for a query that a bias keeps from all keys, kernels don't agree on.
+
+    """
+    aten, given = torch.ops.aten, (query, key, value)
+    if query.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
+            *given, 0.0, False, attn_mask=bias, scale=scale
+        )
+    elif kernel == "flash":
+        out, lse = aten._scaled_dot_product_flash_attention.default(*given, 0.0, False, False, scale=scale)[:2]
+    elif kernel == "cudnn":
+        found = aten._scaled_dot_product_cudnn_attention.default(*given, None, True, 0.0, False, False, scale=scale)
+        out, lse = found[:2]
+    else:
+        if bias is not None:
+            # The kernel reads rows of the bias that begin at multiples of 16 bytes.
+            length = key.shape[2]
+            bias = torch.nn.functional.pad(bias, (0, -length % 16))[..., :length]
+            bias = bias.expand(*query.shape[:3], length)
+        out, lse = aten._scaled_dot_product_efficient_attention.default(*given, bias, True, 0.0, False, scale=scale)[:2]
+        lse = lse[..., : query.shape[2]]  # the kernel pads it to a multiple of 32
+    return out, lse.squeeze(-1) if lse.ndim == 4 else lse
 
 
 def autocast_of(region: fx.Node) -> torch.autocast:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvcompile.attention_kernels import scaled_dot_product_attention_with_lse
 from hvcompile.inductor import TAG, is_data_dependent, shape_key, size_hint, value
 from hvcompile.invariants import copied_out, invariants
 from hvcompile.nodes import is_tensor, mutated_operand, op_name
@@ -27,13 +28,23 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call of ``scaled_dot_product_attention`` by name, those that were left out not among them."""
+    """The arguments of an attention (see ``is_attention``) by name, those that were left out not among them."""
     return dict(zip(_PARAMETERS, node.args, strict=False)) | node.kwargs
 
 
 def is_attention(node: fx.Node) -> bool:
-    """Whether a node is a call of ``scaled_dot_product_attention``."""
-    return node.op == "call_function" and op_name(node) == "scaled_dot_product_attention"
+    """Whether a node is a call of ``scaled_dot_product_attention``, or of a part of one (``is_part``)."""
+    return node.op == "call_function" and (op_name(node) == "scaled_dot_product_attention" or is_part(node))
+
+
+def is_part(node: fx.Node) -> bool:
+    """Whether a node is attention to a part of the keys, which gives its log-sum-exp as well."""
+    return node.target is scaled_dot_product_attention_with_lse
+
+
+def attentions(body: Body) -> list[fx.Node]:
+    """The attentions of a body by their names: the parts of one stand in another order on each rank."""
+    return sorted(filter(is_attention, body.module.graph.nodes), key=lambda node: node.name)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -67,7 +78,7 @@ def match(trunk: Trunk) -> Match:
     same = invariants(trunk)
     chains: dict[tuple[str, ...], tuple[Masked, list[fx.Node], dict[fx.Node, fx.Node]]] = {}
     for body in trunk.bodies:
-        for node in filter(is_attention, body.module.graph.nodes):
+        for node in attentions(body):
             if not isinstance(arguments(node).get("attn_mask"), fx.Node):
                 continue
             outcome = _match_one(trunk, body, node, same)

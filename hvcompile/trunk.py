@@ -16,7 +16,7 @@ from hvcompile.inductor import STORED, TAG, provenance, value
 from hvcompile.nodes import is_tensor, is_weight, storage
 
 if TYPE_CHECKING:
-    from hvcompile.sharding import Layout, Split
+    from hvcompile.layouts import Layout, Split
 
 
 @dataclasses.dataclass(eq=False)

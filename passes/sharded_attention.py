@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +12,15 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
 from hvcompile import collectives, inductor
+from hvcompile.attention_exchange import Heads, Mask, Ring, refusal
 from hvcompile.errors import OptionError
 from hvcompile.inductor import value
 from hvcompile.inputs import classify
+from hvcompile.key_padding import arguments, is_attention
+from hvcompile.layouts import Layout, Segment, Split
 from hvcompile.nodes import ancestors, contexts, descendants
 from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.sharding import CannotShard, Layout, Resharder, Segment, Split, WantsSplit
+from hvcompile.sharding import CannotShard, Resharder, WantsSplit
 from hvcompile.trunk import BlockCall, Body, Group, Sharding, Trunk, is_activation
 
 
@@ -26,31 +29,49 @@ class ShardedAttention(Pass):
     """Split the sequence that runs through the trunk over the ranks of a process group.
 
     The residual stream that carries the sample is split on its sequence dimension before the first block and gathered
-    after the last; all that is computed per token is computed for this rank's tokens alone. Around each attention,
-    DTensor redistributions give a rank the whole sequence of its share of the heads instead (Ulysses): one all-to-all
-    for query, key and value together, one for the result. Streams of other tokens (text) stay whole on every rank, and
-    only their heads are shared out. So keys keep their order, a mask stays as it is, and neither length needs to be a
-    multiple of the ranks: the last ranks' parts are padded, and the padding is cut off before it could be attended to.
+    after the last; all that is computed per token is computed for this rank's tokens alone. The ranks of a sequence are
+    laid out in ``ring`` rows of ``ulysses``, and an attention works across them in two ways:
+
+    - Ulysses: within a row, all-to-alls (DTensor redistributions where there is one row) give a rank the tokens of the
+      whole row for its share of the heads: one for query, key and value together, one for the result.
+    - Ring: each row's keys and values, a stretch of the sequence, are passed on from row to row while what is there is
+      attended to. The parts' results are merged by their log-sum-exp, in fp32.
+
+    Streams of other tokens (text) stay whole on every rank; their keys are counted once, beside those of the first
+    stretch. So keys keep their order, a mask is cut where they are, and neither length needs to be a multiple of the
+    ranks: the last ranks' parts are padded, and the padding is cut off before it could be attended to.
 
     Args:
         mesh: one dimension over the ranks that share the sequence; None for all ranks of the default process group.
-        ulysses: over how many ranks the heads are shared out: as many as the mesh has. None for that number.
+        ulysses: ranks in a row, which share out the heads. None for the most that divide ranks and heads.
+        ring: rows, 1 or more; ``ulysses`` times ``ring`` is the number of ranks. None for as many as that takes.
+        cfg: 2 for the samples of one call, such as both halves of classifier-free guidance, to be shared out as well:
+            half of them to each row of a ``mesh`` of two dimensions, 2 and the ranks that share a sequence.
         timeout_seconds: how long the ranks wait for each other when they compare what they are about to run.
 
-    Source: DeepSpeed Ulysses (arXiv:2309.14509); text kept whole as in xDiT's and ParaAttention's HunyuanVideo.
+    Source: DeepSpeed Ulysses (arXiv:2309.14509), Ring Attention (arXiv:2310.01889), both as in USP (arXiv:2405.07719);
+    text kept whole as in xDiT's and ParaAttention's HunyuanVideo.
 
     Before::
 
         a = invoke_subgraph(block_0, video [B, V, C], text, cos [V, D])
         block_0: attended = scaled_dot_product_attention(q, k, v [B, H, V + T, D], mask)
 
-    After::
+    After, with Ulysses over N ranks::
 
         local = pad(video).narrow(1, rank * L, L)
         a = invoke_subgraph(block_0, local [B, L, C], text, pad(cos).narrow(0, rank * L, L)); ... ; gather(...)
         block_0: q, k, v = reshard(stack(video part), sequence -> heads)[:V] | text[this rank's heads]
                  attended = scaled_dot_product_attention(q, k, v [B, H / N, V + T, D], mask)
                  attended = reshard([part of rank 0 | text | part of rank 1 | text ...], heads -> sequence)
+
+    After, with a ring of 2, on the ranks of the first stretch::
+
+        block_0: coming = pass_on(stack(k, v of this stretch))
+                 part_0 = scaled_dot_product_attention_with_lse(q, k | text, v | text, mask of both)
+                 k, v = arrived(coming)
+                 part_1 = scaled_dot_product_attention_with_lse(q, k[:valid], v[:valid], mask of these)
+                 attended = sum(part * exp(lse - max)) / sum(exp(lse - max))
 
     """
 
@@ -59,16 +80,28 @@ class ShardedAttention(Pass):
 
     mesh: DeviceMesh | None = None
     ulysses: int | None = None
+    ring: int | None = None
+    cfg: int = 1
     timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.mesh is not None and self.mesh.ndim != 1:
+        if self.cfg not in {1, 2}:
+            raise OptionError(f"context_parallel.cfg is {self.cfg}; allowed is 1 or 2")
+        for name in ("ulysses", "ring"):
+            degree = getattr(self, name)
+            if degree is not None and degree < 1:
+                raise OptionError(f"context_parallel.{name} is {degree}; allowed is a whole number, 1 or more")
+        if self.cfg == 2 and (self.mesh is None or self.mesh.ndim != 2 or self.mesh.size(0) != 2):
+            given = "there is no mesh" if self.mesh is None else f"mesh is of {tuple(self.mesh.shape)} ranks"
             raise OptionError(
-                f"context_parallel.mesh has {self.mesh.ndim} dimensions; allowed is one: give the dimension over the "
-                'ranks that share a sequence, such as mesh["ulysses"]'
+                f"context_parallel.cfg is 2 and {given}; allowed is a mesh of two dimensions, 2 and the ranks that "
+                'share a sequence: init_device_mesh(device, (2, ranks // 2), mesh_dim_names=("cfg", "sequence"))'
             )
-        if self.ulysses is not None and self.ulysses < 1:
-            raise OptionError(f"context_parallel.ulysses is {self.ulysses}; allowed is a whole number, 1 or more")
+        if self.cfg == 1 and self.mesh is not None and self.mesh.ndim != 1:
+            raise OptionError(
+                f"context_parallel.mesh has {self.mesh.ndim} dimensions; allowed is one, over the ranks that share a "
+                'sequence, such as mesh["sequence"]: how they are laid out as ring x ulysses, those two options say'
+            )
         if not 0 < self.timeout_seconds < float("inf"):
             raise OptionError(
                 f"context_parallel.timeout_seconds is {self.timeout_seconds}; allowed is a number above 0"
@@ -83,19 +116,65 @@ class ShardedAttention(Pass):
         group = self._group()
         if isinstance(group, str):
             return PassReport(declined=((where, group),))
-        trunk.group = Group(name=group.group_name, timeout_seconds=self.timeout_seconds)
-        if self.ulysses not in {None, group.size()}:
-            reason = f"ulysses is {self.ulysses}, but {group.size()} ranks share the sequence; allowed is that number"
-            return PassReport(declined=((where, reason),))
+        if self.cfg == 1:
+            trunk.group = Group(name=group.group_name, timeout_seconds=self.timeout_seconds)
+            return self._split_sequence(trunk, group)
+        whole: Any = dist.group.WORLD
+        trunk.group = Group(name=whole.group_name, timeout_seconds=self.timeout_seconds)
+        halves = self._split_batch(trunk)
+        if group.size() == 1 or not halves.applied:
+            return halves
+        report = self._split_sequence(trunk, group)
+        matched = (*halves.matched, *report.matched)
+        # It was asked for, and half of it is done by now: that the rest can't be is an error.
+        return dataclasses.replace(report, matched=matched, declined=(), unmet=report.declined)
+
+    def _split_batch(self, trunk: Trunk) -> PassReport:
+        assert self.mesh is not None
         try:
-            return _Rewrite(trunk, group).run()
+            return _SplitBatch(trunk, self.mesh.get_group(0), 1).run()
+        except CannotShard as verdict:
+            return PassReport(declined=((trunk.lists, str(verdict)),))
+
+    def _split_sequence(self, trunk: Trunk, group: dist.ProcessGroup) -> PassReport:
+        where = trunk.lists
+        chosen = self._degrees(group.size(), _head_counts(trunk))
+        if isinstance(chosen, str):
+            return PassReport(declined=((where, chosen),))
+        ring, note = chosen
+        try:
+            report = _Rewrite(trunk, group, ring).run()
         except CannotShard as verdict:
             return PassReport(declined=((where, str(verdict)),))
+        return dataclasses.replace(report, noted=(note,) if note else ())
+
+    def _degrees(self, ranks: int, heads: Sequence[int]) -> tuple[int, str] | str:
+        """How many stretches the keys travel between, and what to say of it; or why there is no such number."""
+        ulysses, ring = self.ulysses, self.ring
+        if ulysses is None and ring is None:
+            ulysses, told = max(_degrees(ranks, heads)), ""
+            if ulysses < ranks:
+                counts, ring = " and ".join(map(str, heads)), ranks // ulysses
+                told = f"{ranks} ranks can't share {counts} heads: so {ulysses} do, and {ring} such rows pass on keys"
+            return ranks // ulysses, told
+        ulysses = ranks // ring if ulysses is None and ring else ulysses or 1
+        ring = ranks // ulysses if ring is None else ring
+        if ulysses * ring == ranks:
+            return ring, ""
+        given = ", ".join(f"{name} is {held}" for name in ("ulysses", "ring") if (held := getattr(self, name)))
+        allowed = ", ".join(f"{degree} x {ranks // degree}" for degree in _degrees(ranks, heads))
+        return f"{given}, but {ranks} ranks share the sequence; allowed for ulysses x ring is one of {allowed}"
 
     def _group(self) -> dist.ProcessGroup | str:
         """The ranks that share the sequence, or why there are none."""
         if not dist.is_available() or not dist.is_initialized():
             return "no process group is initialised: start the script with torchrun, which makes one rank a GPU"
+        if self.cfg == 2 and self.mesh is not None:
+            if self.mesh.size() != dist.get_world_size():
+                return (
+                    f"cfg is 2 and mesh has {self.mesh.size()} of {dist.get_world_size()} ranks; allowed is all of them"
+                )
+            return self.mesh.get_group(1)
         group: Any = self.mesh.get_group() if self.mesh is not None else dist.group.WORLD
         if group.size() < 2:
             return "the process group has a single rank"
@@ -105,11 +184,11 @@ class ShardedAttention(Pass):
 class _Rewrite:
     """The rewrite of one trunk: everything is built beside it, and takes its place only where all of it is proven."""
 
-    def __init__(self, trunk: Trunk, group: dist.ProcessGroup) -> None:
-        self.trunk, self.group = trunk, group
+    def __init__(self, trunk: Trunk, group: dist.ProcessGroup, ring: int) -> None:
+        self.trunk, self.group, self.ring = trunk, group, ring
         self.tag = ShardedAttention.__name__
         self.bodies: dict[Body, tuple[dict[int, Layout], Resharder, list[Layout | None]]] = {}
-        self.num_attentions = 0
+        self.num_attentions = self.num_nodes = 0
 
     def run(self) -> PassReport:
         trunk, first = self.trunk, self.trunk.blocks[0]
@@ -127,9 +206,8 @@ class _Rewrite:
                 continue
             if length < 2:
                 continue
-            self.split = Split(
-                group=self.group.group_name, rank=self.group.rank(), ranks=self.group.size(), length=length
-            )
+            group, rank, ranks = self.group.group_name, self.group.rank(), self.group.size()
+            self.split = Split(group=group, rank=rank, ranks=ranks, length=length, ring=self.ring)
             entry = Layout(dim, (Segment(0, length, True),))
             self.bodies, self.num_nodes, self.num_attentions = {}, 0, 0
             try:
@@ -274,25 +352,23 @@ class _Rewrite:
             state.next_value = top.env[state.next_value] if state.next_value is not None else None
         trunk.observed = {name: top.env[node] for name, node in trunk.observed.items()}
         trunk.sharding = Sharding(split=split, streams=streams)
+        return PassReport(matched=(f"{self._told()}; gathered after the blocks: {', '.join(gathered)}",))
+
+    def _told(self) -> str:
+        split = self.split
         padding = split.local * split.ranks - split.length
-        heads = f"{split.ranks} ranks share {split.length} tokens ({split.local} each" + (
+        tokens = f"{split.ranks} ranks share {split.length} tokens ({split.local} each" + (
             f", {padding} of them padding)" if padding else ")"
         )
-        return PassReport(
-            matched=(
-                f"{heads}, and the heads in the bodies' {self.num_attentions} attentions; gathered after the blocks: "
-                + ", ".join(gathered),
-            )
-        )
+        how = "the heads" if split.ring == 1 else f"ulysses x ring is {split.ulysses} x {split.ring}"
+        return f"{tokens}, and {how} in the bodies' {self.num_attentions} attentions"
 
     # Attention
 
     def _attention(self, resharder: Resharder, node: fx.Node) -> Layout | None:
         """Surround an attention by redistributions: the whole sequence of a share of the heads in its place."""
-        names = ("query", "key", "value", "attn_mask")
-        given: dict[str, Any] = dict(zip(names, node.args, strict=False))
-        given |= {name: node.kwargs[name] for name in names if name in node.kwargs}
-        operands: dict[str, fx.Node] = {name: given[name] for name in names[:3]}
+        given = arguments(node)
+        operands: dict[str, fx.Node] = {name: given[name] for name in ("query", "key", "value")}
         mask, layouts = given.get("attn_mask"), {name: resharder.layout(item) for name, item in operands.items()}
         if layouts["key"] is None and layouts["value"] is None and layouts["query"] is not None:
             return self._attend_to_whole(resharder, node, operands["query"], mask)
@@ -301,7 +377,12 @@ class _Rewrite:
             reason = "its mask depends on the tokens that are split"
         if reason:
             raise resharder.refuse(node, reason)
-        heads = _Heads(self.split, layouts, {name: int(value(item).shape[1]) for name, item in operands.items()})
+        shapes = {name: (int(value(item).shape[1]), int(value(item).shape[3])) for name, item in operands.items()}
+        heads = Heads(self.split, layouts, shapes)
+        self.num_attentions += 1
+        if self.split.ring > 1:
+            self._ring(resharder, node, heads, operands, given)
+            return layouts["query"]
         local = resharder.inline(heads.to_heads, {name: resharder.env[item] for name, item in operands.items()}, node)
         replaced = {item: local[name] for name, item in operands.items()}
         if isinstance(mask, fx.Node) and value(mask).ndim > 2 and inductor.size_hint(value(mask).shape[-3]) != 1:
@@ -311,8 +392,35 @@ class _Rewrite:
         attention = resharder.copy(node, replaced)
         resharder.run(attention, node)
         resharder.env[node] = resharder.inline(heads.to_sequence, {"attended": attention}, node)["attended"]
-        self.num_attentions += 1
         return layouts["query"]
+
+    def _ring(
+        self,
+        resharder: Resharder,
+        node: fx.Node,
+        heads: Heads,
+        operands: Mapping[str, fx.Node],
+        given: Mapping[str, Any],
+    ) -> None:
+        """Put parts that travel, and are merged, in place of an attention."""
+        layouts, mask = heads.layouts, given.get("attn_mask")
+        reason = refusal(heads.shapes, given)
+        if not reason and not is_attention(node):
+            reason = "it is one kernel's own operator, whose parts are not known to merge"
+        if reason:
+            raise resharder.refuse(node, reason)
+        assert layouts["key"] is not None
+        dtype = value(node).dtype  # in an autocast region not that of its operands, and kernels' own operators want it
+        env, parts = {name: resharder.env[item] for name, item in operands.items()}, None
+        for name, item in operands.items():
+            if value(item).dtype != dtype:
+                env[name] = resharder.make("to", (env[name], dtype), node)
+        if isinstance(mask, fx.Node):
+            shape = [inductor.size_hint(size) for size in value(mask).shape]
+            env["attn_mask"] = resharder.env[mask]
+            parts = Mask(self.split, layouts["query"], layouts["key"], shape, heads.ours("query"))
+        ring = Ring(heads, parts, given.get("scale"), dtype)
+        resharder.env[node] = resharder.inline(ring.attend, env, node)["attended"]
 
     def _check_attention(self, operands: Mapping[str, fx.Node], layouts: Mapping[str, Layout | None]) -> str:
         """Why an attention can't run over the heads; empty if it can."""
@@ -327,9 +435,11 @@ class _Rewrite:
             if layout is not None and not (layout.is_complete(self.split) and layout.num_split == 1):
                 return f"it attends to parts of the sequence ({layout})"
             heads = fake.shape[1]
-            if not isinstance(heads, int) or heads % self.split.ranks:
+            if not isinstance(heads, int) or heads % self.split.ulysses:
+                legal = _degrees(self.split.ranks, [heads] if isinstance(heads, int) else [])
                 return (
-                    f"{self.split.ranks} ranks can't share its {heads} heads: use a number of ranks that divides them"
+                    f"{self.split.ulysses} ranks can't share its {heads} heads: allowed for ulysses is one of "
+                    f"{', '.join(map(str, legal))}, and the rest of the {self.split.ranks} ranks for ring"
                 )
         return ""
 
@@ -346,65 +456,67 @@ class _Rewrite:
         return layout
 
 
-@dataclasses.dataclass(frozen=True)
-class _Heads:
-    """Graph code around one attention: from a part of the sequence to a share of the heads, and back.
+class _SplitBatch(_Rewrite):
+    """The same for the samples of a batch: they have nothing to do with each other, so nothing is exchanged within."""
 
-    ``layouts`` says of query, key and value (each ``[B, H, S, D]``) what lies along S, ``counts`` how many heads each
-    has. Of tokens that every rank has, only the rank's own heads are taken.
-    """
+    def run(self) -> PassReport:
+        trunk, first = self.trunk, self.trunk.blocks[0]
+        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+            raise CannotShard("the blocks already stand in a branch")
+        stream, sample = _main_stream(trunk), classify(trunk).sample
+        fake = value(first.operands[stream])
+        collectives.mesh_of(self.group.group_name, fake.device.type)  # it can't be made while the graph is traced
+        if sample is None or str(value(sample).shape[0]) != str(fake.shape[0]):
+            raise CannotShard("the first dimension of what enters the blocks is not that of the samples")
+        try:
+            batch = inductor.fix_size(fake.shape[0], trunk.graph)
+        except ValueError as error:
+            raise CannotShard(f"the batch can't be split: {error}") from error
+        if batch % 2:
+            raise CannotShard(
+                f"cfg is 2, and a call has {batch} sample{'s' if batch > 1 else ''}: where a pipeline calls the model "
+                "once for each half of the guidance, as HunyuanVideo's does, a graph has nothing to share out. Drop cfg"
+            )
+        self.split = Split(group=self.group.group_name, rank=self.group.rank(), ranks=2, length=batch)
+        entry = Layout(0, (Segment(0, batch, True),))
+        self._body(first, {stream: entry})
+        report = self._top(stream, entry)
+        assert trunk.sharding is not None
+        # Each half decides by itself whether it reuses a step.
+        trunk.sharding = dataclasses.replace(trunk.sharding, streams={})
+        return report
 
-    split: Split
-    layouts: Mapping[str, Layout | None]
-    counts: Mapping[str, int]
+    def _told(self) -> str:
+        return f"{self.split.length} samples, half of them to each of 2 rows of ranks"
 
-    def ours(self, name: str) -> slice:
-        """The heads of this rank."""
-        share = self.counts[name] // self.split.ranks
-        return slice(self.split.rank * share, (self.split.rank + 1) * share)
+    def _attention(self, resharder: Resharder, node: fx.Node) -> Layout | None:
+        given = arguments(node)
+        tensors = [
+            item for name in ("query", "key", "value", "attn_mask") if isinstance(item := given.get(name), fx.Node)
+        ]
+        layouts = {layout for item in tensors if (layout := resharder.layout(item)) is not None}
+        if len(layouts) > 1 or {layout.dim for layout in layouts} != {0}:
+            raise resharder.refuse(node, "its operands are split in different ways")
+        (layout,) = layouts
+        wholes = [item for item in tensors if resharder.layout(item) is None]
+        batched = [item for item in wholes if value(item).ndim == value(node).ndim and value(item).shape[0] != 1]
+        resharder.env[node] = resharder.copy(node, {item: resharder.part_of(item, layout) for item in batched})
+        return layout
 
-    def to_heads(self, **whole: Any) -> dict[str, Any]:
-        """Query, key and value over the whole sequence: ``[B, H / N, S, D]``."""
-        split, found = self.split, dict[str, Any]()
-        parts: dict[str, Any] = {}
-        places = {
-            name: next(place for place, _, item in layout.offsets(split) if item.is_split)
-            for name, layout in self.layouts.items()
-            if layout is not None
-        }
-        for count in dict.fromkeys(self.counts[name] for name in places):  # as a rule one: a single all-to-all
-            alike = [name for name in places if self.counts[name] == count]
-            ours = torch.stack([whole[name][:, :, places[name] : places[name] + split.local] for name in alike])
-            theirs = collectives.reshard(ours, split.group, 3, 2)
-            parts |= {name: theirs[number][:, :, : split.length] for number, name in enumerate(alike)}
-        for name, held in whole.items():
-            layout = self.layouts[name]
-            if layout is None:
-                found[name] = held[:, self.ours(name)]
-                continue
-            pieces = [
-                parts[name] if item.is_split else held[:, self.ours(name), place : place + item.stop]
-                for place, _, item in layout.offsets(split)
-            ]
-            found[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-        return found
 
-    def to_sequence(self, attended: Any) -> dict[str, Any]:
-        """The result, laid out as the queries were, from ``[B, H / N, S, D]``."""
-        split, layout, pieces = self.split, self.layouts["query"], []
-        if layout is None:
-            return {"attended": collectives.gather(attended, split.group, 1)}
-        for _, place, item in layout.offsets(split):
-            piece = attended[:, :, place : place + item.stop - item.start]
-            if item.is_split:
-                padding = split.local * split.ranks - split.length
-                piece = torch.nn.functional.pad(piece, (0, 0, 0, padding)) if padding else piece
-                piece = piece.unflatten(2, (split.ranks, split.local))
-            else:  # every rank needs these tokens of each: they travel in the same all-to-all
-                piece = piece.unsqueeze(2).expand(-1, -1, split.ranks, -1, -1)
-            pieces.append(piece)
-        packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
-        return {"attended": collectives.reshard(packed.flatten(2, 3), split.group, 1, 2)}
+def _head_counts(trunk: Trunk) -> list[int]:
+    """How many heads the attentions of the blocks have."""
+    found: set[int] = set()
+    for body in trunk.bodies:
+        for node in filter(is_attention, body.module.graph.nodes):
+            fakes = [value(arguments(node)[name]) for name in ("query", "key", "value")]
+            found |= {fake.shape[1] for fake in fakes if fake.ndim == 4 and isinstance(fake.shape[1], int)}
+    return sorted(found)
+
+
+def _degrees(ranks: int, heads: Iterable[int]) -> list[int]:
+    """Over how many ranks so many heads can be shared out, where that must divide the ranks as well."""
+    return [degree for degree in range(1, ranks + 1) if not any(count % degree for count in (ranks, *heads))]
 
 
 def _main_stream(trunk: Trunk) -> int:

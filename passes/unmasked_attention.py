@@ -21,7 +21,8 @@ from hvcompile.key_padding import (
     Masked,
     Match,
     arguments,
-    is_attention,
+    attentions,
+    is_part,
     made_of,
     match,
     num_keys,
@@ -95,9 +96,7 @@ class UnmaskedAttention(Pass):
                 declined.append((trunk.lists, "no attention in the blocks has a mask"))
         else:
             declined.append(("masks", "options['attention']['unmask'] is False"))
-        all_attention = [
-            (body, node) for body in trunk.bodies for node in body.module.graph.nodes if is_attention(node)
-        ]
+        all_attention = [(body, node) for body in trunk.bodies for node in attentions(body)]
         kinds = {(body, node): _describe(node) for body, node in all_attention}
         unmet: list[tuple[str, str]] = []
         noted: list[str] = []
@@ -178,9 +177,18 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], tag: str) -> fx.Node:
                 mine = [item.narrow(0, sample, 1) for item in mine]
             q, k, v = mine
             parts.append(attend(q, k.narrow(2, 0, length), v.narrow(2, 0, length), **given))
-        return {"out": torch.cat(parts) if len(parts) > 1 else parts[0]}
+        if not is_part(node):
+            return {"out": torch.cat(parts) if len(parts) > 1 else parts[0]}
+        both = [[part[place] for part in parts] for place in range(2)]
+        return {str(place): torch.cat(held) if len(held) > 1 else held[0] for place, held in enumerate(both)}
 
-    _replace(node, inline(node.graph, shortened, names, before=node, tag=tag)["out"])
+    made = inline(node.graph, shortened, names, before=node, tag=tag)
+    if is_part(node):
+        for user in list(node.users):  # each takes one of the two results
+            _replace(user, made[str(user.args[1])])
+        node.graph.erase_node(node)
+    else:
+        _replace(node, made["out"])
     return mask
 
 
@@ -192,6 +200,9 @@ def _describe(node: fx.Node) -> Attention:
 
 def _pin(node: fx.Node, kernel: str) -> None:
     """Put a kernel's own operator in place of an attention."""
+    if is_part(node):
+        node.kwargs = {**node.kwargs, "kernel": kernel}
+        return
     given = arguments(node)
     names = {name: given[name] for name in ("query", "key", "value", "attn_mask") if given.get(name) is not None}
     dtype = value(given["query"]).dtype

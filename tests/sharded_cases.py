@@ -34,12 +34,12 @@ def inputs_of(family: str, valid: int | tuple[int, ...] = 5, size: tuple[int, in
     return inputs
 
 
-def equality(lower: str, cases: list[tuple[str, list[dict[str, Any]]]], cache: Any = False) -> list[float]:
-    """The relative difference from one rank, in the order of the cases; families in turn, each one model."""
+def equality(lower: str, cases: list[tuple[str, Any, list[dict[str, Any]]]], cache: Any = False) -> list[float]:
+    """The relative difference from one rank, in order; a case is a family, how its model is split, and its calls."""
     found = []
-    for family, calls in cases:
+    for family, parallel, calls in cases:
         model = zoo.FAMILIES[family].build(**DEPTH)
-        options = {"lower": lower, "first_block_cache": cache, "context_parallel": True}
+        options = {"lower": lower, "first_block_cache": cache, "context_parallel": parallel}
         fast = hvfast(model, fullgraph=True, options=options)
         for call in calls:
             inputs = inputs_of(family, **call)
@@ -71,15 +71,30 @@ def inductor_steps() -> list[float]:
     return [relative_error(*pair) for pair in zip(*steps, strict=True)] if rank() == 0 else []
 
 
-def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[list[bool], list[bool], float]]:
+def float8(parallel: list[Any]) -> list[float]:
+    """The relative difference from one rank, all with float8."""
+    outputs = []
+    for fields in (*parallel, False):
+        torch._dynamo.reset()
+        options = {"lower": "eager", "first_block_cache": False, "fp8": True, "context_parallel": fields}
+        fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
+        with torch.no_grad():  # of a size at which one rank alone has no more layers that are worth it
+            outputs.append(first(fast(**inputs_of("hunyuan_video", size=(3, 4, 12)), return_dict=False)))
+    *together, alone = outputs
+    return [relative_error(output, alone) for output in together]
+
+
+def decisions(
+    lower: str, thresholds: list[float], parallel: list[Any], **fields: Any
+) -> list[tuple[list[bool], list[bool], float]]:
     """Thirty steps at each threshold: decisions of the ranks together, those of one rank, how the samples differ."""
     found = []
     for threshold in thresholds:
         runs = []
-        for parallel in (True, False):
+        for layout in (*parallel, False):
             torch._dynamo.reset()
             cache = {"threshold": threshold, **fields}
-            options = {"lower": lower, "first_block_cache": cache, "context_parallel": parallel}
+            options = {"lower": lower, "first_block_cache": cache, "context_parallel": layout}
             fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
 
             def was_reused(fast: Any = fast) -> bool:
@@ -87,7 +102,8 @@ def decisions(lower: str, thresholds: list[float], **fields: Any) -> list[tuple[
 
             inputs = inputs_of("hunyuan_video", size=(3, 4, 10))
             runs.append(denoise(fast, inputs, was_reused=was_reused))
-        found.append((runs[0].reused, runs[1].reused, relative_error(runs[0].sample, runs[1].sample)))
+        *together, alone = runs
+        found += [(run.reused, alone.reused, relative_error(run.sample, alone.sample)) for run in together]
     return found
 
 
@@ -102,19 +118,19 @@ class JointBlock(torch.nn.Module):
         self.query, self.key, self.value, self.text, self.out = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(5))
         self.scale = scale
 
-    def forward(self, hidden: Any, text: Any, time: Any, place: Any) -> Any:
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any, mask: Any = None) -> Any:
         def heads(tokens: Any) -> Any:
             return tokens.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
         text = self.text(text)
         query, key, value = self.query(hidden + place), self.key(hidden + place), self.value(hidden)
         key, value = torch.cat([key, text], dim=1), torch.cat([value, text], dim=1)
-        mixed = torch.nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value), mask)
         return hidden + self.scale * self.out(mixed.transpose(1, 2).flatten(2) + time[:, None])
 
 
 class Joint(torch.nn.Module):
-    """``(sample [B, N, C], timestep [B], text [B, L, C]) -> [B, N, C]``, quick to trace."""
+    """``(sample [B, N, C], timestep [B], text [B, L, C], valid text [B, L]) -> [B, N, C]``, quick to trace."""
 
     def __init__(self, blocks: int = 3, scale: float = 0.2) -> None:
         super().__init__()
@@ -122,12 +138,14 @@ class Joint(torch.nn.Module):
         self.embed, self.time, self.head = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.blocks = torch.nn.ModuleList(JointBlock(scale) for _ in range(blocks))
 
-    def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
+    def forward(self, sample: Any, timestep: Any, text: Any, valid: Any = None) -> Any:
         time = self.time((timestep[:, None].float() / 1000 * torch.arange(WIDTH, device=timestep.device)).cos())
         place = torch.arange(sample.shape[1] * WIDTH, device=sample.device).view(sample.shape[1], WIDTH).sin()[None]
-        hidden = self.embed(sample)
+        hidden, mask = self.embed(sample), None
+        if valid is not None:
+            mask = torch.cat([valid.new_ones(sample.shape[:2]), valid], dim=1)[:, None, None]
         for block in self.blocks:
-            hidden = block(hidden, text, time, place)
+            hidden = block(hidden, text, time, place, mask)
         return self.head(hidden)
 
 
@@ -150,15 +168,56 @@ def joint(cache: Any = False, lower: str = "eager", timeout: float = 20.0, **fie
     return hvfast(Joint(), fullgraph=True, options=options)
 
 
-def toy_lengths(lengths: list[int]) -> list[float]:
+def toy_lengths(lengths: list[int], fields: dict[str, Any]) -> list[float]:
     """Relative errors of the small model at these lengths."""
     found = []
     for tokens in lengths:
         torch._dynamo.reset()
         inputs = joint_inputs(tokens=tokens)
         with torch.no_grad():
-            found.append(relative_error(joint()(**inputs), Joint()(**inputs)))
+            found.append(relative_error(joint(**fields)(**inputs), Joint()(**inputs)))
     return found
+
+
+def masked_inputs(counts: tuple[int, ...], tokens: int = 13) -> dict[str, Any]:
+    """Inputs of the small model with so many valid text tokens of five, one number a sample."""
+    inputs = {name: held.expand(len(counts), *held.shape[1:]) for name, held in joint_inputs(tokens=tokens).items()}
+    draw = zoo.Draw(4)
+    inputs["text"] = draw.normal(len(counts), 5, WIDTH)
+    return inputs | {"valid": torch.arange(5)[None] < torch.tensor(counts)[:, None]}
+
+
+def toy_masks(valid: list[tuple[int, ...]], tokens: int, fields: dict[str, Any]) -> list[float]:
+    """Relative errors of the small model, first with the mask as it is and then as shorter keys."""
+    found = []
+    for attention in (False, True):
+        torch._dynamo.reset()
+        options = {"lower": "eager", "first_block_cache": False, "context_parallel": fields, "attention": attention}
+        fast = hvfast(Joint(), fullgraph=True, dynamic=False, options=options)
+        for counts in valid:
+            inputs = masked_inputs(counts, tokens)
+            with torch.no_grad():
+                found.append(relative_error(fast(**inputs), Joint()(**inputs)))
+    return found
+
+
+def toy_inductor(fields: dict[str, Any]) -> list[float]:
+    """Relative errors of the small model compiled by Inductor: a computed and a reused step of each of two batches."""
+    errors, cache = [], {"threshold": 1.0}
+    fast, alone = (
+        hvfast(
+            Joint(2), fullgraph=True, options={"lower": lower, "first_block_cache": cache, "context_parallel": split}
+        )
+        for lower, split in (("inductor", fields), ("eager", False))
+    )
+    for counts in ((2, 4), (5, 1)):
+        for _ in range(2):
+            inputs = masked_inputs(counts)
+            with torch.no_grad():
+                errors.append(relative_error(fast(**inputs), alone(**inputs)))
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True] * 2
+    assert not hvcompile.stats(fast).recompiles
+    return errors
 
 
 def fault(kind: str) -> str:
@@ -167,6 +226,10 @@ def fault(kind: str) -> str:
     patience = 6.0 if kind in {"off", "death"} else 60.0
     fast = joint(cache={"threshold": 0.1 if kind == "threshold" and odd else 0.5}, timeout=patience)
     inputs = joint_inputs(seed=int(kind == "seed" and odd), tokens=14 if kind == "shape" and odd else 13)
+    if kind == "death in a ring":
+        fast = joint(cache={"threshold": 0.5}, timeout=patience, ring=2)
+    if kind == "ring":
+        fast = joint(cache={"threshold": 0.5}, timeout=patience, ring=1 + odd)
     if kind == "off" and odd:
         fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
     if kind == "blocks" and odd:
@@ -193,7 +256,7 @@ def fault(kind: str) -> str:
                     ranks.die()
                 for clock in (800.0, 700.0, 600.0):
                     fast(**joint_inputs(seed=1, timestep=clock))
-            if kind == "death in a step":
+            if kind in {"death in a step", "death in a ring"}:
                 if odd:
                     ranks.die()
                 fast(**inputs | {"timestep": torch.tensor([800.0])})
@@ -215,6 +278,32 @@ def rows_apart() -> tuple[list[bool], float]:
             inputs["sample"] *= 1 + (0.02 + 0.4 * row) * step
             error = max(error, relative_error(fast(**inputs), alone(**inputs)))
     return [step.reused for step in hvcompile.stats(fast).steps], error
+
+
+def halves(fields: dict[str, Any], steps: int) -> list[tuple[bool, bool, float]]:
+    """A batch of two samples, whose second one changes more, its halves on two rows of ranks, with the cache.
+
+    Of each step, what this rank decided, what one rank decides for that sample alone, and the error of its half.
+    """
+    shape = (2, torch.distributed.get_world_size() // 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cfg", "sequence"))
+    cache, row = {"threshold": 0.3}, rank() // shape[1]
+    fast = joint(cache=cache, mesh=mesh, cfg=2, **fields)
+    alone = hvfast(
+        Joint(), fullgraph=True, options={"lower": "eager", "first_block_cache": cache, "context_parallel": False}
+    )
+    found = []
+    with torch.no_grad():
+        for step in range(steps):
+            inputs = masked_inputs((2, 4))
+            inputs["timestep"] = torch.full((2,), 900.0 - 0.5 * step)
+            inputs["sample"] = torch.cat([joint_inputs(seed=0)["sample"], joint_inputs(seed=1)["sample"]])
+            inputs["sample"] *= 1 + torch.tensor([0.02, 0.42])[:, None, None] * step
+            mine = {name: held[row : row + 1] for name, held in inputs.items()}
+            error = relative_error(fast(**inputs)[row : row + 1], alone(**mine))
+            together, single = (hvcompile.stats(model).steps[-1].reused for model in (fast, alone))
+            found.append((together, single, error))
+    return found
 
 
 def skewed() -> list[tuple[bool, float]]:

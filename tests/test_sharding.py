@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 
 from hvcompile.explain import capture
-from hvcompile.sharding import CannotShard, Layout, Resharder, Segment, Split, WantsSplit, localise
+from hvcompile.layouts import Layout, Segment, Split, localise
+from hvcompile.sharding import CannotShard, Resharder, WantsSplit
 
 BATCH, TEXT, WIDTH = 2, 3, 8
 
