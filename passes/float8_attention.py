@@ -14,7 +14,7 @@ from hvcompile.errors import OptionError
 from hvcompile.float8_attention import MOST_HEAD_SIZE
 from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import provenance, shape_key, value
-from hvcompile.key_padding import arguments, is_attention
+from hvcompile.key_padding import arguments, is_attention, is_part
 from hvcompile.nodes import is_tensor
 from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.trunk import BlockCall, Body, Trunk
@@ -114,6 +114,8 @@ class Float8Attention(Pass):
 
 def refusal(node: fx.Node) -> str:
     """Why an attention can't be computed in float8; empty if it can."""
+    if is_part(node):
+        return "it attends to a part of the keys, as ring attention does, and the float8 kernel gives no log-sum-exp"
     given = arguments(node)
     query, key, held = (value(given[name]) for name in ("query", "key", "value"))
     if given.get("attn_mask") is not None:
