@@ -92,7 +92,8 @@ def test_a_small_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_schema(record: dict[str, Any]) -> None:
     assert set(record) == {
-        *("command", "date", "versions", "machine", "seconds_in_all", "protocol", "contenders", "ratios"),
+        *("command", "date", "versions", "machine", "seconds_in_all", "interrupted", "protocol"),
+        *("contenders", "ratios"),
     }
     assert {"model", "blocks", "hidden", "tokens", "steps", "threshold", "dtype", "restart"} <= set(record["protocol"])
     number = (int, float)
@@ -108,12 +109,14 @@ def check_schema(record: dict[str, Any]) -> None:
         "median_step_seconds": dict,
         "steps": (str, type(None)),
         "hits": (int, type(None)),
+        "partly_reused": (int, type(None)),
         "hit_rate": (float, type(None)),
         "regions": list,
         "regions_of_a_step": dict,
         "graphs": (int, type(None)),
         "recompiles": (int, type(None)),
         "recompile_cases": (list, type(None)),
+        "recompile_error": (str, type(None)),
         "peak_bytes": dict,
         "repeatable": (bool, type(None)),
         "quality": (dict, type(None)),
