@@ -91,7 +91,7 @@ class Explanation:
         dtype: that most products compute in.
         device: whose peaks bound the seconds; empty if none was named.
         depends_on_data: whether some length is known only when the model runs (text without its padding, say); such a
-            length counts as 1 in operations and bytes, which are too low by that.
+            length counts as the most that it can be, or as 1 where nothing bounds it.
         stages: the program as it was captured and after each rewrite, as text.
 
     """

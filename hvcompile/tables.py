@@ -97,7 +97,10 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
 
     if explanation.depends_on_data:
-        cost.caption = "a length is known only when the model runs: it counts as 1, and these figures are too low"
+        cost.caption = (
+            "a length is known only when the model runs: it counts as the most that it can be, or as 1 where nothing "
+            "bounds it"
+        )
 
     memory = Table("", "GB", title="memory", title_justify="left")
     memory.add_row("weights", f"{explanation.weight_bytes / 1e9:.3g}")
