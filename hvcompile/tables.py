@@ -26,12 +26,14 @@ def bisection_table(found: Bisection) -> Table:
     table = Table(title=str(found.folder), title_justify="left")
     for heading in ("stage", "what"):
         table.add_column(heading, overflow="fold")
-    for heading in ("differs by", "relative", "not finite"):
+    for heading in ("differs by", "relative", "allowed", "not finite"):
         table.add_column(heading, justify="right")
     for place, stage in enumerate(found.stages):
         worst = max(stage.figures, key=lambda figure: figure.relative, default=None)
-        mark = " <-" if found.finding and place == len(found.stages) - 1 else ""
-        cells = ("", "") if worst is None or not place else (f"{worst.largest:.3g}", f"{worst.relative:.3g}")
+        mark = " <-" if found.finding and found.finding.stage == stage.name else ""
+        cells = ("", "", "")
+        if worst is not None and place:
+            cells = (f"{worst.largest:.3g}", f"{worst.relative:.3g}", f"{stage.tolerance:g}")
         table.add_row(
             Text(stage.name + mark), Text(stage.what), *cells, str(sum(figure.not_finite for figure in stage.figures))
         )
