@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from hvcompile import inductor, pipeline
-from hvcompile.costs import Cost, Device, costs
-from hvcompile.errors import UntraceableModelError
+from hvcompile.backend import needs_gradients
+from hvcompile.costs import DEVICES, Cost, Device, costs
+from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.graph_text import Stage, stage
 from hvcompile.inductor import is_data_dependent, numel_hint, size_hint, value
 from hvcompile.nodes import is_tensor, is_weight
@@ -169,7 +170,7 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-    device: Device | None = None,
+    device: Device | str | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Say what hvfast would do with a call of a model, and what the call costs; nothing is computed.
@@ -179,16 +180,21 @@ def explain(
         args: of the call, on the model's device.
         options: as for ``torch.compile``; a pass that is asked for and can't apply is told of, not raised.
         mode: as for ``torch.compile``.
-        device: whose peaks bound the step time (``costs.DEVICES``); None for no bound.
+        device: whose peaks bound the step time, or its key in ``costs.DEVICES``, such as "h100"; None for no bound.
         kwargs: of the call.
 
     Raises:
-        OptionError: ``options`` or ``mode`` is invalid.
+        OptionError: ``options``, ``mode`` or ``device`` is invalid.
         UntraceableModelError: Dynamo can't keep the call in one graph.
 
     """
     parse(PASSES, options, mode)  # before the trace, which can take half a minute
-    return explain_graph(capture(model, *args, **kwargs), options=options, mode=mode, device=device)
+    if device is not None and not isinstance(device, Device):
+        if device not in DEVICES:
+            raise OptionError(f"device {device!r} is unknown: give one of {', '.join(DEVICES)}, or a costs.Device")
+        device = DEVICES[device]
+    with torch.no_grad():  # as it was captured
+        return explain_graph(capture(model, *args, **kwargs), options=options, mode=mode, device=device)
 
 
 def explain_graph(
@@ -200,7 +206,8 @@ def explain_graph(
 ) -> Explanation:
     """Say what hvfast would do with a graph captured by Dynamo, which is not changed; see ``explain``."""
     settings = parse(PASSES, options, mode)
-    trunk = recover(captured)
+    reason = needs_gradients(captured)
+    trunk = NoTrunk(reason) if reason else recover(captured)
     spent = costs(captured.graph)
     parts = tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent))
     common: dict[str, Any] = {

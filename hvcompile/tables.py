@@ -85,7 +85,9 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
         reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
         passes.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
 
-    cost = Table(title=f"a step that computes everything, in {explanation.dtype}", title_justify="left")
+    cost = Table(
+        title=f"a step that computes everything, in {explanation.dtype}, before the passes", title_justify="left"
+    )
     cost.add_column("")
     for heading in ("TFLOP", "share", "GB moved", f"seconds at least, {gpu}"):
         cost.add_column(heading, justify="right")
@@ -96,7 +98,8 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     cost.add_section()
     cost.add_row("all", *_cost_row(explanation.flops, 1.0, moved, explanation.seconds))
     reused = explanation.reused_flops
-    cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
+    if reused != explanation.flops:
+        cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
 
     if explanation.depends_on_data:
         cost.caption = (
