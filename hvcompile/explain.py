@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import inductor, pipeline
+from hvcompile import collectives, inductor, pipeline
 from hvcompile.backend import needs_gradients
 from hvcompile.costs import DEVICES, Cost, Device, costs
 from hvcompile.errors import OptionError, UntraceableModelError
@@ -89,6 +89,11 @@ class Explanation:
         reused_flops: operations that every step computes: all but those of blocks that a pass put into a branch.
         weight_bytes: of the parameters that the graph reads.
         state_bytes: that the passes keep from step to step, for each generation (or guidance half) that runs.
+        derived_bytes: that follow from conditions or weights alone and are kept as long as these are.
+        staging_bytes: sent and received at most by one collective, where ranks share the work.
+        passed_seconds, reused_seconds: the least time on the device after the passes, of a step that computes
+            everything and of one that reuses, without communication.
+        reused_bytes: moved by a step that reuses.
         dtype: that most products compute in.
         device: whose peaks bound the seconds; empty if none was named.
         depends_on_data: whether some length is known only when the model runs (text without its padding, say); such a
@@ -112,6 +117,11 @@ class Explanation:
     device: str
     depends_on_data: bool
     stages: tuple[Stage, ...] = dataclasses.field(repr=False)
+    derived_bytes: int = 0
+    staging_bytes: int = 0
+    passed_seconds: float | None = None
+    reused_seconds: float | None = None
+    reused_bytes: int | None = None
 
     @property
     def flops(self) -> int:
@@ -247,6 +257,7 @@ def explain_graph(
     wished = [(item, False) for item, _ in settings.passes]
     pipeline.run(trunk, wished, keep, journal, context)
     journal += pipeline.off_rows(settings.switched_off)
+    computed, reused = _after(trunk)
     return Explanation(
         reason="",
         lists=trunk.lists,
@@ -261,8 +272,50 @@ def explain_graph(
             numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
         ),
         stages=tuple(stages),
+        derived_bytes=sum(_bytes(node) for item in trunk.derived for node in item.placeholders if is_tensor(node)),
+        staging_bytes=_staging_bytes(trunk),
+        passed_seconds=sum(cost.seconds(device) for cost in computed) if device is not None else None,
+        reused_seconds=sum(cost.seconds(device) for cost in reused) if device is not None else None,
+        reused_bytes=sum(cost.bytes for cost in reused),
         **common,
     )
+
+
+def _after(trunk: Trunk) -> tuple[list[Cost], list[Cost]]:
+    """What is left to do after the passes: in a step that computes everything, and in one that reuses."""
+    of_body = {body: costs(body.module.graph) for body in trunk.bodies}
+    always = costs(trunk.graph)
+    computed, reused = list(always), list(always)
+    for block in trunk.blocks:
+        computed += of_body[block.body]
+        if block.call.graph is trunk.graph:
+            reused += of_body[block.body]
+    computing = {block.call.graph for block in trunk.blocks}
+    for call in trunk.graph.find_nodes(op="call_function", target=inductor.COND):
+        for reference in call.args[1:3]:
+            branch = getattr(trunk.module, reference.target).graph
+            (computed if branch in computing else reused).extend(costs(branch))
+    return computed, reused
+
+
+def _bytes(node: fx.Node) -> int:
+    held: torch.Tensor = value(node)
+    return numel_hint(held) * held.element_size()
+
+
+def _staging_bytes(trunk: Trunk) -> int:
+    """Of the largest collective, what a rank sends from and receives into; they run one after the other."""
+    graphs = [module.graph for module in trunk.module.modules() if isinstance(module, fx.GraphModule)]
+    moving = [
+        node
+        for graph in graphs
+        for node in graph.nodes
+        if node.op == "call_function"
+        and getattr(node.target, "__module__", "") == collectives.__name__
+        and is_tensor(node)
+    ]
+    sizes = [_bytes(node) + sum(map(_bytes, filter(is_tensor, node.all_input_nodes))) for node in moving]
+    return max(sizes, default=0)
 
 
 def _total(part: str, spent: list[Cost], device: Device | None) -> PartCost:

@@ -94,12 +94,15 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     for part in explanation.costs:
         share = part.flops / explanation.flops if explanation.flops else 0.0
         cost.add_row(part.part, *_cost_row(part.flops, share, part.bytes, part.seconds))
-    moved = sum(part.bytes for part in explanation.costs)
+    in_all = sum(part.bytes for part in explanation.costs)
     cost.add_section()
-    cost.add_row("all", *_cost_row(explanation.flops, 1.0, moved, explanation.seconds))
+    cost.add_row("all", *_cost_row(explanation.flops, 1.0, in_all, explanation.seconds))
     reused = explanation.reused_flops
+    if explanation.passed_seconds is not None:
+        cost.add_row("the same after the passes", "", "", "", f"{explanation.passed_seconds:.3g}")
     if reused != explanation.flops:
-        cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
+        share, moved, seconds = reused / explanation.flops, explanation.reused_bytes, explanation.reused_seconds
+        cost.add_row("a step that reuses, after the passes", *_cost_row(reused, share, moved, seconds))
 
     if explanation.depends_on_data:
         cost.caption = (
@@ -110,6 +113,9 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     memory = Table("", "GB", title="memory", title_justify="left")
     memory.add_row("weights", f"{explanation.weight_bytes / 1e9:.3g}")
     memory.add_row("kept from step to step, a generation", f"{explanation.state_bytes / 1e9:.3g}")
+    memory.add_row("computed once and kept, a set of conditions", f"{explanation.derived_bytes / 1e9:.3g}")
+    staging = f"{explanation.staging_bytes / 1e9:.3g}" if explanation.staging_bytes else "none"
+    memory.add_row("sent and received at a time, a rank", staging)
     return [trunk, passes, cost, memory]
 
 
