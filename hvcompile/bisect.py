@@ -2,14 +2,17 @@
 
 The stages are the graph that Dynamo captured, the graph after each pass, the last graph lowered by AOTAutograd and by
 Inductor, as far as the dumped run went, and what the run itself gave at its first call. Only the captured graph's own
-outputs are compared. State that passes added is zeros, so that the blocks behind a first-block cache are computed:
-there, and not in a reused step, the cache is exact.
+outputs are compared. State that passes added is zeros, so that the blocks behind a first-block cache are computed.
+Graphs that hand the next state over are called once more on the same inputs with it: nothing has changed then, so that
+a cache reuses, and must give what it has just computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +43,7 @@ class Figure:
 
     Attributes:
         output: its position among the captured graph's outputs.
+        call: 1, or 2 for the call with the state that the first one gave.
         shape: of this stage's output.
         dtype: of this stage's output.
         largest: largest absolute difference, over what is finite in both.
@@ -56,15 +60,20 @@ class Figure:
     relative: float
     not_finite: int
     newly_not_finite: int
+    call: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage that was run: its name, what it is, and its figures; those of the first compare with nothing."""
+    """A stage that was run: its name, what it is, its figures, and the relative difference that it is allowed.
+
+    The figures of the first compare with nothing.
+    """
 
     name: str
     what: str
     figures: tuple[Figure, ...]
+    tolerance: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """What was found in one folder; ``finding`` is None where nothing was."""
+    """What was found in one folder; ``finding`` is None where nothing was.
+
+    ``tolerance`` is that of a stage that changes nothing; what a stage was allowed, the stage says.
+    """
 
     folder: Path
     tolerance: float
@@ -91,7 +103,15 @@ class Bisection:
         """The outcome in one sentence or two."""
         if self.finding is None:
             names = ", ".join(stage.name for stage in self.stages)
-            return f"nothing found: {names} agree to a relative {self.tolerance:g}, and no value is NaN or infinite"
+            wider: dict[float, list[str]] = {}
+            for stage in self.stages:
+                if stage.tolerance != self.tolerance:
+                    wider.setdefault(stage.tolerance, []).append(stage.name)
+            told = "; ".join(f"{', '.join(names)} to {allowed:g}" for allowed, names in wider.items())
+            return (
+                f"nothing found: {names} agree, each with the one before, to a relative {self.tolerance:g}"
+                f"{f' ({told})' if told else ''}, and no value is NaN or infinite"
+            )
         return f"{self.finding.stage}: {self.finding.problem}. {self.finding.switch_off}"
 
     def record(self) -> dict[str, Any]:
@@ -110,7 +130,7 @@ def _json(held: Any) -> Any:
     return held
 
 
-def bisect(
+def bisect(  # noqa: PLR0915
     folder: Path,
     *,
     tolerance: float | None = None,
@@ -134,43 +154,53 @@ def bisect(
     if lower is not None and lower not in LOWERINGS:
         raise InputError(f"lower is {lower!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
     dumped = read(folder)
-    allowed = tolerance if tolerance is not None else max(map(_tolerance, dumped.dtypes()), default=_tolerance())
-
+    rounding = max(map(_tolerance, dumped.dtypes()), default=_tolerance())
+    allowed = tolerance if tolerance is not None else rounding
     stages: list[Stage] = []
+    notes = list(dumped.notes())
     spread = 0.0
     finding: Finding | None = None
     before: Sequence[Any] = ()
+    before_again: Sequence[Any] | None = None
     for name, what, run in _stages(dumped, lower or dumped.lower):
         observe(f"{name}: {what}")
-        with torch.no_grad():
-            try:
-                torch.manual_seed(0)
-                results = list(run())
-            except InputError:
-                raise
-            except Exception as error:  # whatever a broken graph raises is what is looked for
-                stages.append(Stage(name=name, what=what, figures=()))
-                problem = f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                finding = Finding(stage=name, output=None, problem=problem, switch_off=_advice(name, dumped, allowed))
-                break
-            if name == CAPTURED:
-                before = results
-            results = results[: len(before)]  # what follows is added state
-            figures = tuple(_figures(before, results))
-        stages.append(Stage(name=name, what=what, figures=figures))
-        previous = stages[-2].name if len(stages) > 1 else ""
         row = dumped.rows.get(name, {"matched": (), "tolerance": 0.0})
         may_change = row["tolerance"] if row["matched"] and tolerance is None else 0.0
-        spread = max(spread, may_change / 10)  # coarsely rounded values are others after another sum
-        within = max(allowed, spread, may_change)
-        fault = _fault(figures, within, previous) if len(results) == len(before) else (None, _lacking(before, results))
-        if fault is not None:
-            finding = Finding(stage=name, output=fault[0], problem=fault[1], switch_off=_advice(name, dumped, allowed))
+        is_lowered = name in LOWERINGS or (name == RUN and dumped.lower != "eager")
+        # Coarsely rounded values are others after another sum; two graphs that run eagerly sum alike.
+        within = max(allowed, may_change, spread if is_lowered else 0.0)
+        spread = max(spread, may_change / 10)
+        try:
+            with torch.no_grad():
+                results, second = run(len(before))
+        except InputError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever a broken graph raises is what is looked for
+            stages.append(Stage(name=name, what=what, figures=(), tolerance=within))
+            problem = f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            finding = Finding(stage=name, output=None, problem=problem, switch_off=_advice(name, dumped, within))
             break
-        before = results
-    return Bisection(
-        folder=folder, tolerance=allowed, stages=tuple(stages), finding=finding, notes=tuple(dumped.notes())
-    )
+        before = results if name == CAPTURED else before
+        results = results[: len(before)]  # what follows is added state
+        is_first = before_again is None
+        figures, again = _both_calls(results, second, before, results if before_again is None else before_again)
+        previous = stages[-1].name if stages else ""
+        stages.append(Stage(name=name, what=what, figures=figures + again, tolerance=within))
+        if second is not None and not second.reuses and is_first:
+            notes.append("no reused step is compared: by its options the cache computes a second call too")
+        blamed, fault = name, _fault(figures, within, previous)
+        if len(results) != len(before):
+            fault = (None, _lacking(before, results))
+        if fault is None and is_first:  # what is cached is a difference, which is rounded
+            blamed, fault = _reusing(dumped) or name, _fault(again, max(within, rounding), "its first call")
+        elif fault is None:
+            fault = _fault(again, within, previous)
+        if fault is not None:
+            advice = _advice(blamed, dumped, within)
+            finding = Finding(stage=blamed, output=fault[0], problem=fault[1], switch_off=advice)
+            break
+        before, before_again = results, before_again if second is None else second.results
+    return Bisection(folder=folder, tolerance=allowed, stages=tuple(stages), finding=finding, notes=tuple(notes))
 
 
 def write_json(found: Sequence[Bisection], file: Path) -> None:
@@ -178,37 +208,83 @@ def write_json(found: Sequence[Bisection], file: Path) -> None:
     outputs.write_json({"torch": torch.__version__, "graphs": [item.record() for item in found]}, file)
 
 
-def _stages(dumped: Dumped, lower: str) -> Iterator[tuple[str, str, Callable[[], Sequence[Any]]]]:
-    """Each stage: its name, what it is, and how to run it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Second:
+    """What a second call gives, and whether it reused the first."""
+
+    results: Sequence[Any]
+    reuses: bool
+
+
+_Run = Callable[[int], tuple[list[Any], _Second | None]]
+
+
+def _stages(dumped: Dumped, lower: str) -> Iterator[tuple[str, str, _Run]]:
+    """Each stage: its name, what it is, and how to run it, given the number of the captured graph's outputs."""
     names = {stem_of(name): name for name in dumped.rows}
     for file in dumped.files:
         stem = file.stem.split("_", 1)[1]
-        yield names.get(stem, stem), file.name, functools.partial(_run_file, file)
+        yield names.get(stem, stem), file.name, functools.partial(_run_file, file, "")
     last = dumped.files[-1]
     for step in LOWERINGS[1 : 1 + LOWERINGS.index(lower)]:
-        yield step, f"{last.name} by {step}", functools.partial(_run_lowered, last, step)
+        yield step, f"{last.name} by {step}", functools.partial(_run_file, last, step)
     recorded = dumped.folder / "outputs.pt"
     if lower == dumped.lower and recorded.exists():  # the run as it was ends where its lowering does
-        yield RUN, f"its first call, {recorded.name}", functools.partial(torch.load, recorded, weights_only=True)
+        yield RUN, f"its first call, {recorded.name}", functools.partial(_recorded, recorded)
 
 
-def _run_file(file: Path) -> Sequence[Any]:
-    loaded = load(file)
-    results: Sequence[Any] = loaded.build()(*loaded.example_inputs())
-    return results
+def _recorded(file: Path, _: int) -> tuple[list[Any], None]:
+    try:
+        results = list(torch.load(file, weights_only=True))
+    except Exception as error:  # torch.load raises whatever it stumbles on
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{str(file)!r} can't be read ({type(error).__name__}: {reason}): dump again, or take the file away"
+        ) from error
+    if not any(isinstance(item, torch.Tensor) for item in results):
+        raise InputError(f"{str(file)!r} holds no tensor, so that nothing can be compared: dump again")
+    return results, None
 
 
-def _run_lowered(file: Path, step: str) -> Sequence[Any]:
+def _run_file(file: Path, step: str, num_outputs: int) -> tuple[list[Any], _Second | None]:
+    """Run a file's graph, lowered by ``step`` if given, and once more with the state that it gave, if it gave any."""
     loaded = load(file)
     inputs = list(loaded.example_inputs())
-    results: Sequence[Any] = inductor.LOWERINGS[step](read_graph(loaded), inputs)(*inputs)
-    return results
+    module = loaded.build()
+    run = inductor.LOWERINGS[step](read_graph(loaded), inputs) if step else module
+    torch.manual_seed(0)
+    results = list(run(*inputs))
+    names = list(inspect.signature(module.forward).parameters)
+    num_states = len(list(itertools.takewhile(lambda name: name.startswith("state_"), reversed(names))))
+    added = results[num_outputs:]  # the next state, then the decision
+    if not num_states or not num_outputs or len(added) <= num_states:
+        return results, None
+    again = list(loaded.example_inputs())  # a graph may have written into its inputs
+    again[-num_states:] = added[:num_states]
+    torch.manual_seed(0)
+    second = list(run(*again))
+    return results, _Second(results=second, reuses=bool(second[num_outputs + num_states][0]))
+
+
+def _reusing(dumped: Dumped) -> str:
+    """The pass that lets a step reuse another; empty where no row of the journal is one."""
+    rows = dumped.rows.items()
+    found = [name for name, row in rows if row["matched"] and not row["is_exact"] and not row["tolerance"]]
+    return found[-1] if found else ""
 
 
 def _figures(before: Sequence[Any], now: Sequence[Any]) -> Iterator[Figure]:
     for place, (old, new) in enumerate(zip(before, now, strict=False)):
         if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
             yield _figure(place, old, new)
+
+
+def _both_calls(
+    results: Sequence[Any], second: _Second | None, before: Sequence[Any], before_again: Sequence[Any]
+) -> tuple[tuple[Figure, ...], tuple[Figure, ...]]:
+    """The figures of a stage's first call and those of its second, if it has one."""
+    again = _figures(before_again, second.results[: len(before)]) if second is not None else ()
+    return tuple(_figures(before, results)), tuple(dataclasses.replace(item, call=2) for item in again)
 
 
 def _figure(place: int, old: torch.Tensor, new: torch.Tensor) -> Figure:
@@ -236,10 +312,12 @@ def _figure(place: int, old: torch.Tensor, new: torch.Tensor) -> Figure:
     )
 
 
-def _fault(figures: Sequence[Figure], tolerance: float, previous: str) -> tuple[int, str] | None:
+def _fault(figures: Sequence[Figure], tolerance: float, previous: str) -> tuple[int | None, str] | None:
     """The first output that is wrong, and how; ``previous`` is empty for the captured graph."""
     for figure in figures:
         output = f"output {figure.output} ({figure.dtype} {list(figure.shape)})"
+        if figure.call > 1:
+            output += " of a second call on the same inputs"
         if figure.newly_not_finite:
             since = f" that {previous} gives as finite numbers" if previous else ""
             return figure.output, f"{output} has {figure.newly_not_finite} values{since} that are NaN or infinite"

@@ -176,10 +176,11 @@ def explain(
             help="Directory or hub id of a diffusers pipeline, or a Python script (default: the embedded tiny one)."
         ),
     ] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Of the script, after --.")] = None,
     frames: Annotated[int | None, typer.Option(help="Length of the clip.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    prompt: Annotated[str, typer.Option(help="Its length counts where the pipeline does not pad.")] = "a cat walks",
+    prompt: Annotated[str | None, typer.Option(help="Its length counts where the pipeline does not pad.")] = None,
     mode: Annotated[
         str | None,
         typer.Option(help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too."),
@@ -187,7 +188,7 @@ def explain(
     gpu: Annotated[
         str, typer.Option(help="Whose peaks bound the step time: a100, l20, l40s, rtx4090, h100, h200 or b200.")
     ] = "h100",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 (default), float16 or float32.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a report with pictures and the graphs (.html).")
@@ -213,6 +214,7 @@ def explain(
             dtype=dtype,
             json_file=json_file,
             html_file=html_file,
+            arguments=tuple(arguments or ()),
         )
         explanation = explaining.explain_request(request)
     except Exception as error:

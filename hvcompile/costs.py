@@ -13,12 +13,12 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import fx
 
-from hvcompile.inductor import numel_hint, value
+from hvcompile.flops import flops
+from hvcompile.inductor import COND, INVOKE_SUBGRAPH, numel_hint, value
 from hvcompile.nodes import is_tensor, op_name, storage
-from hvcompile.structure import PRODUCTS, arithmetic
 
-LINEAR, ATTENTION, CONVOLUTION, REST = "linear", "attention", "convolution", "rest"
-"""The parts; ``rest`` is all that is no product: norms, modulation, activations, rotary embedding, residuals."""
+REST = "rest"
+"""All that is no product (``flops`` has the kinds of these): norms, modulation, activations, rotary embedding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,43 +70,50 @@ class Cost:
 
 
 def costs(graph: fx.Graph) -> list[Cost]:
-    """Every product of a captured graph with what it costs, and the rest as one."""
-    products = [node for node in graph.nodes if _part(node) != REST]
-    found = [
-        Cost(
-            part=_part(node),
-            flops=arithmetic(node),
-            bytes=_bytes(node) + sum(_bytes(item) for item in dict.fromkeys(node.all_input_nodes)),
-            dtype=value(node if is_tensor(node) else node.all_input_nodes[0]).dtype,
-        )
-        for node in products
-    ]
-    dtype = max((cost.dtype for cost in found), key=[cost.dtype for cost in found].count, default=torch.float32)
-    return [*found, Cost(part=REST, flops=0, bytes=_bytes_of_rest(graph), dtype=dtype)]
+    """Every product of a graph with what it costs, and the rest as one.
+
+    A call of another graph (a block's body, a branch) costs nothing here: its products are those of that graph. An
+    operation that holds products of several kinds moves its bytes with the first of them.
+    """
+    products = {node: found for node in graph.nodes if (found := flops(node))}
+    spent = []
+    for node, found in products.items():
+        moved = _bytes(node) + sum(_bytes(item) for item in dict.fromkeys(node.all_input_nodes))
+        for place, (part, number) in enumerate(found.items()):
+            spent.append(Cost(part=part, flops=number, bytes=0 if place else moved, dtype=_dtype(node)))
+    dtypes = [cost.dtype for cost in spent]
+    dtype = max(dtypes, key=dtypes.count, default=torch.float32)
+    return [*spent, Cost(part=REST, flops=0, bytes=_bytes_of_rest(graph, set(products)), dtype=dtype)]
 
 
-def _part(node: fx.Node) -> str:
-    if node.op not in {"call_function", "call_method"}:
-        return REST
-    name = op_name(node)
-    if "scaled_dot_product" in name:
-        return ATTENTION  # where a kernel is pinned, a tuple
-    if not is_tensor(node):
-        return REST
-    if name.startswith("conv"):
-        return CONVOLUTION
-    return LINEAR if name in PRODUCTS else REST
+def _dtype(node: fx.Node) -> torch.dtype:
+    """What a product computes in: float8 operands have a wider result."""
+    operands = [value(item).dtype for item in node.all_input_nodes if is_tensor(item)]
+    narrow = [dtype for dtype in operands if dtype.is_floating_point and dtype.itemsize == 1]
+    held: torch.dtype = (narrow or [value(node).dtype if is_tensor(node) else operands[0]])[0]
+    return held
 
 
 def _bytes(node: fx.Node) -> int:
     return numel_hint(value(node)) * value(node).element_size() if is_tensor(node) else 0
 
 
-def _bytes_of_rest(graph: fx.Graph) -> int:
-    """Bytes that the regions between products read and write."""
+def _is_call(node: fx.Node) -> bool:
+    """Whether a node runs another graph, or is one of the results of that."""
+    if op_name(node) == "getitem" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and node.target in {COND, INVOKE_SUBGRAPH}
+
+
+def _bytes_of_rest(graph: fx.Graph, products: set[fx.Node]) -> int:
+    """Bytes that the regions between products read and write; of a table, what is gathered from it."""
+    given = {node for node in graph.nodes if node.op in {"placeholder", "get_attr"} or _is_call(node)}
+    outside = products | given  # what is no part of any region
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        depth[node] = max((depth[item] + (_part(item) != REST) for item in node.all_input_nodes), default=0)
+        depth[node] = max(
+            (depth[item] + (item in products or _is_call(item)) for item in node.all_input_nodes), default=0
+        )
     owner: dict[Hashable, fx.Node] = {}
     for node in filter(is_tensor, graph.nodes):
         owner.setdefault(storage(node), node)
@@ -114,18 +121,27 @@ def _bytes_of_rest(graph: fx.Graph) -> int:
     read: set[tuple[fx.Node, int]] = set()
     written: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op in {"placeholder", "get_attr"} or owner.get(storage(node), node) is not node:
-            continue  # an input, or a view, which moves nothing
+        if node in given and not _is_call(node):
+            continue
+        if owner.get(storage(node), node) is not node:
+            continue  # a view, which moves nothing
         for item in filter(is_tensor, node.all_input_nodes):
             source = owner[storage(item)]
-            is_given = source.op in {"placeholder", "get_attr"}
-            is_outside = is_given or _part(source) != REST or depth[source] < depth[node]
-            if _part(node) == REST and node.op != "output" and is_outside and (source, depth[node]) not in read:
+            is_outside = source in outside or depth[source] < depth[node]
+            if node not in outside and node.op != "output" and is_outside and (source, depth[node]) not in read:
+                if _is_gathered(node, item):
+                    total += _bytes(node)
+                    continue  # another reader may want all of it
                 read.add((source, depth[node]))
                 total += _bytes(source)
-            is_made_here = not is_given and _part(source) == REST
-            leaves = node.op == "output" or _part(node) != REST or depth[source] < depth[node]
+            is_made_here = source not in outside
+            leaves = node.op == "output" or node in outside or depth[source] < depth[node]
             if is_made_here and leaves and source not in written:
                 written.add(source)
                 total += _bytes(source)
     return total
+
+
+def _is_gathered(node: fx.Node, table: fx.Node) -> bool:
+    """Whether an operation reads only those rows of a table that others of its operands name."""
+    return op_name(node) in {"embedding", "index_select", "gather"} and _bytes(table) > _bytes(node)

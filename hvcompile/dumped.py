@@ -46,7 +46,7 @@ class Dumped:
         file = self.files[0]
         try:
             inputs = load(file).example_inputs()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"{str(file)!r} can't be read ({type(error).__name__}: {reason}): dump again, or undo what was changed "
@@ -63,7 +63,7 @@ class Dumped:
             yield f"the compilation broke off after {self.files[-1].name}, and the lowerings are those of that graph"
         for row in self.rows.values():
             if row["matched"] and not row["is_exact"]:
-                yield f"{row['name']} may change numerics: it is compared in a computed step, not in a reused one"
+                yield f"{row['name']} may change numerics: it is compared in a computed step"
 
 
 def folders(directory: Path) -> list[Path]:
@@ -100,6 +100,10 @@ def read(folder: Path) -> Dumped:
     files = _files(folder)
     numbers = [int(path.name[:2]) for path in files]
     lacking = sorted(set(range(max(numbers, default=0) + 1)) - set(numbers))
+    if len(lacking) > 1 + len(numbers):
+        raise InputError(
+            f"{str(folder)!r} holds {files[-1].name}, a number too high for a dump's graph files: take it away"
+        )
     if lacking:
         raise InputError(
             f"{str(folder)!r} lacks the graph file number {', '.join(f'{number:02d}' for number in lacking)}: each is "
@@ -132,7 +136,8 @@ def _journal(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} was dumped on torch {made_by} and this is torch {torch.__version__}, whose lowerings are "
             "others: bisect it in the environment that it comes from, or dump again here"
         )
-    complete = all({"name", "section", "is_exact", "tolerance", "matched"} <= set(row) for row in passes)
+    complete = isinstance(passes, list) and all(isinstance(row, dict) for row in passes)
+    complete = complete and all({"name", "section", "is_exact", "tolerance", "matched"} <= set(row) for row in passes)
     if journal.get("lower") not in LOWERINGS or "notes" not in journal or not complete:
         raise InputError(f"{str(file)!r} is no journal of this version of hvcompile: dump again")
     return journal

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import inductor, pipeline
-from hvcompile.backend import require_values
-from hvcompile.costs import Cost, Device, costs
-from hvcompile.errors import UntraceableModelError
+from hvcompile import collectives, inductor, pipeline
+from hvcompile.backend import needs_gradients, require_values
+from hvcompile.costs import DEVICES, Cost, Device, costs
+from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.graph_text import Stage, stage
 from hvcompile.inductor import is_data_dependent, numel_hint, size_hint, value
 from hvcompile.nodes import is_tensor, is_weight
@@ -90,10 +90,15 @@ class Explanation:
         reused_flops: operations that every step computes: all but those of blocks that a pass put into a branch.
         weight_bytes: of the parameters that the graph reads.
         state_bytes: that the passes keep from step to step, for each generation (or guidance half) that runs.
+        derived_bytes: that follow from conditions or weights alone and are kept as long as these are.
+        staging_bytes: sent and received at most by one collective, where ranks share the work.
+        passed_seconds, reused_seconds: the least time on the device after the passes, of a step that computes
+            everything and of one that reuses, without communication.
+        reused_bytes: moved by a step that reuses.
         dtype: that most products compute in.
         device: whose peaks bound the seconds; empty if none was named.
         depends_on_data: whether some length is known only when the model runs (text without its padding, say); such a
-            length counts as 1 in operations and bytes, which are too low by that.
+            length counts as the most that it can be, or as 1 where nothing bounds it.
         stages: the program as it was captured and after each rewrite, as text.
 
     """
@@ -113,6 +118,11 @@ class Explanation:
     device: str
     depends_on_data: bool
     stages: tuple[Stage, ...] = dataclasses.field(repr=False)
+    derived_bytes: int = 0
+    staging_bytes: int = 0
+    passed_seconds: float | None = None
+    reused_seconds: float | None = None
+    reused_bytes: int | None = None
 
     @property
     def flops(self) -> int:
@@ -178,7 +188,7 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-    device: Device | None = None,
+    device: Device | str | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Say what hvfast would do with a call of a model, and what the call costs; nothing is computed.
@@ -188,18 +198,23 @@ def explain(
         args: of the call, on the model's device.
         options: as for ``torch.compile``; a pass that is asked for and can't apply is told of, not raised.
         mode: as for ``torch.compile``.
-        device: whose peaks bound the step time (``costs.DEVICES``); None for no bound.
+        device: whose peaks bound the step time, or its key in ``costs.DEVICES``, such as "h100"; None for no bound.
         kwargs: of the call.
 
     Raises:
-        OptionError: ``options`` or ``mode`` is invalid.
+        OptionError: ``options``, ``mode`` or ``device`` is invalid.
         QuantizedWeightError: the model's weights are in float8 alone already, and such options could not compile it.
         UntraceableModelError: Dynamo can't keep the call in one graph.
 
     """
     parse(PASSES, options, mode)  # before the trace, which can take half a minute
+    if device is not None and not isinstance(device, Device):
+        if device not in DEVICES:
+            raise OptionError(f"device {device!r} is unknown: give one of {', '.join(DEVICES)}, or a costs.Device")
+        device = DEVICES[device]
     graph, inputs = _capture(model, args, kwargs)
-    return explain_graph(graph, inputs, options=options, mode=mode, device=device)
+    with torch.no_grad():  # as it was captured
+        return explain_graph(graph, inputs, options=options, mode=mode, device=device)
 
 
 def explain_graph(
@@ -215,7 +230,8 @@ def explain_graph(
     ``inputs`` are the graph's, from which weights are known that are in float8 alone already.
     """
     settings = parse(PASSES, options, mode)
-    trunk = recover(captured)
+    reason = needs_gradients(captured)
+    trunk = NoTrunk(reason) if reason else recover(captured)
     spent = costs(captured.graph)
     parts = tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent))
     common: dict[str, Any] = {
@@ -257,6 +273,7 @@ def explain_graph(
     pipeline.run(trunk, wished, keep, journal, context)
     require_values(trunk, context)
     journal += pipeline.off_rows(settings.switched_off)
+    computed, reused = _after(trunk)
     return Explanation(
         reason="",
         lists=trunk.lists,
@@ -271,8 +288,50 @@ def explain_graph(
             numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
         ),
         stages=tuple(stages),
+        derived_bytes=sum(_bytes(node) for item in trunk.derived for node in item.placeholders if is_tensor(node)),
+        staging_bytes=_staging_bytes(trunk),
+        passed_seconds=sum(cost.seconds(device) for cost in computed) if device is not None else None,
+        reused_seconds=sum(cost.seconds(device) for cost in reused) if device is not None else None,
+        reused_bytes=sum(cost.bytes for cost in reused),
         **common,
     )
+
+
+def _after(trunk: Trunk) -> tuple[list[Cost], list[Cost]]:
+    """What is left to do after the passes: in a step that computes everything, and in one that reuses."""
+    of_body = {body: costs(body.module.graph) for body in trunk.bodies}
+    always = costs(trunk.graph)
+    computed, reused = list(always), list(always)
+    for block in trunk.blocks:
+        computed += of_body[block.body]
+        if block.call.graph is trunk.graph:
+            reused += of_body[block.body]
+    computing = {block.call.graph for block in trunk.blocks}
+    for call in trunk.graph.find_nodes(op="call_function", target=inductor.COND):
+        for reference in call.args[1:3]:
+            branch = getattr(trunk.module, reference.target).graph
+            (computed if branch in computing else reused).extend(costs(branch))
+    return computed, reused
+
+
+def _bytes(node: fx.Node) -> int:
+    held: torch.Tensor = value(node)
+    return numel_hint(held) * held.element_size()
+
+
+def _staging_bytes(trunk: Trunk) -> int:
+    """Of the largest collective, what a rank sends from and receives into; they run one after the other."""
+    graphs = [module.graph for module in trunk.module.modules() if isinstance(module, fx.GraphModule)]
+    moving = [
+        node
+        for graph in graphs
+        for node in graph.nodes
+        if node.op == "call_function"
+        and getattr(node.target, "__module__", "") == collectives.__name__
+        and is_tensor(node)
+    ]
+    sizes = [_bytes(node) + sum(map(_bytes, filter(is_tensor, node.all_input_nodes))) for node in moving]
+    return max(sizes, default=0)
 
 
 def _total(part: str, spent: list[Cost], device: Device | None) -> PartCost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import runpy
 import sys
@@ -27,10 +28,11 @@ class Request:
     Attributes:
         model: directory or hub id, or a Python script; None for the embedded tiny pipeline.
         frames, height, width: the clip, in frames and pixels.
-        prompt: its length counts only where the pipeline does not pad.
+        prompt: its length counts only where the pipeline does not pad; None for a short one.
         mode: as for ``torch.compile``.
         gpu: a key of ``costs.DEVICES``.
-        dtype: a key of ``pipelines.DTYPES``.
+        dtype: a key of ``pipelines.DTYPES``; None for bfloat16.
+        arguments: of the script.
         json_file: where the explanation goes as JSON, without the text of the graphs.
         html_file: where it goes as a report.
 
@@ -40,10 +42,11 @@ class Request:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
-    prompt: str = "a cat walks"
+    prompt: str | None = None
     mode: str | None = None
     gpu: str = "h100"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
+    arguments: tuple[str, ...] = ()
     json_file: Path | None = None
     html_file: Path | None = None
 
@@ -55,7 +58,7 @@ class Request:
                 raise InputError(f"{name} is {value}: give 1 or more")
         if self.gpu not in DEVICES:
             raise InputError(f"gpu {self.gpu!r} is unknown: give one of {', '.join(DEVICES)}")
-        if self.dtype not in pipelines.DTYPES:
+        if self.dtype is not None and self.dtype not in pipelines.DTYPES:
             raise InputError(f"dtype {self.dtype!r} is unknown: give one of {', '.join(pipelines.DTYPES)}")
         if self.mode is not None and self.mode not in MODES:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
@@ -64,11 +67,13 @@ class Request:
         if self.html_file is not None:
             report.check(self.html_file)
         if self.is_script:
-            for name in ("frames", "height", "width", "mode"):
+            for name in ("frames", "height", "width", "mode", "dtype", "prompt"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} can't be given with a script, which chooses it itself: leave it out")
             if not Path(str(self.model)).is_file():
                 raise InputError(f"model {self.model!r}: there is no such script: check its path")
+        elif self.arguments:
+            raise InputError(f"{' '.join(self.arguments)!r} is more than one model: only a script is given arguments")
         elif self.model is not None:
             pipelines.check_model(self.model)
 
@@ -117,17 +122,20 @@ def explain_script(request: Request) -> Explanation:
     """
     path = str(request.model)
     found: list[Explanation] = []
+    met: list[str] = []
 
     def explaining(graph: fx.GraphModule, inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
         explanation = explain_graph(graph, inputs, options=options, mode=mode, device=DEVICES[request.gpu])
         if explanation.reason:
+            met.append(explanation.reason)
             return graph.forward
         found.append(explanation)
         raise _SeenError
 
-    arguments = sys.argv
+    arguments, paths = sys.argv, sys.path
     try:
-        sys.argv = [path]
+        sys.argv = [path, *request.arguments]
+        sys.path = [str(Path(path).resolve().parent), *paths]  # as python itself has it
         with mock.patch.object(backend, "hvfast", explaining):
             runpy.run_path(path, run_name="__main__")
     except _SeenError:
@@ -140,7 +148,16 @@ def explain_script(request: Request) -> Explanation:
             "run it by itself first"
         ) from error
     finally:
-        sys.argv = arguments
+        sys.argv, sys.path = arguments, paths
+    if met:
+        counts = collections.Counter(met)
+        reasons = "; ".join(
+            reason if number == 1 else f"{reason} ({number} graphs)" for reason, number in counts.items()
+        )
+        raise InputError(
+            f"script {path!r} ended, and of the {len(met)} graphs that hvfast was given it would have rewritten none: "
+            f"{reasons}"
+        )
     raise InputError(
         f'script {path!r} ended and called no model compiled with hvfast: compile one with backend="hvfast" and call it'
     )
@@ -154,7 +171,7 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
         UntraceableModelError: the transformer does not trace as one graph.
 
     """
-    dtype = pipelines.DTYPES[request.dtype]
+    dtype = pipelines.DTYPES[request.dtype or "bfloat16"]
     sizes = {"num_frames": request.frames, "height": request.height, "width": request.width}
     arguments: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if request.model is None:
@@ -163,7 +180,7 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
     else:
         pipe = skeleton(request.model, dtype)
     pipelines.Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
-    args, kwargs = transformer_call(pipe, request.prompt, arguments)
+    args, kwargs = transformer_call(pipe, request.prompt or "a cat walks", arguments)
     explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
     facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
     given = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]

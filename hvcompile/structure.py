@@ -17,15 +17,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from hvcompile.inductor import numel_hint, shape_key, size_hint, source_name, value
+from hvcompile.flops import flops
+from hvcompile.inductor import numel_hint, shape_key, source_name, value
 from hvcompile.nodes import is_scalar, is_tensor, op_name
 
 # Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
 # with them are work between the blocks (an adapter, a projection), not blocks.
 MINOR_LIST_SHARE = 0.1
-
-# Operations that are one matrix product.
-PRODUCTS = {"linear", "matmul", "bmm", "mm", "addmm", "baddbmm"}
 
 _PATH_PART = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([^.\[\]]+)")
 _PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers"}
@@ -85,19 +83,9 @@ def owner_of(node: fx.Node, depth: int) -> ModuleCall | None:
 
 
 def arithmetic(node: fx.Node) -> int:
-    """A node's floating point operations, counted exactly for matrix products and attention, else one an element."""
-    operands = [value(operand) for operand in node.all_input_nodes if is_tensor(operand)]
-    name = getattr(node.target, "__name__", str(node.target))
-    if "scaled_dot_product" in name and len(operands) >= 2:  # some of its kernels return a tuple
-        return 4 * numel_hint(operands[0]) * size_hint(operands[1].shape[-2])
-    if not is_tensor(node):
-        return 0
-    out = numel_hint(value(node))
-    if name in PRODUCTS and operands and operands[0].ndim:
-        return 2 * out * size_hint(operands[0].shape[-1])
-    if name.startswith("conv") and len(operands) >= 2:
-        return 2 * out * numel_hint(operands[1]) // max(1, size_hint(operands[1].shape[0]))
-    return out
+    """A node's floating point operations: of matrix products, attention and convolutions, else one an element."""
+    counted = sum(flops(node).values())
+    return counted or (numel_hint(value(node)) if is_tensor(node) else 0)
 
 
 def find_blocks(graph: fx.Graph, depth: int) -> list[Block]:

@@ -28,12 +28,14 @@ def bisection_table(found: Bisection) -> Table:
     table = Table(title=str(found.folder), title_justify="left")
     for heading in ("stage", "what"):
         table.add_column(heading, overflow="fold")
-    for heading in ("differs by", "relative", "not finite"):
+    for heading in ("differs by", "relative", "allowed", "not finite"):
         table.add_column(heading, justify="right")
     for place, stage in enumerate(found.stages):
         worst = max(stage.figures, key=lambda figure: figure.relative, default=None)
-        mark = " <-" if found.finding and place == len(found.stages) - 1 else ""
-        cells = ("", "") if worst is None or not place else (f"{worst.largest:.3g}", f"{worst.relative:.3g}")
+        mark = " <-" if found.finding and found.finding.stage == stage.name else ""
+        cells = ("", "", "")
+        if worst is not None and place:
+            cells = (f"{worst.largest:.3g}", f"{worst.relative:.3g}", f"{stage.tolerance:g}")
         table.add_row(
             Text(stage.name + mark), Text(stage.what), *cells, str(sum(figure.not_finite for figure in stage.figures))
         )
@@ -94,25 +96,37 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
                 table.add_row(*(Text(str(held)) for held in item.values()))
             layers.append(table)
 
-    cost = Table(title=f"a step that computes everything, in {explanation.dtype}", title_justify="left")
+    cost = Table(
+        title=f"a step that computes everything, in {explanation.dtype}, before the passes", title_justify="left"
+    )
     cost.add_column("")
     for heading in ("TFLOP", "share", "GB moved", f"seconds at least, {gpu}"):
         cost.add_column(heading, justify="right")
     for part in explanation.costs:
         share = part.flops / explanation.flops if explanation.flops else 0.0
         cost.add_row(part.part, *_cost_row(part.flops, share, part.bytes, part.seconds))
-    moved = sum(part.bytes for part in explanation.costs)
+    in_all = sum(part.bytes for part in explanation.costs)
     cost.add_section()
-    cost.add_row("all", *_cost_row(explanation.flops, 1.0, moved, explanation.seconds))
+    cost.add_row("all", *_cost_row(explanation.flops, 1.0, in_all, explanation.seconds))
     reused = explanation.reused_flops
-    cost.add_row("a step that reuses", *_cost_row(reused, reused / (explanation.flops or 1), None, None))
+    if explanation.passed_seconds is not None:
+        cost.add_row("the same after the passes", "", "", "", f"{explanation.passed_seconds:.3g}")
+    if reused != explanation.flops:
+        share, moved, seconds = reused / explanation.flops, explanation.reused_bytes, explanation.reused_seconds
+        cost.add_row("a step that reuses, after the passes", *_cost_row(reused, share, moved, seconds))
 
     if explanation.depends_on_data:
-        cost.caption = "a length is known only when the model runs: it counts as 1, and these figures are too low"
+        cost.caption = (
+            "a length is known only when the model runs: it counts as the most that it can be, or as 1 where nothing "
+            "bounds it"
+        )
 
     memory = Table("", "GB", title="memory", title_justify="left")
     memory.add_row("weights", f"{explanation.weight_bytes / 1e9:.3g}")
     memory.add_row("kept from step to step, a generation", f"{explanation.state_bytes / 1e9:.3g}")
+    memory.add_row("computed once and kept, a set of conditions", f"{explanation.derived_bytes / 1e9:.3g}")
+    staging = f"{explanation.staging_bytes / 1e9:.3g}" if explanation.staging_bytes else "none"
+    memory.add_row("sent and received at a time, a rank", staging)
     return [trunk, passes, *layers, cost, memory]
 
 

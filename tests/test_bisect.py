@@ -20,9 +20,11 @@ from oracle import hvfast
 from rich.console import Console
 from toy import Toy, toy_inputs
 from typer.testing import CliRunner
+from wide import Wide, wide_inputs
 
 from hvcompile import backend, bisect, cli, dumped, inductor, outline, tables
 from hvcompile.bisect import Bisection
+from hvcompile.branch import Branch
 from hvcompile.errors import InputError, InvalidRewriteError
 from hvcompile.passes import PASSES
 from hvcompile.trunk import Trunk
@@ -150,7 +152,52 @@ def test_the_cache_is_judged_in_a_computed_step_and_by_the_captured_outputs_alon
     result = bisect.bisect(dump(tmp_path))
     assert result.finding is None
     assert any("compared in a computed step" in note for note in result.notes)
-    assert all(len(stage.figures) == 1 for stage in result.stages)  # not the added state
+    calls = [[figure.call for figure in stage.figures] for stage in result.stages]
+    assert calls[-2:] == [[1, 2], [1]]  # not the added state; a step that reuses once it can
+    assert all(call == [1] for call in calls[:-2])
+
+
+def test_a_fault_of_the_branch_that_reuses_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Branch.call
+
+    def spoiled(self: Branch, function: Any, *args: Any) -> Any:
+        made = call(self, function, *args)
+        return (
+            call(self, torch.add, made, made) if function is torch.add else made
+        )  # the branch that computes subtracts
+
+    monkeypatch.setattr(Branch, "call", spoiled)
+    found = bisect.bisect(dump(tmp_path)).finding
+    assert found is not None
+    assert found.stage == "FirstBlockCache"
+    assert "of a second call on the same inputs differs from that of its first call" in found.problem
+    assert "'first_block_cache': False" in found.switch_off
+
+
+def test_a_cache_that_computes_a_second_call_says_so(tmp_path: Path) -> None:
+    options = {"lower": "eager", "dump": tmp_path, "first_block_cache": {"warmup_steps": 3}}
+    with torch.no_grad():
+        hvfast(Toy().eval(), fullgraph=True, options=options)(**toy_inputs())
+    (folder,) = dumped.folders(tmp_path)
+    assert any("computes a second call too" in note for note in bisect.bisect(folder).notes)
+
+
+def test_after_float8_another_pass_is_looked_at_as_closely_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"lower": "aot", "fp8": True}
+    with torch.no_grad():
+        hvfast(Wide(), fullgraph=True, options={**options, "dump": tmp_path / "right"})(**wide_inputs())
+        spoil_stage(monkeypatch, "FirstBlockCache", 1.008)
+        hvfast(Wide(), fullgraph=True, options={**options, "dump": tmp_path / "wrong"})(**wide_inputs())
+    (right,), (wrong,) = dumped.folders(tmp_path / "right"), dumped.folders(tmp_path / "wrong")
+    result = bisect.bisect(right)
+    assert result.finding is None
+    assert " to a relative 0.0001 (Float8Linears to 0.1; aot, run to 0.01), " in result.verdict()
+    found = bisect.bisect(wrong).finding
+    assert found is not None
+    assert found.stage == "FirstBlockCache"
+    assert "the tolerance is 0.0001" in found.problem
 
 
 def test_a_model_that_gives_nan_itself_is_named_before_any_pass(tmp_path: Path) -> None:
@@ -285,10 +332,16 @@ def test_a_folder_that_is_incomplete_or_from_elsewhere_is_one_clear_line(tmp_pat
     folder = dump(tmp_path)
     journal = json.loads((folder / "journal.json").read_text())
     broken: list[tuple[Callable[[], object], str]] = [
+        (lambda: torch.save([None], folder / "outputs.pt"), "holds no tensor"),
+        (lambda: (folder / "outputs.pt").write_text("no archive"), "outputs.pt' can't be read"),
+        (lambda: (folder / "00_captured.py").write_text("raise SystemExit(0)"), "can't be read (SystemExit"),
         (lambda: (folder / "inputs.pt").write_text("no archive"), "can't be read"),
+        (lambda: (folder / "99_mine.py").write_text(""), "99_mine.py, a number too high"),
+        ((folder / "99_mine.py").unlink, "can't be read"),
         ((folder / "01_outlined.py").unlink, "lacks the graph file number 01"),
         (lambda: (folder / "journal.json").write_text(json.dumps({**journal, "torch": "1.0"})), "dumped on torch 1.0"),
         (lambda: (folder / "journal.json").write_text(json.dumps({**journal, "lower": "x"})), "this version"),
+        (lambda: (folder / "journal.json").write_text(json.dumps({**journal, "passes": [1]})), "this version"),
         (lambda: (folder / "journal.json").write_text("{}"), "no journal of a dump"),
         ((folder / "journal.json").unlink, "has no journal.json"),
     ]
@@ -320,7 +373,7 @@ def test_a_bisection_is_json_even_where_a_figure_is_infinite() -> None:
     figure = bisect.Figure(
         output=0, shape=(1,), dtype="float32", largest=math.inf, relative=math.nan, not_finite=1, newly_not_finite=1
     )
-    stage = bisect.Stage(name="captured", what="", figures=(figure,))
+    stage = bisect.Stage(name="captured", what="", figures=(figure,), tolerance=1e-4)
     result = Bisection(folder=Path("a"), tolerance=1e-4, stages=(stage,), finding=None, notes=())
     assert json.loads(json.dumps(result.record(), allow_nan=False))["stages"][0]["figures"][0]["largest"] == "inf"
     with pytest.raises(InputError):

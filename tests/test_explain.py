@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import Toy
 from toy import toy_inputs as drawn
 from typer.testing import CliRunner
+from wide import Wide, wide_inputs
 
 import hvcompile
-from hvcompile import cli, float8, tiny
+from hvcompile import cli, float8, tables, tiny
 from hvcompile.condensed import condensed
 from hvcompile.costs import DEVICES, Cost
 from hvcompile.errors import InputError, OptionError, QuantizedWeightError, UntraceableModelError
@@ -117,6 +118,8 @@ class Breaks(torch.nn.Module):
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(UntraceableModelError, match=r"Breaks does not trace as one graph: .*fullgraph=True"):
         explain(Breaks(), torch.ones(2))
+    with pytest.raises(OptionError, match=r"device 'h1000' is unknown: give one of a100, .*h100"):
+        explain(Toy(), **toy_inputs(), device="h1000")
     with pytest.raises(OptionError, match="first_block_cach"):
         explain(Toy(), **toy_inputs(), options={"first_block_cach": False})
 
@@ -238,6 +241,64 @@ def test_a_script_that_compiles_nothing_or_fails(tmp_path: Path) -> None:
     assert (done.exit_code, "ran on; run it by itself first" in " ".join(done.stderr.split())) == (2, True)
 
 
+def test_a_device_goes_by_its_name() -> None:
+    explanation = explain(Toy(), **toy_inputs(), device="h100")
+    assert (explanation.device, explanation.seconds is not None) == (DEVICES["h100"].name, True)
+
+
+GRADIENTS = """
+import sys
+import torch
+from beside import WIDTH
+assert sys.argv[1:] == ["--size", "3"]
+model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+torch.compile(model, backend="hvfast")(torch.ones(2, WIDTH))
+"""
+
+
+def test_a_script_is_run_as_python_runs_it_and_told_what_was_met(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("WIDTH = 8")
+    (tmp_path / "mine.py").write_text(GRADIENTS)
+    command = [sys.executable, "-m", "hvcompile", "explain", str(tmp_path / "mine.py"), "--", "--size", "3"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 2, ran.stderr
+    said = " ".join(ran.stderr.split())
+    assert "of the 1 graphs that hvfast was given it would have rewritten none: gradients are enabled" in said
+    assert "torch.no_grad()" in said
+
+
+def test_a_step_that_reuses_is_told_of_where_one_can() -> None:
+    for mode, is_told in ((None, True), ("exact", False)):
+        cost = tables.explanation_tables(explain(Toy(), **toy_inputs(), mode=mode), "h100")[-2]
+        assert any("a step that reuses" in str(cell) for cell in cost.columns[0].cells) == is_told
+
+
+def test_what_is_kept_is_what_a_call_keeps() -> None:
+    model, inputs = Toy(), toy_inputs()
+    explanation = explain(model, **inputs)
+    assert explanation.staging_bytes == 0
+    compiled = torch.compile(model, backend="hvfast", fullgraph=True, options={"lower": "eager"})
+    with torch.no_grad():
+        compiled(**inputs)
+    assert explanation.derived_bytes > 0
+    assert explanation.state_bytes + explanation.derived_bytes == hvcompile.stats(model).bytes
+
+
+def test_the_passes_shorten_a_step() -> None:
+    inputs: dict[str, Any] = {name: item.to("meta", torch.bfloat16) for name, item in wide_inputs(tokens=4096).items()}
+    with torch.device("meta"):
+        model = Wide().bfloat16()
+    exact = explain(model, **inputs, mode="exact", device="h100")
+    fast = explain(model, **inputs, options={"fp8": True}, device="h100")
+    assert exact.reused_seconds == exact.passed_seconds
+    assert fast.reused_seconds is not None
+    assert fast.passed_seconds is not None
+    assert fast.reused_bytes is not None
+    assert exact.reused_bytes is not None
+    assert fast.reused_seconds < fast.passed_seconds
+    assert 0 < fast.reused_bytes < exact.reused_bytes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -250,6 +311,9 @@ def test_a_script_that_compiles_nothing_or_fails(tmp_path: Path) -> None:
         (["/nowhere"], "neither a directory nor a hub id"),
         (["/nowhere.py"], "there is no such script"),
         (["/nowhere.py", "--frames", "9"], "frames can't be given with a script"),
+        (["/nowhere.py", "--dtype", "float32"], "dtype can't be given with a script"),
+        (["/nowhere.py", "--prompt", "a dog"], "prompt can't be given with a script"),
+        (["/nowhere", "/nowhere"], "only a script is given arguments"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:

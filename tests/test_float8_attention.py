@@ -19,9 +19,10 @@ from wide import Wide, wide_inputs
 
 import hvcompile
 from hvcompile import backend, float8, float8_attention, inductor, pipeline
-from hvcompile.costs import ATTENTION, DEVICES, costs
+from hvcompile.costs import DEVICES, costs
 from hvcompile.errors import OptionError, RequestedPassError
 from hvcompile.float8_attention import KEY_BLOCK, attend, reference
+from hvcompile.flops import ATTENTION
 from hvcompile.inductor import TAG
 from hvcompile.key_padding import is_attention
 from hvcompile.nodes import op_name
