@@ -215,6 +215,8 @@ def refusal(shapes: Mapping[str, tuple[int, int]], given: Mapping[str, Any]) -> 
         return "it is causal, which a ring of parts does not keep: share out its heads alone (ulysses)"
     if shapes["query"][0] != shapes["key"][0] or shapes["key"][0] != shapes["value"][0]:
         return "query and key differ in their number of heads, which a ring does not take: use ulysses alone"
+    if given.get("dropout_p"):
+        return "it drops out weights, which no two parts of it would alike"
     if any(isinstance(given.get(name), torch.fx.Node) for name in ("scale", "dropout_p", "is_causal")):
         return "its scale depends on data"
     return ""

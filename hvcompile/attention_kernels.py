@@ -178,10 +178,10 @@ def scaled_dot_product_attention_with_lse(
     bias, sees = None, None
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
-        sees = (attn_mask if is_bool else attn_mask != -math.inf).any(-1)
         bias = attn_mask.to(query.dtype)
         if is_bool:
             bias = torch.zeros_like(bias).masked_fill(attn_mask.logical_not(), -math.inf)
+        sees = (bias != -math.inf).any(-1)  # of the cast: fp32's least finite value is minus infinity in bf16
     if kernel == "math":
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):

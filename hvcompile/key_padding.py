@@ -132,12 +132,17 @@ def _match_one(
         return f"its mask has {batch} rows, and samples are unrolled up to {MOST_SAMPLES}"
 
     chain, leaves = made_of(given["attn_mask"])
+    if trunk.sharding is not None and any(_has_heads(item) for item in [*chain, *leaves]):
+        return "its mask may differ from head to head, so ranks that hold different heads could not agree on its keys"
     if any(item.op == "get_attr" or mutated_operand(item) is not None for item in chain):
         return "the block makes the mask of a constant, or writes into it"
     placeholders = list(body.module.graph.find_nodes(op="placeholder"))
     operands: dict[fx.Node, fx.Node] = {}
     for leaf in leaves:
-        outer = {_before_outlining(b.operands[placeholders.index(leaf)]) for b in trunk.blocks if b.body is body}
+        given_to = {b.operands[placeholders.index(leaf)] for b in trunk.blocks if b.body is body}
+        if trunk.sharding is not None and any(node.meta.get(TAG) not in {None, "outline"} for node in given_to):
+            return f"{leaf.name}, of which the mask is made, is this rank's part, and ranks could not agree on its keys"
+        outer = set(map(_before_outlining, given_to))
         if len(outer) > 1:
             return f"{leaf.name}, of which the mask is made, differs from block to block"
         operands[leaf] = outer.pop()
@@ -151,6 +156,12 @@ def _match_one(
         source.append(repr((str(item.target), read)))
     source.append(names[given["attn_mask"]])
     return Masked(body=body, node=node, source=tuple(source), samples=batch), chain, operands
+
+
+def _has_heads(node: fx.Node) -> bool:
+    """Whether a value may be a mask of its own for each head."""
+    held = value(node)
+    return isinstance(held, torch.Tensor) and held.ndim == 4 and shape_key(held)[1] != "1"
 
 
 def made_of(mask: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -173,7 +173,10 @@ def _along(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     place = 2 if op_name(node) in {"normalize", "roll"} else 1
     default = {"normalize": 1, "glu": -1}.get(op_name(node))
     name = {"flip": "dims", "roll": "dims"}.get(op_name(node), "dim")
-    dims = _dims(_argument(node, place, name, default), value(first).ndim)
+    held = _argument(node, place, name, default)
+    if op_name(node) == "flip" and isinstance(held, int):
+        held = node.args[1:]  # x.flip(1, 2)
+    dims = _dims(held, value(first).ndim)
     if not dims or layout.dim in dims:
         raise resharder.refuse(node, "it mixes along the dimension that would be split")
     return resharder.copy(node), layout

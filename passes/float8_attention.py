@@ -14,7 +14,7 @@ from hvcompile.errors import OptionError
 from hvcompile.float8_attention import MOST_HEAD_SIZE
 from hvcompile.graph_code import run_on_fakes
 from hvcompile.inductor import provenance, shape_key, value
-from hvcompile.key_padding import arguments, is_attention, is_part
+from hvcompile.key_padding import arguments, attentions, is_part
 from hvcompile.nodes import is_tensor
 from hvcompile.pipeline import Context, Pass, PassReport
 from hvcompile.trunk import BlockCall, Body, Trunk
@@ -75,7 +75,7 @@ class Float8Attention(Pass):
         declined: list[tuple[str, str]] = []
         fit: dict[Body, list[fx.Node]] = {}
         for body in trunk.bodies:
-            for node in filter(is_attention, body.module.graph.nodes):
+            for node in attentions(body):
                 reason = refusal(node)
                 if reason:
                     declined.append((f"{node.name} of {body.name}", reason))

@@ -119,6 +119,8 @@ class ShardedAttention(Pass):
         if self.cfg == 1:
             trunk.group = Group(name=group.group_name, timeout_seconds=self.timeout_seconds)
             return self._split_sequence(trunk, group)
+        if isinstance(illegal := self._degrees(group.size(), _head_counts(trunk)), str):
+            return PassReport(declined=((where, illegal),))
         whole: Any = dist.group.WORLD
         trunk.group = Group(name=whole.group_name, timeout_seconds=self.timeout_seconds)
         halves = self._split_batch(trunk)
@@ -371,6 +373,8 @@ class _Rewrite:
         operands: dict[str, fx.Node] = {name: given[name] for name in ("query", "key", "value")}
         mask, layouts = given.get("attn_mask"), {name: resharder.layout(item) for name, item in operands.items()}
         if layouts["key"] is None and layouts["value"] is None and layouts["query"] is not None:
+            if given.get("is_causal"):
+                raise resharder.refuse(node, "it is causal, and its queries would be counted from each rank's first")
             return self._attend_to_whole(resharder, node, operands["query"], mask)
         reason = self._check_attention(operands, layouts)
         if mask is not None and resharder.layouts.get(mask) is not None:

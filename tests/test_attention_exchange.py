@@ -87,6 +87,24 @@ def test_merged_parts_are_the_whole(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(merged.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+def test_a_mask_that_is_finite_until_it_is_cast(kernel: str) -> None:
+    """fp32's least value is minus infinity in bf16, so the second part sees no key."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 6, 16, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.zeros(1, 1, 1, 6)
+    mask[..., 3:] = torch.finfo(torch.float32).min
+    parts = [
+        scaled_dot_product_attention_with_lse(
+            query, key[:, :, place], value[:, :, place], mask[..., place], kernel=kernel
+        )
+        for place in (slice(0, 3), slice(3, 6))
+    ]
+    expected = oracle(query, key[:, :, :3], value[:, :, :3])
+    tolerance = TOLERANCES[torch.bfloat16]
+    torch.testing.assert_close(merge(parts, torch.bfloat16).double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_large_scores_and_what_is_not_a_number() -> None:
     """Log-sum-exps far apart do not overflow; a NaN is not taken for a masked key."""
     torch.manual_seed(0)

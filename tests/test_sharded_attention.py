@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +167,26 @@ def test_parts_lose_their_masks_alike_on_all_ranks(fake_group: Callable[[int, in
     assert told[0] == told[1] == told[2]
 
 
+def test_a_mask_for_each_head_stays_on_all_ranks(fake_group: Callable[[int, int], None]) -> None:
+    """One rank's heads may all keep the first keys where another's do not, so none may go by what it sees."""
+
+    class Heads(cases.Joint):
+        def forward(self, sample: Any, timestep: Any, text: Any, valid: Any = None) -> Any:
+            hidden, time = self.embed(sample), self.time(timestep[:, None].expand(1, cases.WIDTH))
+            for block in self.blocks:
+                hidden = block(hidden, text, time, torch.zeros_like(hidden), valid)
+            return self.head(hidden)
+
+    inputs = cases.joint_inputs() | {"valid": torch.ones(1, 4, 1, 18, dtype=torch.bool)}
+    for size in (2, 4):
+        fake_group(0, size)
+        trunk = recovered(Heads(), **inputs)
+        assert ShardedAttention(ring=1).apply(trunk, pipeline.Context()).applied
+        report = UnmaskedAttention(hoist=False).apply(trunk, pipeline.Context())
+        assert "its mask may differ from head to head" in report.declined[0][1]
+        dist.destroy_process_group()
+
+
 def test_applied_twice_changes_nothing(fake_group: Callable[[int, int], None]) -> None:
     fake_group(0, 2)
     trunk = recovered(cases.Joint(), **cases.joint_inputs())
@@ -207,6 +228,21 @@ class CausalBlock(nn.Sequential):
         return hidden + mixed.transpose(1, 2).flatten(2) * (text.mean() + time[:, None])
 
 
+class CrossCausal(cases.Joint):
+    """The sample's tokens attend to text that every rank has, each to as many of it as its own place says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossCausalBlock(nn.Linear(cases.WIDTH, cases.WIDTH)) for _ in range(3))
+
+
+class CrossCausalBlock(nn.Sequential):
+    def forward(self, hidden: Any, text: Any, time: Any, place: Any, mask: Any) -> Any:  # type: ignore[override]
+        heads, keys = (item.unflatten(-1, (4, -1)).transpose(1, 2) for item in (self[0](hidden + place), text))
+        mixed = torch.nn.functional.scaled_dot_product_attention(heads, keys, keys * 2, is_causal=True)
+        return hidden + mixed.transpose(1, 2).flatten(2) * time[:, None]
+
+
 class NoAttention(cases.Joint):
     def __init__(self) -> None:
         super().__init__()
@@ -239,6 +275,7 @@ class NoAttention(cases.Joint):
         (Mixing, 2, {}, "conv1d (conv1d of L['self'].blocks.0"),
         (NoAttention, 2, {}, "no attention"),
         (Causal, 2, {"ring": 2}, "it is causal, which a ring of parts does not keep"),
+        (CrossCausal, 2, {}, "it is causal, and its queries would be counted from each rank's first"),
     ],
 )
 def test_declines(
@@ -257,6 +294,16 @@ def test_declines(
     assert not report.applied
     assert reason in report.declined[0][1].replace(".__dict__['_modules']['blocks']", ".blocks")
     assert [str(trunk.graph), *(str(body.module.graph) for body in trunk.bodies)] == before
+
+
+def test_degrees_are_checked_where_only_the_batch_is_shared_out(fake_group: Callable[[int, int], None]) -> None:
+    fake_group(0, 2)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("cfg", "sequence"))
+    trunk = recovered(cases.Joint(), **cases.masked_inputs((3, 5)))
+    report = ShardedAttention(mesh=mesh, cfg=2, ring=2).apply(trunk, pipeline.Context())
+    assert (
+        "ring is 2, but 1 ranks share the sequence; allowed for ulysses x ring is one of 1 x 1" in report.declined[0][1]
+    )
 
 
 def test_options(fake_group: Callable[[int, int], None]) -> None:
@@ -397,6 +444,15 @@ def test_equal_to_one_rank(size: int, shared: Any) -> None:
     is not a number with these models themselves; see the next test.
     """
     for errors in ranks.results(ranks.launch(cases.equality, size, "eager", shared)):
+        assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
+@pytest.mark.parametrize(("size", "shared"), SHARED, ids=["two", "four"])
+def test_equal_to_one_rank_by_inductor(size: int, shared: Any) -> None:
+    """The same, compiled by Inductor on every rank."""
+    for errors in ranks.results(ranks.launch(cases.equality, size, "inductor", shared, group_timeout=900, limit=1800)):
         assert max(errors) < 1e-5, errors
 
 

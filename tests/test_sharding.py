@@ -173,6 +173,7 @@ def test_parts_make_the_whole(number: int, length: int, ranks: int) -> None:
         (lambda linear, video, table, text: video[:, 0], "getitem .* it takes single tokens"),
         (lambda linear, video, table, text: video[:, ::2], "getitem .* it takes single tokens"),
         (lambda linear, video, table, text: video.flip(1), "flip .* it mixes along the dimension"),
+        (lambda linear, video, table, text: video.flip(2, 1), "flip .* it mixes along the dimension"),
         (lambda linear, video, table, text: video - video[:, :1], "sub .* split in different ways"),
         (
             lambda linear, video, table, text: torch.cat([video[:, 6:], video[:, :6]], 1) + video,

@@ -3,7 +3,7 @@
 #
 #   examples/launch/torchrun_one_node.sh "A cat walks on the grass" --model hunyuanvideo-community/HunyuanVideo
 #
-# RANKS must divide the model's number of attention heads (24 for HunyuanVideo: 2, 3, 4, 6, 8 ...).
+# Any number of ranks: those that divide the heads (24 for HunyuanVideo) share them out, the rest is a ring.
 set -eu
 PYTHON="${PYTHON:-python}"
 RANKS="${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}"
