@@ -91,7 +91,11 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     for row in explanation.journal:
         rows = condensed(row.report.table)
         if rows:
-            table = Table(*(column.replace("_", " ") for column in rows[0]), title=row.name, title_justify="left")
+            table = Table(title=row.name, title_justify="left")
+            for place, column in enumerate(rows[0]):  # names in full; reasons stand in full in the table of passes
+                name, is_reason = column.replace("_", " "), column == "why"
+                width = 22 if place == 0 else None
+                table.add_column(name, overflow="ellipsis" if is_reason else "fold", no_wrap=is_reason, min_width=width)
             for item in rows:
                 table.add_row(*(Text(str(held)) for held in item.values()))
             layers.append(table)
