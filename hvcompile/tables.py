@@ -94,8 +94,10 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
             table = Table(title=row.name, title_justify="left")
             for place, column in enumerate(rows[0]):  # names in full; reasons stand in full in the table of passes
                 name, is_reason = column.replace("_", " "), column == "why"
-                width = 22 if place == 0 else None
-                table.add_column(name, overflow="ellipsis" if is_reason else "fold", no_wrap=is_reason, min_width=width)
+                if is_reason:
+                    table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=14)
+                else:
+                    table.add_column(name, overflow="fold", min_width=22 if place == 0 else None)
             for item in rows:
                 table.add_row(*(Text(str(held)) for held in item.values()))
             layers.append(table)
