@@ -122,19 +122,17 @@ def _shape_by_operands(fake: torch.Tensor, operands: Sequence[fx.Node]) -> list[
 
 def _unflatten(node: fx.Node, shape: Sequence[int | tuple[fx.Node, int]], tag: str) -> fx.Node:
     """Give a flattened result its shape back."""
-    graph = node.graph
-    sizes: list[Any] = []
-    fakes: list[Any] = []
+    sizes: list[int | fx.Node] = []
     for size in shape:
         if isinstance(size, int):
             sizes.append(size)
-            fakes.append(size)
             continue
         operand, dim = size
-        fakes.append(value(operand).shape[dim])
-        sizes.append(graph.call_method("size", (operand, dim)))
-        sizes[-1].meta = {TAG: tag, "example_value": fakes[-1]}
-    viewed = graph.call_method("view", (node, *sizes))
+        length = node.graph.call_method("size", (operand, dim))
+        length.meta = {TAG: tag, "example_value": value(operand).shape[dim]}
+        sizes.append(length)
+    viewed = node.graph.call_method("view", (node, *sizes))
+    fakes = [value(size) if isinstance(size, fx.Node) else size for size in sizes]
     viewed.meta = {TAG: tag, "example_value": value(node).view(fakes)}
     return viewed
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from hvcompile.flops import flops
-from hvcompile.inductor import COND, INVOKE_SUBGRAPH, numel_hint, value
+from hvcompile.inductor import COND, INVOKE_SUBGRAPH, num_bytes, value
 from hvcompile.nodes import is_tensor, op_name, storage
 
 REST = "rest"
@@ -95,7 +95,7 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _bytes(node: fx.Node) -> int:
-    return numel_hint(value(node)) * value(node).element_size() if is_tensor(node) else 0
+    return num_bytes(value(node)) if is_tensor(node) else 0
 
 
 def _is_call(node: fx.Node) -> bool:

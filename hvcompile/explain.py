@@ -20,7 +20,7 @@ from hvcompile.backend import needs_gradients, require_values
 from hvcompile.costs import DEVICES, Cost, Device, costs
 from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.graph_text import Stage, stage
-from hvcompile.inductor import is_data_dependent, numel_hint, size_hint, value
+from hvcompile.inductor import is_data_dependent, num_bytes, size_hint, value
 from hvcompile.nodes import is_tensor, is_weight
 from hvcompile.options import parse
 from hvcompile.outline import recover
@@ -284,11 +284,11 @@ def explain_graph(
         journal=tuple(journal),
         reused_flops=sum(cost.flops for cost in costs(trunk.graph))
         + sum(flops_of[block] for block in trunk.blocks if block.call.graph is trunk.graph),
-        state_bytes=sum(
-            numel_hint(value(state.placeholder)) * value(state.placeholder).element_size() for state in trunk.states
-        ),
+        state_bytes=sum(num_bytes(value(state.placeholder)) for state in trunk.states),
         stages=tuple(stages),
-        derived_bytes=sum(_bytes(node) for item in trunk.derived for node in item.placeholders if is_tensor(node)),
+        derived_bytes=sum(
+            num_bytes(value(node)) for item in trunk.derived for node in item.placeholders if is_tensor(node)
+        ),
         staging_bytes=_staging_bytes(trunk),
         passed_seconds=sum(cost.seconds(device) for cost in computed) if device is not None else None,
         reused_seconds=sum(cost.seconds(device) for cost in reused) if device is not None else None,
@@ -314,11 +314,6 @@ def _after(trunk: Trunk) -> tuple[list[Cost], list[Cost]]:
     return computed, reused
 
 
-def _bytes(node: fx.Node) -> int:
-    held: torch.Tensor = value(node)
-    return numel_hint(held) * held.element_size()
-
-
 def _staging_bytes(trunk: Trunk) -> int:
     """Of the largest collective, what a rank sends from and receives into; they run one after the other."""
     graphs = [module.graph for module in trunk.module.modules() if isinstance(module, fx.GraphModule)]
@@ -330,7 +325,9 @@ def _staging_bytes(trunk: Trunk) -> int:
         and getattr(node.target, "__module__", "") == collectives.__name__
         and is_tensor(node)
     ]
-    sizes = [_bytes(node) + sum(map(_bytes, filter(is_tensor, node.all_input_nodes))) for node in moving]
+    sizes = [
+        sum(num_bytes(value(item)) for item in (node, *filter(is_tensor, node.all_input_nodes))) for node in moving
+    ]
     return max(sizes, default=0)
 
 
@@ -350,7 +347,7 @@ def _weight_bytes(graph: fx.Graph, inputs: Sequence[Any]) -> int:
     freed = [held for held in inputs if isinstance(held, QuantizedWeight)]
     weights -= {node for node, held in zip(placeholders, inputs, strict=False) if isinstance(held, QuantizedWeight)}
     joined = {id(held.joined): held.joined.num_bytes for held in freed}
-    kept: int = sum(numel_hint(value(node)) * value(node).element_size() for node in weights)
+    kept: int = sum(num_bytes(value(node)) for node in weights)
     return kept + sum(joined.values())
 
 

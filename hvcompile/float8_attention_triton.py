@@ -24,6 +24,28 @@ _LARGEST: tl.constexpr = tl.constexpr(LARGEST)
 _TINY: tl.constexpr = tl.constexpr(SMALLEST_MAGNITUDE)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    given,
+    place,
+    head,
+    tokens,
+    heads,
+    stride_batch,
+    stride_head,
+    stride_token,
+    head_size: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A block of a head's tokens in float32, zeros beyond them; its rows and columns, and which of it is there."""
+    rows, columns = place * block + tl.arange(0, block), tl.arange(0, width)
+    is_there = (rows[:, None] < tokens) & (columns[None, :] < head_size)
+    start = given + (head // heads) * stride_batch + (head % heads) * stride_head
+    held = tl.load(start + rows[:, None].to(tl.int64) * stride_token + columns[None, :], mask=is_there, other=0.0)
+    return held.to(tl.float32), rows, columns, is_there
+
+
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _quantize_rows(  # type: ignore[no-untyped-def]
     given,
@@ -43,11 +65,9 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
 ):
     """Queries with a scale a token, or keys less their mean with a scale a block; padded with zeros."""
     place, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, columns = place * block + tl.arange(0, block), tl.arange(0, width)
-    is_there = (rows[:, None] < tokens) & (columns[None, :] < head_size)
-    start = given + (head // heads) * stride_batch + (head % heads) * stride_head
-    held = tl.load(start + rows[:, None].to(tl.int64) * stride_token + columns[None, :], mask=is_there, other=0.0)
-    held = held.to(tl.float32)
+    held, rows, columns, is_there = _tile(
+        given, place, head, tokens, heads, stride_batch, stride_head, stride_token, head_size, width, block
+    )
     if is_key:
         middle = tl.load(mean + head * head_size + columns, mask=columns < head_size, other=0.0)
         held = tl.where(is_there, held - middle[None, :], 0.0)
@@ -82,13 +102,12 @@ def _quantize_channels(  # type: ignore[no-untyped-def]
 ):
     """Values less their mean with scales of their channels, transposed: the second product reads keys along rows."""
     place, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows, columns = place * block + tl.arange(0, block), tl.arange(0, width)
-    is_there = (rows[:, None] < tokens) & (columns[None, :] < head_size)
-    start = given + (head // heads) * stride_batch + (head % heads) * stride_head
-    held = tl.load(start + rows[:, None].to(tl.int64) * stride_token + columns[None, :], mask=is_there, other=0.0)
+    held, rows, columns, is_there = _tile(
+        given, place, head, tokens, heads, stride_batch, stride_head, stride_token, head_size, width, block
+    )
     step = tl.load(scale + head * head_size + columns, mask=columns < head_size, other=1.0)
     middle = tl.load(mean + head * head_size + columns, mask=columns < head_size, other=0.0)
-    held = tl.where(is_there, (held.to(tl.float32) - middle[None, :]) / step[None, :], 0.0)
+    held = tl.where(is_there, (held - middle[None, :]) / step[None, :], 0.0)
     blocks = tl.num_programs(0)
     end = data + (head * width + columns[:, None]) * (blocks * block) + rows[None, :]
     tl.store(end, tl.trans(held).to(data.dtype.element_ty))

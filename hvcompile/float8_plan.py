@@ -13,7 +13,7 @@ from torch import fx
 from hvcompile import inductor
 from hvcompile.errors import QuantizedWeightError
 from hvcompile.float8 import Granularity
-from hvcompile.inductor import numel_hint, size_hint, value
+from hvcompile.inductor import num_bytes, numel_hint, size_hint, value
 from hvcompile.linears import Linear, linears_of, may_join
 from hvcompile.nodes import is_parameter
 from hvcompile.pipeline import Context
@@ -193,7 +193,7 @@ class Plan:
 
     def _row(self, block: BlockCall, name: str) -> dict[str, Any]:
         weight: torch.Tensor = value(self.operand(block, name))
-        before = numel_hint(weight) * weight.element_size()
+        before = num_bytes(weight)
         scales = size_hint(weight.shape[0]) if self.granularity == "row" and weight.ndim else 1
         reason = self.reasons[block, name]
         audited = {"relative_error": self.errors.get((block, name))} if self.errors else {}

@@ -147,6 +147,11 @@ def numel_hint(tensor: torch.Tensor) -> int:
     return total
 
 
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements; a symbolic size counts as in the run that was captured."""
+    return numel_hint(tensor) * tensor.element_size()
+
+
 def shape_key(tensor: torch.Tensor) -> tuple[str, ...]:
     """A shape as text: comparing symbolic sizes with ``==`` would install a guard."""
     return tuple(str(size) for size in tensor.shape)

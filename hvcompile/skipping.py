@@ -48,7 +48,7 @@ class SkipPlan:
 
 def plan_skip(trunk: Trunk) -> SkipPlan | str:
     """Match the trunk, or the reason why it can't be cached."""
-    if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+    if trunk.is_branched:
         return "the blocks already stand in a branch"
     if len(trunk.blocks) < 2:
         return "a trunk of one block has nothing to skip"

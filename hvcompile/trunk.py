@@ -146,6 +146,11 @@ class Trunk:
         return list(dict.fromkeys(block.body for block in self.blocks))
 
     @property
+    def is_branched(self) -> bool:
+        """Whether a pass has moved blocks into a branch, out of the top-level graph."""
+        return any(block.call.graph is not self.graph for block in self.blocks)
+
+    @property
     def inputs(self) -> list[fx.Node]:
         """The placeholders of the captured graph, without those that passes have added."""
         added = set(self.added)

@@ -70,7 +70,7 @@ class Float8Attention(Pass):
         if not self.fp8:
             told = "attention.fp8 is not True, and mode is not 'max'"
             return PassReport(declined=(("switched off", told),))
-        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+        if trunk.is_branched:
             return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
         declined: list[tuple[str, str]] = []
         fit: dict[Body, list[fx.Node]] = {}

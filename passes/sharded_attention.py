@@ -116,17 +116,17 @@ class ShardedAttention(Pass):
         group = self._group()
         if isinstance(group, str):
             return PassReport(declined=((where, group),))
-        if self.cfg == 1:
-            trunk.group = Group(name=group.group_name, timeout_seconds=self.timeout_seconds)
-            return self._split_sequence(trunk, group)
-        if isinstance(illegal := self._degrees(group.size(), _head_counts(trunk)), str):
-            return PassReport(declined=((where, illegal),))
-        whole: Any = dist.group.WORLD
+        whole: Any = group if self.cfg == 1 else dist.group.WORLD
         trunk.group = Group(name=whole.group_name, timeout_seconds=self.timeout_seconds)
+        chosen = self._degrees(group.size(), _head_counts(trunk))
+        if isinstance(chosen, str):
+            return PassReport(declined=((where, chosen),))
+        if self.cfg == 1:
+            return self._split_sequence(trunk, group, *chosen)
         halves = self._split_batch(trunk)
         if group.size() == 1 or not halves.applied:
             return halves
-        report = self._split_sequence(trunk, group)
+        report = self._split_sequence(trunk, group, *chosen)
         matched = (*halves.matched, *report.matched)
         # It was asked for, and half of it is done by now: that the rest can't be is an error.
         return dataclasses.replace(report, matched=matched, declined=(), unmet=report.declined)
@@ -138,16 +138,11 @@ class ShardedAttention(Pass):
         except CannotShard as verdict:
             return PassReport(declined=((trunk.lists, str(verdict)),))
 
-    def _split_sequence(self, trunk: Trunk, group: dist.ProcessGroup) -> PassReport:
-        where = trunk.lists
-        chosen = self._degrees(group.size(), _head_counts(trunk))
-        if isinstance(chosen, str):
-            return PassReport(declined=((where, chosen),))
-        ring, note = chosen
+    def _split_sequence(self, trunk: Trunk, group: dist.ProcessGroup, ring: int, note: str) -> PassReport:
         try:
             report = _Rewrite(trunk, group, ring).run()
         except CannotShard as verdict:
-            return PassReport(declined=((where, str(verdict)),))
+            return PassReport(declined=((trunk.lists, str(verdict)),))
         return dataclasses.replace(report, noted=(note,) if note else ())
 
     def _degrees(self, ranks: int, heads: Sequence[int]) -> tuple[int, str] | str:
@@ -194,7 +189,7 @@ class _Rewrite:
 
     def run(self) -> PassReport:
         trunk, first = self.trunk, self.trunk.blocks[0]
-        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+        if trunk.is_branched:
             raise CannotShard("the blocks already stand in a branch")
         stream = _main_stream(trunk)
         failures: list[tuple[int, CannotShard]] = []
@@ -465,7 +460,7 @@ class _SplitBatch(_Rewrite):
 
     def run(self) -> PassReport:
         trunk, first = self.trunk, self.trunk.blocks[0]
-        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+        if trunk.is_branched:
             raise CannotShard("the blocks already stand in a branch")
         stream, sample = _main_stream(trunk), classify(trunk).sample
         fake = value(first.operands[stream])

@@ -78,7 +78,7 @@ class UnmaskedAttention(Pass):
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the attention of every body; see the class."""
         del context
-        if any(block.call.graph is not trunk.graph for block in trunk.blocks):
+        if trunk.is_branched:
             return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
         if not any(is_weight(node) for node in trunk.inputs):
             return PassReport(
