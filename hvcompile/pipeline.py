@@ -15,7 +15,7 @@ from hvcompile.costs import Device
 from hvcompile.errors import InvalidRewriteError, RequestedPassError
 from hvcompile.inductor import layout_key, shape_key, value
 from hvcompile.nodes import is_tensor, op_name
-from hvcompile.trunk import Trunk
+from hvcompile.trunk import Trunk, stride_order
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +159,8 @@ def _check(trunk: Trunk, before: tuple[list[Any], list[Any]], name: str) -> None
     for state in trunk.states:
         if state.next_value is None or shape_key(value(state.next_value)) != shape_key(value(state.placeholder)):
             raise InvalidRewriteError(f"{name} left state {state.name!r} without a next value of its own shape")
+        if stride_order(value(state.next_value)) != tuple(range(len(state.shape))):
+            raise InvalidRewriteError(f"{name} left state {state.name!r} with a next value that is not contiguous")
 
 
 def run(

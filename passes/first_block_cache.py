@@ -150,7 +150,8 @@ class FirstBlockCache(Pass):
         follow = {
             "direction": torch.where(is_new, torch.zeros_like(moved), moved),
             "last_clock": clock.clone(),
-            "last_sample": sample.clone(),
+            # It comes back as state, which is contiguous, whatever the sample's layout is.
+            "last_sample": sample.clone(memory_format=torch.contiguous_format),
         }
         steps = torch.where(is_new, torch.zeros_like(steps), steps)
         allowed = is_new.logical_not() & (steps >= self.warmup_steps)
