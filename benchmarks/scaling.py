@@ -96,7 +96,7 @@ def sent(node: fx.Node, ranks: int) -> int:
     if operand is None or not is_tensor(operand):
         return 0
     size: int = numel_hint(value(operand)) * value(operand).element_size()
-    if node.target is collectives.pass_on:
+    if node.target in {collectives.pass_on, collectives.broadcast}:
         return size
     if node.target is collectives.reshard_row:
         columns: int = ranks // node.args[-1]  # type: ignore[operator, assignment]

@@ -3,7 +3,8 @@
 A collective that one rank enters and another does not, or enters with another shape, hangs or corrupts. So before a
 graph is compiled, and when a generation begins, every rank puts the facts that matter into the key-value store through
 which the ranks met, and reads those of the others. That needs no collective and no device, says who is missing, and
-comes back on every rank within a stated time.
+comes back on every rank within a stated time. What is new in every step is compared in the graph (``shared_inputs``),
+and what came of it is read here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import fx
 
 from hvcompile import inductor
 from hvcompile.errors import DisagreementError
-from hvcompile.fingerprints import fingerprint, hash_of
+from hvcompile.fingerprints import fingerprint
 from hvcompile.inductor import source_name, value
 from hvcompile.nodes import is_tensor, is_weight, op_name
 from hvcompile.pipeline import JournalRow
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 DOING = "what it does now"
 SHOWN = 4
 """Differences named in a message at most."""
+ADVICE = (
+    'Give all of them the same model, options, inputs and seed; options={"context_parallel": False} lets each run alone'
+)
 
 
 def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
@@ -72,10 +76,7 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
         ) from error
     if any(held != theirs[0] for held in theirs):
         differences = _differences(dict(zip(names, theirs, strict=True)))
-        raise DisagreementError(
-            f"ranks that share a sequence differ: {differences}. Give all of them the same "
-            'model, options, inputs and seed; options={"context_parallel": False} lets each run alone'
-        )
+        raise DisagreementError(f"ranks that share a sequence differ: {differences}. {ADVICE}")
 
 
 def _key(group: Group, turn: int, rank: int) -> str:
@@ -102,6 +103,10 @@ def _differences(facts: Mapping[int, Mapping[str, str]]) -> str:
         for key in keys:
             found, wanted = (item.get(key, "absent") for item in (held, first))
             said.append(f"{key} is {found} on rank {rank}, {wanted} on rank {reference}")
+    return _some(said)
+
+
+def _some(said: Sequence[str]) -> str:
     rest = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
     return "; ".join(said[:SHOWN]) + rest
 
@@ -157,72 +162,125 @@ def _digest(items: Sequence[Any]) -> str:
     return hashlib.sha256(repr(list(items)).encode()).hexdigest()[:12]
 
 
-@dataclasses.dataclass(eq=False)
-class _Generation:
-    """What is known of the generation that runs under one set of conditions."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limit:
+    """An input that every call brings anew: its name, and how far a rank's may be from the first one's, relatively."""
 
-    clock: list[float] = dataclasses.field(default_factory=list)
-    direction: list[float] = dataclasses.field(default_factory=list)
-    # Of the last call, still on the device: read at the next one, when it is long done.
-    pending: tuple[torch.Tensor, torch.Tensor] | None = None
+    name: str
+    relative: float
+
+
+class _Reading:
+    """A small tensor on its way to the host; it is waited for only where it is read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor.detach().to("cpu", non_blocking=True)
+        self._done = None if tensor.device.type == "cpu" else torch.Event(tensor.device)
+        if self._done is not None:
+            self._done.record()
+
+    def read(self) -> list[list[float]]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
 
 
 class Agreement:
-    """Compares inputs whenever a generation begins: under new conditions at once, else where the clock turned back.
+    """Whether the ranks that run a graph together are given the same inputs.
 
-    The latter is seen one step late, so that no step waits for the device.
+    Conditions, and what comes with the first call under them, are compared through the store before that call. The
+    sample and the timesteps of the calls that follow are compared in the graph, where all ranks compute with the first
+    one's; what came of that is read ``LAG`` calls later, so that no step waits for the device, and all ranks stop at
+    the same call.
 
     Args:
         group: the ranks.
-        names: of the inputs to compare, by place.
-        sample: place of the sample; None where there is none.
-        clocks: places of the timesteps.
+        names: of the inputs to compare when a generation begins, by place.
+        limits: of the inputs that are compared in the graph, in the order of the columns of ``saw``.
 
     """
 
-    def __init__(self, group: Group, names: Mapping[int, str], sample: int | None, clocks: Sequence[int]) -> None:
-        self._group, self._names, self._sample, self._clocks = group, names, sample, tuple(clocks)
-        self._generations: collections.OrderedDict[Any, _Generation] = collections.OrderedDict()
+    LAG = 2
 
-    def look(self, conditions: Any, args: Sequence[Any]) -> None:
-        """Look at the inputs of one call.
+    def __init__(self, group: Group, names: Mapping[int, str], limits: Sequence[Limit]) -> None:
+        self._group, self._names, self._limits = group, names, limits
+        self._known: collections.OrderedDict[Any, None] = collections.OrderedDict()
+        self._saw: collections.deque[_Reading] = collections.deque()
+        self._has_warned = False
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether the graph compares inputs, and its last output is for ``saw``."""
+        return bool(self._limits)
+
+    def before(self, conditions: Any, args: Sequence[Any]) -> None:
+        """Compare what is due before a call.
 
         Args:
             conditions: equal for calls under the same conditions.
             args: the compiled graph's inputs.
 
         Raises:
-            DisagreementError: see ``compare``.
+            DisagreementError: see ``compare``; or inputs of an earlier call differed.
 
         """
-        known = self._generations.get(conditions)
-        if known is None:
+        is_new = conditions not in self._known
+        try:
+            while len(self._saw) >= (1 if is_new else self.LAG):
+                self._judge(self._saw[0], len(self._saw))
+                self._saw.popleft()
+        except DisagreementError:
+            self._saw.clear()  # as all ranks do now
+            raise
+        if is_new:
             facts = {
                 f"the content of {name}": f"{fingerprint(args[place]) % 2**64:016x}"
                 for place, name in self._names.items()
             }
             compare(self._group, "beginning a generation", facts)
-            known = self._generations[conditions] = _Generation()
-            while len(self._generations) > 64:
-                self._generations.popitem(last=False)
-        elif known.pending is not None:
-            clock, sample = known.pending[0].tolist(), known.pending[1]
-            moved = [(now > last) - (now < last) for now, last in zip(clock, known.clock, strict=False)]
-            turned = any(step * before < 0 for step, before in zip(moved, known.direction, strict=False))
-            if turned:
-                name = self._names[self._sample] if self._sample is not None else ""
-                facts = {f"the content of {name} at the first step": f"{int(sample.item()) % 2**64:016x}"}
-                compare(self._group, "beginning a generation of the same prompt", facts)
-            known.direction = (
-                [0.0] * len(moved)
-                if turned
-                else [s or d for s, d in zip(moved, known.direction or moved, strict=False)]
-            )
-            known.clock = clock
-        self._generations.move_to_end(conditions)
-        if self._clocks and self._sample is not None:
-            known.pending = self._remember(args)
+            self._known[conditions] = None
+            while len(self._known) > 64:
+                self._known.popitem(last=False)
+        self._known.move_to_end(conditions)
 
-    def _remember(self, args: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        clocks = torch.cat([args[place].detach().flatten().to(torch.float64) for place in self._clocks])
-        return clocks, hash_of(args[self._sample])  # type: ignore[index]
+    def saw(self, apart: torch.Tensor) -> None:
+        """Take how far the inputs of a call were apart: ``[ranks, inputs]``, see ``trunk.SharedInputs``."""
+        self._saw.append(_Reading(apart))
+
+    def look(self) -> None:
+        """Compare what has not been read yet, and wait for the device; the next call looks at the same again.
+
+        Raises:
+            DisagreementError: inputs of one of the last calls differed.
+
+        """
+        for place, reading in enumerate(self._saw):
+            self._judge(reading, len(self._saw) - place)
+
+    def _judge(self, reading: _Reading, calls_ago: int) -> None:
+        process_group = inductor.process_group(self._group.name)
+        if dist.get_backend(process_group) == "fake":
+            return  # ranks that don't exist have no inputs
+        names = [dist.get_global_rank(process_group, place) for place in range(process_group.size())]
+        beyond, within = [], []
+        for rank, row in zip(names, reading.read(), strict=True):
+            for limit, relative in zip(self._limits, row, strict=True):
+                said = f"{limit.name} on rank {rank} is off by {relative:.3g} (relative)"
+                if not relative <= limit.relative:  # what is not a number is beyond
+                    beyond.append(f"{said}, allowed is {limit.relative:g}")
+                elif relative:
+                    within.append(said)
+        if beyond:
+            when = f"{calls_ago} call{'s' if calls_ago > 1 else ''} ago"
+            raise DisagreementError(
+                f"ranks that share a sequence differ from rank {names[0]}, {when}: {_some(beyond)}. "
+                f"All have computed with what rank {names[0]} was given. {ADVICE}"
+            )
+        if within and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "ranks that share a sequence differ from rank %d no more than rounding does, and compute with its "
+                "inputs: %s",
+                names[0],
+                _some(within),
+            )

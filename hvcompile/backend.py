@@ -31,6 +31,10 @@ from hvcompile.trunk import Derived, NoTrunk, Trunk
 
 log = logging.getLogger(__name__)
 
+# How far ranks' samples may be apart, relatively: what bf16's rounding makes of fifty steps, with other kernels on
+# other ranks, stays below; another seed's noise is apart by more than 1.
+ROUNDING = 0.02
+
 
 def hvfast(
     graph_module: fx.GraphModule,
@@ -243,7 +247,8 @@ def _outline_row(trunk: Trunk) -> JournalRow:
 def seal(trunk: Trunk) -> runtime.Calling:
     """Give the graph its last inputs and outputs, and say how the runtime must call it.
 
-    The next state and the decision are added to the outputs; weights that float8 copies stand for leave the inputs.
+    The next state, the decision, and how far ranks' inputs are apart are added to the outputs; weights that float8
+    copies stand for leave the inputs.
     """
     roles = classify(trunk)
     weights = set(roles.weights)
@@ -252,6 +257,8 @@ def seal(trunk: Trunk) -> runtime.Calling:
     extra = [state.next_value for state in trunk.states]
     if trunk.observed:
         extra.append(inline(trunk.graph, _record, trunk.observed, before=trunk.output, tag="runtime")["record"])
+    if trunk.shared is not None:
+        extra.append(trunk.shared.apart)
     trunk.output.args = ((*results, *extra),)
     symbols = inductor.symbols_of(trunk.graph)
     sources = {node for stored in trunk.stored for node in stored.sources}
@@ -306,13 +313,10 @@ def _agreement(trunk: Trunk, roles: InputRoles, placeholders: list[fx.Node]) -> 
     """What compares the inputs of the ranks that run this graph together."""
     if trunk.group is None or trunk.sharding is None:
         return None
-    inputs = [node for node in (roles.sample, *roles.clocks, *roles.conditions) if node is not None]
-    return agreement.Agreement(
-        trunk.group,
-        {placeholders.index(node): inductor.source_name(node) or node.name for node in inputs},
-        placeholders.index(roles.sample) if roles.sample is not None else None,
-        [placeholders.index(node) for node in roles.clocks],
-    )
+    shared = list(trunk.shared.nodes) if trunk.shared is not None else []
+    names = {node: inductor.source_name(node) or node.name for node in (*shared, *roles.conditions)}
+    limits = [agreement.Limit(name=names[node], relative=ROUNDING * (node is roles.sample)) for node in shared]
+    return agreement.Agreement(trunk.group, {placeholders.index(node): name for node, name in names.items()}, limits)
 
 
 def _record(*, reused: fx.Proxy, difference: fx.Proxy) -> dict[str, Any]:

@@ -120,6 +120,13 @@ def gather(local: Any, group: str, dim: int) -> Any:
     return _redistribute(local, group, Shard(dim), Replicate())
 
 
+def broadcast(local: Any, group: str) -> Any:
+    """The first rank's tensor, bit for bit, in place of each rank's own; contiguous."""
+    if isinstance(local, fx.Proxy):
+        return local.tracer.create_proxy("call_function", broadcast, (local, group), {})
+    return inductor.wait(inductor.broadcast(local.contiguous(), group))
+
+
 def total(local: Any, group: str) -> Any:
     """The sum of a tensor over the ranks; the same bits on each."""
     if isinstance(local, fx.Proxy):

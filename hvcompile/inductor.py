@@ -34,8 +34,9 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 - ``torch.distributed.distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to
   the group, and to the store through which its ranks met; functional collectives do the first themselves.
-- ``torch.ops._c10d_functional.all_to_all_single`` and ``wait_tensor``: what functional collectives trace into. The
-  functions around them wait at once while a graph is traced, so that nothing could be computed in the meantime.
+- ``torch.ops._c10d_functional.all_to_all_single``, ``broadcast`` and ``wait_tensor``: what functional collectives
+  trace into. The functions around them wait at once while a graph is traced, so that nothing could be computed in the
+  meantime.
 - ``torch.ops.aten._scaled_dot_product_*_attention``: the kernels that give the log-sum-exp by which parts of an
   attention are merged; ``scaled_dot_product_attention`` keeps it to itself. Schemas are the same in both.
 """
@@ -264,8 +265,19 @@ def all_to_all(tensor: torch.Tensor, taken: Sequence[int], given: Sequence[int],
     return torch.ops._c10d_functional.all_to_all_single(tensor, list(taken), list(given), group)  # type: ignore[no-any-return]
 
 
+def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """The first rank's tensor; still on its way when it returns (see ``wait``).
+
+    Args:
+        tensor: contiguous, of the same shape and dtype on all ranks.
+        group: name of the process group.
+
+    """
+    return torch.ops._c10d_functional.broadcast(tensor, 0, group)  # type: ignore[no-any-return]
+
+
 def wait(moving: torch.Tensor) -> torch.Tensor:
-    """What ``all_to_all`` gave, once it is there."""
+    """What ``all_to_all`` or ``broadcast`` gave, once it is there."""
     return torch.ops._c10d_functional.wait_tensor(moving)  # type: ignore[no-any-return]
 
 

@@ -97,6 +97,7 @@ class ModelState:
 
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
+    agreements: list[Agreement] = dataclasses.field(default_factory=list)
     slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
     weights: dict[int, _Weights] = dataclasses.field(default_factory=lambda: collections.defaultdict(_Weights))
     stored: dict[int, _StoredWeights] = dataclasses.field(default_factory=dict)
@@ -179,11 +180,14 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
 
     Raises:
         UncompiledModelError: the model has not run under this backend.
+        DisagreementError: ranks that share a sequence were given different inputs in one of the last steps.
 
     """
     states = _states_of(model)
     for state in states:
         state.read_pending()
+        for agreement in state.agreements:
+            agreement.look()
     captured, slots, steps, tensors = [], [], [], []
     for state in states:
         with state.lock:
@@ -338,7 +342,7 @@ class Calling:
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
     compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state. ``agreement`` is
-    there where several ranks run the graph together.
+    there where several ranks run the graph together; the last output may be for it.
     """
 
     anchor: int | None
@@ -419,7 +423,7 @@ class CompiledTrunk:
         calling = self._calling
         if calling.agreement is None:
             return self._step(args)
-        calling.agreement.look((self._numbers(args), self._conditions(args)), args)
+        calling.agreement.before((self._numbers(args), self._conditions(args)), args)
         try:
             return self._step(args)
         except RuntimeError as error:
@@ -432,11 +436,13 @@ class CompiledTrunk:
     def _step(self, args: Sequence[Any]) -> Sequence[Any]:
         calling = self._calling
         if calling.anchor is None:
-            return self._compiled(*args)  # type: ignore[no-any-return]
+            return self._run(args)
         model = model_state(args[calling.anchor])
         if self._number not in model.graphs:
             with model.lock:
                 model.graphs[self._number] = (self._compile_id, self._journal)
+                if calling.agreement is not None:
+                    model.agreements.append(calling.agreement)
         added: list[Any] = []
         for item, made in self._derive(model, args):
             if isinstance(made, str):
@@ -448,9 +454,9 @@ class CompiledTrunk:
         added += stored
         passed = self._passed(args) if self._passed is not None else args
         if not calling.states:
-            return self._compiled(*passed, *added)  # type: ignore[no-any-return]
+            return self._run([*passed, *added])
         slot = self._slot(model, args, revision)
-        results = self._compiled(*passed, *added, *slot.tensors)
+        results = self._run([*passed, *added, *slot.tensors])
         end = calling.num_outputs + len(calling.states)
         slot.tensors = list(results[calling.num_outputs : end])
         if calling.has_record:
@@ -458,7 +464,15 @@ class CompiledTrunk:
                 model.pending.append((slot.number, results[end]))
             if len(model.pending) >= KEPT_STEPS:
                 model.read_pending()
-        return results[: calling.num_outputs]  # type: ignore[no-any-return]
+        return results[: calling.num_outputs]
+
+    def _run(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        results: Sequence[Any] = self._compiled(*inputs)
+        agreement = self._calling.agreement
+        if agreement is None or not agreement.is_in_graph:
+            return results
+        agreement.saw(results[-1])
+        return results[:-1]
 
     def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | str]]:
         for place, item in enumerate(self._calling.derived):

@@ -35,7 +35,10 @@ _REARRANGING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkipPlan:
-    """What moves into the branch, what it hands on, and the inputs by which the graph follows a generation."""
+    """What moves into the branch, what it hands on, and the inputs by which the graph follows a generation.
+
+    On several ranks the latter are what stands for the inputs: the first rank's.
+    """
 
     first: BlockCall
     stream_in: fx.Node
@@ -89,14 +92,15 @@ def plan_skip(trunk: Trunk) -> SkipPlan | str:
     for node in moved:
         if is_context_switch(node) or mutated_operand(node) is not None:
             return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
+    stands_for = trunk.shared.nodes if trunk.shared is not None else {}
     return SkipPlan(
         first=first,
         stream_in=stream[0],
         stream_out=stream[1],
         moved=moved,
         leaving=tuple(leaving),
-        sample=roles.sample,
-        clocks=roles.clocks,
+        sample=stands_for.get(roles.sample, roles.sample),
+        clocks=tuple(stands_for.get(clock, clock) for clock in roles.clocks),
     )
 
 

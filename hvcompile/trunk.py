@@ -117,12 +117,27 @@ class Sharding:
     streams: Mapping[fx.Node, Layout]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedInputs:
+    """Inputs of which every rank takes the first one's.
+
+    Attributes:
+        nodes: what stands in the graph for each placeholder, the sample and the timesteps.
+        apart: how far each rank's own are from the first one's; float32 ``[ranks, len(nodes)]``, each the sum of
+            absolute differences over that of the first one's absolute values.
+
+    """
+
+    nodes: Mapping[fx.Node, fx.Node]
+    apart: fx.Node
+
+
 @dataclasses.dataclass(eq=False)
 class Trunk:
     """A captured graph with its blocks outlined, and the inputs that passes have added to it: weights, then state.
 
     Prologue and epilogue are the nodes before the first and after the last block; they stay in ``module``'s graph.
-    ``group`` is set where ranks run it together, ``sharding`` where they split its sequence.
+    ``group`` is set where ranks run it together, ``sharding`` where they split its sequence, and then ``shared``.
     """
 
     module: fx.GraphModule
@@ -134,6 +149,7 @@ class Trunk:
     derived: list[Derived] = dataclasses.field(default_factory=list)
     group: Group | None = None
     sharding: Sharding | None = None
+    shared: SharedInputs | None = None
 
     @property
     def graph(self) -> fx.Graph:

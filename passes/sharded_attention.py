@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from hvcompile import collectives, inductor
+from hvcompile import collectives, inductor, shared_inputs
 from hvcompile.attention_exchange import Heads, Mask, Ring, refusal
 from hvcompile.errors import OptionError
 from hvcompile.inductor import value
@@ -116,17 +116,26 @@ class ShardedAttention(Pass):
         group = self._group()
         if isinstance(group, str):
             return PassReport(declined=((where, group),))
+        if reason := shared_inputs.refusal(trunk):
+            return PassReport(declined=((where, reason),))
         whole: Any = group if self.cfg == 1 else dist.group.WORLD
         trunk.group = Group(name=whole.group_name, timeout_seconds=self.timeout_seconds)
         chosen = self._degrees(group.size(), _head_counts(trunk))
         if isinstance(chosen, str):
             return PassReport(declined=((where, chosen),))
         if self.cfg == 1:
-            return self._split_sequence(trunk, group, *chosen)
+            report = self._split_sequence(trunk, group, *chosen)
+        else:
+            report = self._split_both(trunk, group, *chosen)
+        if report.applied:
+            shared_inputs.share(trunk, trunk.group, type(self).__name__)
+        return report
+
+    def _split_both(self, trunk: Trunk, group: dist.ProcessGroup, ring: int, note: str) -> PassReport:
         halves = self._split_batch(trunk)
         if group.size() == 1 or not halves.applied:
             return halves
-        report = self._split_sequence(trunk, group, *chosen)
+        report = self._split_sequence(trunk, group, ring, note)
         matched = (*halves.matched, *report.matched)
         # It was asked for, and half of it is done by now: that the rest can't be is an error.
         return dataclasses.replace(report, matched=matched, declined=(), unmet=report.declined)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import traceback
 from typing import Any
 
@@ -12,6 +14,7 @@ from oracle import denoise, first, hvfast, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 import hvcompile
+import hvcompile.errors
 import hvcompile.runtime
 
 WIDTH = 64  # four heads
@@ -149,6 +152,13 @@ class Joint(torch.nn.Module):
         return self.head(hidden)
 
 
+class FromHalf(Joint):
+    """The same, of a sample in bf16."""
+
+    def forward(self, sample: Any, timestep: Any, text: Any, valid: Any = None) -> Any:
+        return super().forward(sample.float(), timestep, text, valid)
+
+
 def joint_inputs(seed: int = 0, tokens: int = 13, timestep: float = 900.0) -> dict[str, Any]:
     draw = zoo.Draw(seed)
     return {
@@ -249,7 +259,7 @@ def fault(kind: str) -> str:
                 for clock in (800.0, 700.0):
                     fast(**inputs | {"timestep": torch.tensor([clock])})
                 inputs["sample"] = torch.randn_like(inputs["sample"]) + rank()
-                for clock in (900.0, 800.0):
+                for clock in (900.0, 800.0, 700.0):
                     fast(**inputs | {"timestep": torch.tensor([clock])})
             if kind == "death":
                 if odd:
@@ -263,6 +273,53 @@ def fault(kind: str) -> str:
     except Exception as error:
         return "".join(traceback.format_exception_only(error))
     return "nothing"
+
+
+def given_apart(kind: str, lower: str = "eager") -> tuple[list[float], str, list[str]]:
+    """Four calls; from the second on, rank 1 is given something of its own, if that is not what it should have.
+
+    How far each output is from what one rank makes of rank 0's inputs, what was raised in the end, and what was logged.
+    """
+    odd, errors, logged = rank() == 1, [], []
+    alone = FromHalf() if kind == "bf16" else Joint()
+    fast = hvfast(
+        copy.deepcopy(alone),
+        fullgraph=True,
+        options={
+            "lower": lower,
+            "first_block_cache": kind == "cached" and {"threshold": 0.5},
+            "context_parallel": True,
+        },
+    )
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hvcompile").addHandler(handler)
+    inputs = joint_inputs()
+    if kind == "bf16":
+        inputs["sample"] = inputs["sample"].bfloat16()
+    try:
+        with torch.no_grad():
+            for step in range(4):
+                time = torch.tensor([900 - 50 * step]).to(torch.int64 if kind == "whole clock" else torch.float32)
+                given = inputs | {"timestep": time, "sample": inputs["sample"] * (1 - 0.1 * step)}
+                expected = alone(**given)
+                if kind == "nan on all":
+                    given["sample"][0, 3, 5] = torch.nan
+                if odd and step:
+                    noise = torch.randn_like(given["sample"])
+                    if kind in {"rounding", "bf16", "inductor"}:
+                        given["sample"] = given["sample"] + 1e-3 * noise
+                    if kind in {"sample", "cached", "last sample"} and (kind != "last sample" or step == 3):
+                        given["sample"] = given["sample"] + 0.1 * noise
+                    if kind == "nan on one":
+                        given["sample"][0, 3, 5] = torch.nan
+                    if kind in {"clock", "whole clock"}:
+                        given["timestep"] = time - 1
+                errors.append(relative_error(fast(**given), expected))
+        hvcompile.stats(fast)
+    except hvcompile.errors.DisagreementError as error:
+        return errors, str(error), logged
+    return errors, "", logged
 
 
 def rows_apart() -> tuple[list[bool], float]:
