@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import traceback
 from typing import Any
@@ -14,6 +15,7 @@ from oracle import denoise, first, hvfast, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 import hvcompile
+import hvcompile.backend
 import hvcompile.errors
 import hvcompile.runtime
 
@@ -240,6 +242,9 @@ def fault(kind: str) -> str:
         fast = joint(cache={"threshold": 0.5}, timeout=patience, ring=2)
     if kind == "ring":
         fast = joint(cache={"threshold": 0.5}, timeout=patience, ring=1 + odd)
+    if kind == "cfg":
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("cfg", "sequence"))
+        fast, inputs = joint(timeout=patience, mesh=mesh, cfg=2, ring=1 + odd), masked_inputs((3, 5))
     if kind == "off" and odd:
         fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
     if kind == "blocks" and odd:
@@ -337,7 +342,7 @@ def rows_apart() -> tuple[list[bool], float]:
     return [step.reused for step in hvcompile.stats(fast).steps], error
 
 
-def halves(fields: dict[str, Any], steps: int) -> list[tuple[bool, bool, float]]:
+def halves(fields: dict[str, Any], steps: int, lower: str = "eager") -> list[tuple[bool, bool, float]]:
     """A batch of two samples, whose second one changes more, its halves on two rows of ranks, with the cache.
 
     Of each step, what this rank decided, what one rank decides for that sample alone, and the error of its half.
@@ -345,7 +350,7 @@ def halves(fields: dict[str, Any], steps: int) -> list[tuple[bool, bool, float]]
     shape = (2, torch.distributed.get_world_size() // 2)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cfg", "sequence"))
     cache, row = {"threshold": 0.3}, rank() // shape[1]
-    fast = joint(cache=cache, mesh=mesh, cfg=2, **fields)
+    fast = joint(cache=cache, lower=lower, timeout=120.0, mesh=mesh, cfg=2, **fields)
     alone = hvfast(
         Joint(), fullgraph=True, options={"lower": "eager", "first_block_cache": cache, "context_parallel": False}
     )
@@ -361,6 +366,33 @@ def halves(fields: dict[str, Any], steps: int) -> list[tuple[bool, bool, float]]
             together, single = (hvcompile.stats(model).steps[-1].reused for model in (fast, alone))
             found.append((together, single, error))
     return found
+
+
+def float8_halves() -> float:
+    """The relative difference from one rank, all with float8, of two prompts of one batch on a rank each."""
+    outputs = []
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("cfg", "sequence"))
+    for fields in ({"mesh": mesh, "cfg": 2}, False):
+        torch._dynamo.reset()
+        options = {"lower": "eager", "first_block_cache": False, "fp8": True, "context_parallel": fields}
+        fast = hvfast(zoo.FAMILIES["hunyuan_video"].build(**DEPTH), fullgraph=True, options=options)
+        with torch.no_grad():
+            outputs.append(first(fast(**inputs_of("hunyuan_video", valid=(2, 6), size=(3, 4, 12)), return_dict=False)))
+    return relative_error(*outputs)
+
+
+def most(fields: dict[str, Any]) -> tuple[float, list[str]]:
+    """The relative difference from one rank in ``mode="max"``, and what each pass says."""
+    outputs, told = [], []
+    for parallel in (fields, False):
+        torch._dynamo.reset()
+        options = {"lower": "eager", "first_block_cache": False, "context_parallel": parallel}
+        backend = functools.partial(hvcompile.backend.hvfast, mode="max", options=options)
+        fast = torch.compile(Joint(), backend=backend, fullgraph=True)
+        with torch.no_grad():
+            outputs.append(fast(**masked_inputs((3, 5))))
+        told.append([row.line() for row in hvcompile.stats(fast).journal[0]])
+    return relative_error(*outputs), told[0]
 
 
 def skewed() -> list[tuple[bool, float]]:

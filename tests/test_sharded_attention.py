@@ -500,13 +500,21 @@ def test_with_float8_as_one_rank_with_float8() -> None:
 
 
 @pytest.mark.ranks
-def test_decides_as_one_rank_does() -> None:
-    """Thirty steps at two thresholds: the same steps reused, outputs to 1e-3."""
-    for found in ranks.results(ranks.launch(cases.decisions, 2, "eager", [0.75, 0.85], [True, RING])):
+@pytest.mark.parametrize(
+    ("size", "thresholds", "layouts"),
+    [(2, [0.75, 0.85], [True, RING]), (4, [0.75, 0.8, 0.85], [True, {"ring": 4}, BOTH])],
+    ids=["two", "four"],
+)
+def test_decides_as_one_rank_does(size: int, thresholds: list[float], layouts: list[Any]) -> None:
+    """Thirty steps at several thresholds: the same steps reused, outputs to 1e-3."""
+    for found in ranks.results(ranks.launch(cases.decisions, size, "eager", thresholds, layouts)):
+        assert len(found) == len(thresholds) * len(layouts)
         for together, alone, error in found:
             assert together == alone
             assert 0 < sum(together) < 30
             assert error < 1e-3
+        # What the thresholds are there for: they decide in different ways.
+        assert len({tuple(alone) for _, alone, _ in found}) == len(thresholds)
 
 
 @pytest.mark.ranks
@@ -538,6 +546,29 @@ def test_halves_of_a_batch(size: int, fields: dict[str, Any]) -> None:
     assert decisions[0] == decisions[size // 2 - 1] != decisions[size // 2] == decisions[-1]
 
 
+@pytest.mark.ranks
+def test_halves_of_a_batch_by_inductor() -> None:
+    for steps in ranks.results(ranks.launch(cases.halves, 2, {}, 3, "inductor")):
+        assert all(together == alone for together, alone, _ in steps)
+        assert max(error for _, _, error in steps) < 1e-5, steps
+
+
+@pytest.mark.ranks
+def test_halves_of_a_batch_with_float8() -> None:
+    for error in ranks.results(ranks.launch(cases.float8_halves, 2)):
+        assert error < 1e-2
+
+
+@pytest.mark.ranks
+def test_a_ring_keeps_float8_attention_away_on_all_ranks() -> None:
+    """``mode="max"`` switches on what can be; the ranks compare what was done, and what was not."""
+    (first, told), (second, same) = ranks.results(ranks.launch(cases.most, 2, RING))
+    assert told == same
+    (row,) = [line for line in told if line.startswith("Float8Attention")]
+    assert "it attends to a part of the keys, as ring attention does" in row
+    assert max(first, second) < 1e-5, (first, second)
+
+
 @dataclasses.dataclass(frozen=True)
 class Fault:
     """What is wrong on rank 1, and what each rank must say (None: it ends without a word)."""
@@ -563,6 +594,11 @@ FAULTS = [
     Fault("death", "rank 0 was beginning a generation, and rank 1 did not come within 6 s", None),
     Fault("death in a step", "another rank has ended or hangs: look at what that one printed", None),
     Fault("death in a ring", "another rank has ended or hangs: look at what that one printed", None),
+    Fault(
+        "cfg",
+        DIFFER + "context_parallel.ring is 2 on rank 1, 1 on rank 0",
+        "ring is 2, but 1 ranks share the sequence; allowed for ulysses x ring is one of 1 x 1",
+    ),
     Fault("ring", *[DIFFER + "context_parallel.ring is 2 on rank 1, 1 on rank 0"] * 2),
 ]
 
