@@ -258,7 +258,8 @@ def explain_graph(
         )
     kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
     kind_of = {block: trunk.bodies.index(block.body) for block in trunk.blocks}
-    flops_of = {block: sum(cost.flops for cost in costs(block.body.module.graph)) for block in trunk.blocks}
+    of_body = {body: sum(cost.flops for cost in costs(body.module.graph)) for body in trunk.bodies}
+    flops_of = {block: of_body[block.body] for block in trunk.blocks}  # before the passes
     prologue, epilogue = _around(trunk)
     stages = [stage("captured", captured, [block.path for block in trunk.blocks]), stage("outline", trunk.module)]
     journal: list[JournalRow] = []
