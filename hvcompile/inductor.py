@@ -36,6 +36,7 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
   the group, and to the store through which its ranks met; functional collectives do the first themselves.
 - ``torch.ops._c10d_functional.all_to_all_single`` and ``wait_tensor``: what functional collectives trace into. The
   functions around them wait at once while a graph is traced, so that nothing could be computed in the meantime.
+- the logger ``torch.utils._pytree``: from 2.12 or 2.13 on it warns of types that torchao registers as it is imported.
 - ``torch.ops.aten._scaled_dot_product_*_attention``: the kernels that give the log-sum-exp by which parts of an
   attention are merged; ``scaled_dot_product_attention`` keeps it to itself. Schemas are the same in both.
 """
@@ -46,6 +47,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +72,7 @@ TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
 STORED = "hvcompile_stored"  # node.meta key: a placeholder for a weight that the runtime keeps
 UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
 FAKES: tuple[type, ...] = (FakeTensor,)
+PYTREE_LOG = logging.getLogger("torch.utils._pytree")
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
