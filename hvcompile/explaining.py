@@ -117,7 +117,8 @@ def explain_request(request: Request) -> Explanation:
 def explain_script(request: Request) -> Explanation:
     """Run a script up to the first call of a model that it compiles with hvfast, and explain that call.
 
-    Graphs without blocks on the way run as they are. The script's own options and mode are those explained.
+    Graphs without blocks on the way run as they are. The script's own options and mode are those explained. What was
+    compiled in this process before is compiled anew when it is called again.
 
     Raises:
         InputError: the script ends, or fails, before it calls such a model.
