@@ -30,13 +30,13 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
   it lies, beside the one that the first sets, after it was seen to work on a tensor made for that.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
   backend.
+- the logger ``torch.utils._pytree``: from 2.12 or 2.13 on it warns of types that torchao registers as it is imported.
 - ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 - ``torch.distributed.distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to
   the group, and to the store through which its ranks met; functional collectives do the first themselves.
 - ``torch.ops._c10d_functional.all_to_all_single`` and ``wait_tensor``: what functional collectives trace into. The
   functions around them wait at once while a graph is traced, so that nothing could be computed in the meantime.
-- the logger ``torch.utils._pytree``: from 2.12 or 2.13 on it warns of types that torchao registers as it is imported.
 - ``torch.ops.aten._scaled_dot_product_*_attention``: the kernels that give the log-sum-exp by which parts of an
   attention are merged; ``scaled_dot_product_attention`` keeps it to itself. Schemas are the same in both.
 """
