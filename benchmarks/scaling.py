@@ -32,11 +32,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hvcompile import collectives, outputs, pipeline
 from hvcompile.explain import capture
+from hvcompile.flops import FlopCounter
 from hvcompile.inductor import numel_hint, value
 from hvcompile.nodes import is_tensor
 from hvcompile.outline import recover
 from hvcompile.passes.sharded_attention import ShardedAttention
-from hvcompile.structure import arithmetic
 from hvcompile.trunk import NoTrunk, Trunk
 
 
@@ -81,10 +81,11 @@ def count(trunk: Trunk, ranks: int) -> Share:
     products = [node for graph in graphs for node in graph.nodes if node.op in {"call_function", "call_method"}]
     exchanged = [sent(node, ranks) for node in products]
     attention = [node for node in products if ATTENTION in str(node.target)]
+    counter = FlopCounter()
     return Share(
         ranks=ranks,
-        linear_flops=sum(arithmetic(node) for node in products if "linear" in str(node.target)),
-        attention_flops=sum(map(arithmetic, attention)),
+        linear_flops=sum(counter.arithmetic(node) for node in products if "linear" in str(node.target)),
+        attention_flops=sum(map(counter.arithmetic, attention)),
         collectives=sum(size > 0 for size in exchanged),
         bytes_sent=sum(exchanged),
     )

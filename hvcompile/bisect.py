@@ -130,7 +130,7 @@ def _json(held: Any) -> Any:
     return held
 
 
-def bisect(  # noqa: PLR0915
+def bisect(
     folder: Path,
     *,
     tolerance: float | None = None,
@@ -154,53 +154,100 @@ def bisect(  # noqa: PLR0915
     if lower is not None and lower not in LOWERINGS:
         raise InputError(f"lower is {lower!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
     dumped = read(folder)
-    rounding = max(map(_tolerance, dumped.dtypes()), default=_tolerance())
-    allowed = tolerance if tolerance is not None else rounding
-    stages: list[Stage] = []
-    notes = list(dumped.notes())
-    spread = 0.0
+    search = _Search(dumped, tolerance)
     finding: Finding | None = None
-    before: Sequence[Any] = ()
-    before_again: Sequence[Any] | None = None
     for name, what, run in _stages(dumped, lower or dumped.lower):
         observe(f"{name}: {what}")
-        row = dumped.rows.get(name, {"matched": (), "tolerance": 0.0})
-        may_change = row["tolerance"] if row["matched"] and tolerance is None else 0.0
-        is_lowered = name in LOWERINGS or (name == RUN and dumped.lower != "eager")
-        # Coarsely rounded values are others after another sum; two graphs that run eagerly sum alike.
-        within = max(allowed, may_change, spread if is_lowered else 0.0)
-        spread = max(spread, may_change / 10)
+        finding = search.look_at(name, what, run)
+        if finding is not None:
+            break
+    return Bisection(
+        folder=folder,
+        tolerance=search.tolerance,
+        stages=tuple(search.stages),
+        finding=finding,
+        notes=tuple(search.notes),
+    )
+
+
+class _Search:
+    """The stages looked at so far, and what the next one is compared with.
+
+    Attributes:
+        tolerance: that of a stage that changes nothing.
+        stages: those that were run, in order.
+        notes: what to know before their figures are believed.
+
+    """
+
+    def __init__(self, dumped: Dumped, tolerance: float | None) -> None:
+        self.dumped = dumped
+        self.rounding = max(map(_tolerance, dumped.dtypes()), default=_tolerance())
+        self.tolerance = self.rounding if tolerance is None else tolerance
+        self.stages: list[Stage] = []
+        self.notes = list(dumped.notes())
+        self._is_given = tolerance is not None
+        self._before: Sequence[Any] = ()  # the outputs of the stage before
+        self._before_again: Sequence[Any] | None = None  # those of the last second call
+
+    def look_at(self, name: str, what: str, run: _Run) -> Finding | None:
+        """Run the next stage and compare it; None where nothing is wrong with it."""
+        within = self._allowed(name)
         try:
             with torch.no_grad():
-                results, second = run(len(before))
+                results, second = run(len(self._before))
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # whatever a broken graph raises is what is looked for
-            stages.append(Stage(name=name, what=what, figures=(), tolerance=within))
+            self.stages.append(Stage(name=name, what=what, figures=(), tolerance=within))
             problem = f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            finding = Finding(stage=name, output=None, problem=problem, switch_off=_advice(name, dumped, within))
-            break
-        before = results if name == CAPTURED else before
-        results = results[: len(before)]  # what follows is added state
-        is_first = before_again is None
-        figures, again = _both_calls(results, second, before, results if before_again is None else before_again)
-        previous = stages[-1].name if stages else ""
-        stages.append(Stage(name=name, what=what, figures=figures + again, tolerance=within))
-        if second is not None and not second.reuses and is_first:
-            notes.append("no reused step is compared: by its options the cache computes a second call too")
-        blamed, fault = name, _fault(figures, within, previous)
-        if len(results) != len(before):
-            fault = (None, _lacking(before, results))
-        if fault is None and is_first:  # what is cached is a difference, which is rounded
-            blamed, fault = _reusing(dumped) or name, _fault(again, max(within, rounding), "its first call")
-        elif fault is None:
-            fault = _fault(again, within, previous)
-        if fault is not None:
-            advice = _advice(blamed, dumped, within)
-            finding = Finding(stage=blamed, output=fault[0], problem=fault[1], switch_off=advice)
-            break
-        before, before_again = results, before_again if second is None else second.results
-    return Bisection(folder=folder, tolerance=allowed, stages=tuple(stages), finding=finding, notes=tuple(notes))
+            return self._finding(name, (None, problem), within)
+        if name == CAPTURED:
+            self._before = results
+        results = results[: len(self._before)]  # what follows is added state
+        if second is not None and not second.reuses and self._before_again is None:
+            self.notes.append("no reused step is compared: by its options the cache computes a second call too")
+        previous = self.stages[-1].name if self.stages else ""
+        figures, again = tuple(_figures(self._before, results)), self._figures_again(results, second)
+        self.stages.append(Stage(name=name, what=what, figures=figures + again, tolerance=within))
+        is_complete = len(results) == len(self._before)
+        fault = _fault(figures, within, previous) if is_complete else (None, _lacking(self._before, results))
+        finding = self._finding(name, fault, within) if fault else self._judge_again(name, again, within, previous)
+        self._before = results
+        self._before_again = self._before_again if second is None else second.results
+        return finding
+
+    def _allowed(self, name: str) -> float:
+        """The relative difference that is no fault of the next stage."""
+        is_lowered = name in LOWERINGS or (name == RUN and self.dumped.lower != "eager")
+        # Coarsely rounded values are others after another sum; two graphs that run eagerly sum alike.
+        coarse = [self._may_change(stage.name) / 10 for stage in self.stages if is_lowered]
+        return max(self.tolerance, self._may_change(name), *coarse)
+
+    def _may_change(self, name: str) -> float:
+        """The relative difference that a stage's pass may make; 0 where a tolerance was given for all."""
+        row = self.dumped.rows.get(name, {"matched": (), "tolerance": 0.0})
+        return float(row["tolerance"]) if row["matched"] and not self._is_given else 0.0
+
+    def _figures_again(self, results: Sequence[Any], second: _Second | None) -> tuple[Figure, ...]:
+        """Those of a second call, against the one before it, or against its own first call where there is none."""
+        if second is None:
+            return ()
+        before = results if self._before_again is None else self._before_again
+        figures = _figures(before, second.results[: len(self._before)])
+        return tuple(dataclasses.replace(item, call=2) for item in figures)
+
+    def _judge_again(self, name: str, again: Sequence[Figure], tolerance: float, previous: str) -> Finding | None:
+        """What is wrong with a second call; where it is the first such, the pass that reuses is to blame."""
+        if self._before_again is None:  # what is cached is a difference, which is rounded
+            name, fault = _reusing(self.dumped) or name, _fault(again, max(tolerance, self.rounding), "its first call")
+        else:
+            fault = _fault(again, tolerance, previous)
+        return self._finding(name, fault, tolerance) if fault else None
+
+    def _finding(self, stage: str, fault: _Fault, tolerance: float) -> Finding:
+        output, problem = fault
+        return Finding(stage=stage, output=output, problem=problem, switch_off=_advice(stage, self.dumped, tolerance))
 
 
 def write_json(found: Sequence[Bisection], file: Path) -> None:
@@ -217,6 +264,7 @@ class _Second:
 
 
 _Run = Callable[[int], tuple[list[Any], _Second | None]]
+_Fault = tuple[int | None, str]  # the output that is wrong, None for all of them, and how
 
 
 def _stages(dumped: Dumped, lower: str) -> Iterator[tuple[str, str, _Run]]:
@@ -279,14 +327,6 @@ def _figures(before: Sequence[Any], now: Sequence[Any]) -> Iterator[Figure]:
             yield _figure(place, old, new)
 
 
-def _both_calls(
-    results: Sequence[Any], second: _Second | None, before: Sequence[Any], before_again: Sequence[Any]
-) -> tuple[tuple[Figure, ...], tuple[Figure, ...]]:
-    """The figures of a stage's first call and those of its second, if it has one."""
-    again = _figures(before_again, second.results[: len(before)]) if second is not None else ()
-    return tuple(_figures(before, results)), tuple(dataclasses.replace(item, call=2) for item in again)
-
-
 def _figure(place: int, old: torch.Tensor, new: torch.Tensor) -> Figure:
     is_bad = new.isfinite().logical_not()
     num_bad = int(is_bad.sum())
@@ -312,7 +352,7 @@ def _figure(place: int, old: torch.Tensor, new: torch.Tensor) -> Figure:
     )
 
 
-def _fault(figures: Sequence[Figure], tolerance: float, previous: str) -> tuple[int | None, str] | None:
+def _fault(figures: Sequence[Figure], tolerance: float, previous: str) -> _Fault | None:
     """The first output that is wrong, and how; ``previous`` is empty for the captured graph."""
     for figure in figures:
         output = f"output {figure.output} ({figure.dtype} {list(figure.shape)})"

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from hvcompile import outputs, tables
 from hvcompile.errors import HvcompileError, InputError, OptionError
+from hvcompile.float8 import quiet_import
 
 if TYPE_CHECKING:
     from hvcompile.metrics import Step
@@ -103,8 +104,9 @@ def generate(
 
     Under torchrun all ranks share the work on one video, and the first one writes it.
     """
-    from hvcompile import generate as generation  # torch and diffusers take seconds to import; --help must not
-    from hvcompile import launch
+    with quiet_import():
+        from hvcompile import generate as generation  # diffusers takes seconds to import; --help must not
+        from hvcompile import launch
 
     request = generation.Request(
         prompt=prompt,
@@ -199,7 +201,8 @@ def explain(
     Of a pipeline only the configuration is read, no weights: a model of any size is explained on any machine. A script
     runs up to the first call of a model that it compiles with hvfast.
     """
-    from hvcompile import explaining
+    with quiet_import():
+        from hvcompile import explaining
 
     try:
         _quieten_loading()
@@ -321,8 +324,9 @@ def bench_contenders(
 
     Leaves with 1 where eager, torch.compile or hvfast itself failed.
     """
-    from hvcompile import bench, bench_results
-    from hvcompile.contenders import PEERS
+    with quiet_import():
+        from hvcompile import bench, bench_results
+        from hvcompile.contenders import PEERS
 
     request = bench.Request(
         model=model,

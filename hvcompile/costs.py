@@ -13,12 +13,12 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import fx
 
-from hvcompile.flops import flops
+from hvcompile.flops import FlopCounter
 from hvcompile.inductor import COND, INVOKE_SUBGRAPH, num_bytes, value
 from hvcompile.nodes import is_tensor, op_name, storage
 
 REST = "rest"
-"""All that is no product (``flops`` has the kinds of these): norms, modulation, activations, rotary embedding."""
+"""All that is no product (``flops.py`` has the kinds of these): norms, modulation, activations, rotary embedding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,8 @@ def costs(graph: fx.Graph) -> list[Cost]:
     A call of another graph (a block's body, a branch) costs nothing here: its products are those of that graph. An
     operation that holds products of several kinds moves its bytes with the first of them.
     """
-    products = {node: found for node in graph.nodes if (found := flops(node))}
+    counter = FlopCounter()
+    products = {node: found for node in graph.nodes if (found := counter.by_kind(node))}
     spent = []
     for node, found in products.items():
         moved = _bytes(node) + sum(_bytes(item) for item in dict.fromkeys(node.all_input_nodes))

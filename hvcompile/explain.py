@@ -22,7 +22,7 @@ from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.graph_text import Stage, stage
 from hvcompile.inductor import is_data_dependent, num_bytes, size_hint, value
 from hvcompile.nodes import is_tensor, is_weight
-from hvcompile.options import parse
+from hvcompile.options import Options, parse
 from hvcompile.outline import recover
 from hvcompile.passes import PASSES
 from hvcompile.pipeline import JournalRow
@@ -207,29 +207,23 @@ def explain(
         UntraceableModelError: Dynamo can't keep the call in one graph.
 
     """
-    parse(PASSES, options, mode)  # before the trace, which can take half a minute
+    settings = parse(PASSES, options, mode)  # before the trace, which can take half a minute
     if device is not None and not isinstance(device, Device):
         if device not in DEVICES:
             raise OptionError(f"device {device!r} is unknown: give one of {', '.join(DEVICES)}, or a costs.Device")
         device = DEVICES[device]
     graph, inputs = _capture(model, args, kwargs)
     with torch.no_grad():  # as it was captured
-        return explain_graph(graph, inputs, options=options, mode=mode, device=device)
+        return explain_graph(graph, inputs, settings, device)
 
 
 def explain_graph(
-    captured: fx.GraphModule,
-    inputs: Sequence[Any] = (),
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-    device: Device | None = None,
+    captured: fx.GraphModule, inputs: Sequence[Any], settings: Options, device: Device | None = None
 ) -> Explanation:
     """Say what hvfast would do with a graph captured by Dynamo, which is not changed; see ``explain``.
 
     ``inputs`` are the graph's, from which weights are known that are in float8 alone already.
     """
-    settings = parse(PASSES, options, mode)
     reason = needs_gradients(captured)
     trunk = NoTrunk(reason) if reason else recover(captured)
     spent = costs(captured.graph)
@@ -258,7 +252,8 @@ def explain_graph(
         )
     kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
     kind_of = {block: trunk.bodies.index(block.body) for block in trunk.blocks}
-    flops_of = {block: sum(cost.flops for cost in costs(block.body.module.graph)) for block in trunk.blocks}
+    of_body = {body: sum(cost.flops for cost in costs(body.module.graph)) for body in trunk.bodies}
+    flops_of = {block: of_body[block.body] for block in trunk.blocks}  # before the passes
     prologue, epilogue = _around(trunk)
     stages = [stage("captured", captured, [block.path for block in trunk.blocks]), stage("outline", trunk.module)]
     journal: list[JournalRow] = []

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import runpy
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import fx
 
 from hvcompile import backend, outputs, pipelines, report, tiny
 from hvcompile.costs import DEVICES
 from hvcompile.errors import InputError
 from hvcompile.explain import Explanation, explain, explain_graph
-from hvcompile.options import MODES
+from hvcompile.options import MODES, Options
 from hvcompile.skeleton import skeleton, transformer_call
 
 
@@ -114,7 +117,8 @@ def explain_request(request: Request) -> Explanation:
 def explain_script(request: Request) -> Explanation:
     """Run a script up to the first call of a model that it compiles with hvfast, and explain that call.
 
-    Graphs without blocks on the way run as they are. The script's own options and mode are those explained.
+    Graphs without blocks on the way run as they are. The script's own options and mode are those explained. What was
+    compiled in this process before is compiled anew when it is called again.
 
     Raises:
         InputError: the script ends, or fails, before it calls such a model.
@@ -124,8 +128,8 @@ def explain_script(request: Request) -> Explanation:
     found: list[Explanation] = []
     met: list[str] = []
 
-    def explaining(graph: fx.GraphModule, inputs: Any, *, mode: str | None = None, options: Any = None) -> Any:
-        explanation = explain_graph(graph, inputs, options=options, mode=mode, device=DEVICES[request.gpu])
+    def explain_it(graph: fx.GraphModule, inputs: Any, settings: Options, *_: Any) -> Any:
+        explanation = explain_graph(graph, inputs, settings, DEVICES[request.gpu])
         if explanation.reason:
             met.append(explanation.reason)
             return graph.forward
@@ -136,7 +140,7 @@ def explain_script(request: Request) -> Explanation:
     try:
         sys.argv = [path, *request.arguments]
         sys.path = [str(Path(path).resolve().parent), *paths]  # as python itself has it
-        with mock.patch.object(backend, "hvfast", explaining):
+        with _instead_of_compiling(explain_it):
             runpy.run_path(path, run_name="__main__")
     except _SeenError:
         return found[0]
@@ -161,6 +165,20 @@ def explain_script(request: Request) -> Explanation:
     raise InputError(
         f'script {path!r} ended and called no model compiled with hvfast: compile one with backend="hvfast" and call it'
     )
+
+
+@contextlib.contextmanager
+def _instead_of_compiling(explain_it: Callable[..., Any]) -> Iterator[None]:
+    """Within, hvfast hands what Dynamo captures to a function, and Dynamo captures everything anew.
+
+    What hvfast calls is exchanged and not hvfast itself, which Dynamo keeps from when it is first named.
+    """
+    torch.compiler.reset()  # a model that was compiled before would run, and not be handed over
+    try:
+        with mock.patch.object(backend, "_compile", explain_it):
+            yield
+    finally:
+        torch.compiler.reset()  # graphs that were only explained are not to be run for compiled ones
 
 
 def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:

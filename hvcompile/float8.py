@@ -10,13 +10,16 @@ quantisation.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 
 from hvcompile import inductor
+
+log = logging.getLogger(__name__)
 
 DTYPE = torch.float8_e4m3fn
 SMALLEST_MAGNITUDE = 1e-30
@@ -27,19 +30,49 @@ GRANULARITIES: tuple[Granularity, ...] = ("row", "tensor")
 
 
 def is_available() -> bool:
-    """Whether torchao, whose primitives are used, can be imported; imports it, without its complaints at that."""
-    quiet = logging.getLogger("torchao")
-    level = quiet.level
-    quiet.setLevel(logging.CRITICAL)  # about kernels of its own that it could not load, of which none is used here
+    """Whether torchao, whose primitives are used, can be imported; imports it, quietly."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_import():
             import torchao.quantization.quant_primitives  # noqa: F401
     except ImportError:
         return False
-    finally:
-        quiet.setLevel(level)
     return True
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Within, warnings that torchao's import logs go to the log of this module, for debugging; errors stay errors.
+
+    They are about kernels of its own that it could not load, of which none is used here, and, from torch, about how it
+    registers its types. diffusers imports torchao too, wherever that is installed.
+    """
+    torchao, propagates = logging.getLogger("torchao"), logging.getLogger("torchao").propagate
+    lowered = _Lowered()
+    torchao.addHandler(lowered)
+    torchao.propagate = False
+    inductor.PYTREE_LOG.addFilter(_is_not_about_torchao)
+    try:
+        yield
+    finally:
+        inductor.PYTREE_LOG.removeFilter(_is_not_about_torchao)
+        torchao.propagate = propagates
+        torchao.removeHandler(lowered)
+
+
+class _Lowered(logging.Handler):
+    """Says again, and warnings for debugging alone, what another logger was told."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = record.levelno if record.levelno > logging.WARNING else logging.DEBUG
+        log.log(level, "%s: %s", record.name, record.getMessage())
+
+
+def _is_not_about_torchao(record: logging.LogRecord) -> bool:
+    named = record.args if isinstance(record.args, tuple) else ()
+    if not any(str(getattr(item, "__module__", "")).startswith("torchao.") for item in named):
+        return True
+    log.debug("%s: %s", record.name, record.getMessage())
+    return False
 
 
 def quantize(tensor: torch.Tensor, granularity: Granularity = "row") -> tuple[torch.Tensor, torch.Tensor]:

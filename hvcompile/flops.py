@@ -1,4 +1,4 @@
-"""The floating point operations of one node: its operation run on the meta device, where torch counts its products.
+"""The floating point operations of nodes: each operation run on the meta device, where torch counts its products.
 
 What an operation is made of is torch's business: a formula of our own for each of ``einsum``, ``baddbmm`` or
 ``multi_head_attention_forward`` would be wrong for some way of calling some of them.
@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import hvcompile.float8_attention  # noqa: F401 - registers its operator
-from hvcompile.inductor import FAKES, size_hint, value
+from hvcompile.inductor import FAKES, numel_hint, size_hint, value
 
 log = logging.getLogger(__name__)
 
@@ -73,35 +73,43 @@ class _UncountableError(Exception):
     """An operand is something else than a plain tensor or number."""
 
 
-# A count follows from what is called and from the shapes alone; a model has few of them and many nodes.
-_COUNTED: dict[Any, Mapping[str, int]] = {}
-_MOST_COUNTED = 10_000
+class FlopCounter:
+    """The operations of a graph's nodes, of which the first alone is run where several call the same on equal shapes.
 
-
-def flops(node: fx.Node) -> Mapping[str, int]:
-    """A node's operations by kind of product; empty where it has none, or runs only where there are other ranks.
-
-    A symbolic size counts as in the run that was captured, one that depends on data as ``size_hint`` has it.
+    A model has many nodes and few such calls: HunyuanVideo's 60 blocks 8,272 and a hundred; counted one by one, its
+    recovery takes 5.9 s, not 0.8. Whoever counts makes a counter, which goes when they are done.
     """
-    if node.op not in {"call_function", "call_method"} or not any(
-        isinstance(value(item), torch.Tensor) for item in node.all_input_nodes
-    ):
-        return {}
-    # Communication computes nothing, and must not be run.
-    if any(name in f"{getattr(node.target, '__module__', '')} {node.target}" for name in ("distributed", "c10d")):
-        return {}
-    if getattr(node.target, "__module__", "").endswith("collectives"):
-        return {}
-    try:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), _described)
-    except _UncountableError:
-        return {}
-    key = (node.op, node.target, repr(args), repr(kwargs))
-    if key not in _COUNTED:
-        if len(_COUNTED) >= _MOST_COUNTED:
-            _COUNTED.clear()
-        _COUNTED[key] = _count(node, args, kwargs)
-    return _COUNTED[key]
+
+    def __init__(self) -> None:
+        self._counted: dict[Any, Mapping[str, int]] = {}
+
+    def by_kind(self, node: fx.Node) -> Mapping[str, int]:
+        """A node's operations by kind of product; empty where it has none, or runs only where there are other ranks.
+
+        A symbolic size counts as in the run that was captured, one that depends on data as ``size_hint`` has it.
+        """
+        if node.op not in {"call_function", "call_method"} or not any(
+            isinstance(value(item), torch.Tensor) for item in node.all_input_nodes
+        ):
+            return {}
+        # Communication computes nothing, and must not be run.
+        if any(name in f"{getattr(node.target, '__module__', '')} {node.target}" for name in ("distributed", "c10d")):
+            return {}
+        if getattr(node.target, "__module__", "").endswith("collectives"):
+            return {}
+        try:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), _described)
+        except _UncountableError:
+            return {}
+        key = (node.op, node.target, repr(args), repr(kwargs))
+        if key not in self._counted:
+            self._counted[key] = _count(node, args, kwargs)
+        return self._counted[key]
+
+    def arithmetic(self, node: fx.Node) -> int:
+        """A node's operations: of matrix products, attention and convolutions, else one an element of its result."""
+        held = value(node)
+        return sum(self.by_kind(node).values()) or (numel_hint(held) if isinstance(held, torch.Tensor) else 0)
 
 
 def _described(node: fx.Node) -> Any:

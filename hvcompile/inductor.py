@@ -30,6 +30,7 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
   it lies, beside the one that the first sets, after it was seen to work on a tensor made for that.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
   backend.
+- the logger ``torch.utils._pytree``: from 2.12 or 2.13 on it warns of types that torchao registers as it is imported.
 - ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
 - ``torch._functorch.aot_autograd.aot_module_simplified``: what ``functorch.compile`` re-exports; imported from there.
 - ``torch.distributed.distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to
@@ -47,6 +48,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,6 +73,7 @@ TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
 STORED = "hvcompile_stored"  # node.meta key: a placeholder for a weight that the runtime keeps
 UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
 FAKES: tuple[type, ...] = (FakeTensor,)
+PYTREE_LOG = logging.getLogger("torch.utils._pytree")
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvcompile.flops import FlopCounter
 from hvcompile.inductor import layout_key, shape_key, value
 from hvcompile.nodes import is_context_switch, mutated_operand, op_name
-from hvcompile.structure import Block, arithmetic
+from hvcompile.structure import Block
 from hvcompile.trunk import is_activation, stride_order
 
 # Of a block's arithmetic, what its body may compute beyond it so that no body of its own is needed.
@@ -37,6 +38,7 @@ def families_of(
 
     """
     families: dict[int, dict[int, dict[fx.Node, int]]] = {}
+    counter = FlopCounter()
     rows: dict[int, list[tuple[Any, ...]]] = {}
     viewed = [viewed_operands(block, reads) for block, reads in zip(found, operands, strict=True)]
     layouts = [
@@ -47,7 +49,7 @@ def families_of(
         for first, members in families.items():
             if layouts[place] != layouts[first]:
                 continue
-            matched = _embed(block, operands[place], found[first], rows[first])
+            matched = _embed(block, operands[place], found[first], rows[first], counter)
             if matched is not None:
                 members[place] = matched
                 break
@@ -108,7 +110,7 @@ def _rows(block: Block, operands: Sequence[fx.Node]) -> Iterator[tuple[Any, ...]
 
 
 def _embed(
-    block: Block, operands: Sequence[fx.Node], other: Block, rows: Sequence[tuple[Any, ...]]
+    block: Block, operands: Sequence[fx.Node], other: Block, rows: Sequence[tuple[Any, ...]], counter: FlopCounter
 ) -> dict[fx.Node, int] | None:
     """Match a block's nodes in order to those of another, given with its rows; None unless all match.
 
@@ -131,7 +133,7 @@ def _embed(
     left_over = [node for place, node in enumerate(other.nodes) if place not in taken]
     if any(mutated_operand(node) is not None or is_context_switch(node) for node in left_over):
         return None  # that acts on what the matched nodes compute
-    wasted, useful = (sum(map(arithmetic, nodes)) for nodes in (left_over, block.nodes))
+    wasted, useful = (sum(map(counter.arithmetic, nodes)) for nodes in (left_over, block.nodes))
     return matched if wasted <= MOST_WASTE * useful else None
 
 

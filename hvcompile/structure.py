@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from hvcompile.flops import flops
+from hvcompile.flops import FlopCounter
 from hvcompile.inductor import numel_hint, shape_key, source_name, value
 from hvcompile.nodes import is_scalar, is_tensor, op_name
 
@@ -82,12 +82,6 @@ def owner_of(node: fx.Node, depth: int) -> ModuleCall | None:
     return None
 
 
-def arithmetic(node: fx.Node) -> int:
-    """A node's floating point operations: of matrix products, attention and convolutions, else one an element."""
-    counted = sum(flops(node).values())
-    return counted or (numel_hint(value(node)) if is_tensor(node) else 0)
-
-
 def find_blocks(graph: fx.Graph, depth: int) -> list[Block]:
     """All calls of list members in graph order, the members' lists being at the ``depth``-th index of the path.
 
@@ -119,11 +113,11 @@ class _ListRun:
     def span(self, places: dict[fx.Node, int]) -> tuple[int, int]:
         return places[self.blocks[0].nodes[0]], max(places[block.nodes[-1]] for block in self.blocks)
 
-    def arithmetic(self) -> int:
-        return sum(arithmetic(node) for block in self.blocks for node in block.nodes)
+    def arithmetic(self, counter: FlopCounter) -> int:
+        return sum(counter.arithmetic(node) for block in self.blocks for node in block.nodes)
 
 
-def _runs(graph: fx.Graph, blocks: Sequence[Block]) -> list[_ListRun]:
+def _runs(graph: fx.Graph, blocks: Sequence[Block], counter: FlopCounter) -> list[_ListRun]:
     """Group blocks by list, merge lists whose members take turns, and drop the minor ones of those."""
     places = {node: place for place, node in enumerate(graph.nodes)}
     by_list: dict[tuple[str, ...], _ListRun] = {}
@@ -142,8 +136,8 @@ def _runs(graph: fx.Graph, blocks: Sequence[Block]) -> list[_ListRun]:
 
     result = []
     for lists in merged:
-        largest = max(run.arithmetic() for run in lists)
-        kept = [run for run in lists if run.arithmetic() >= MINOR_LIST_SHARE * largest]
+        largest = max(run.arithmetic(counter) for run in lists)
+        kept = [run for run in lists if run.arithmetic(counter) >= MINOR_LIST_SHARE * largest]
         members = [block for run in kept for block in run.blocks]
         result.append(_ListRun(sorted(members, key=lambda block: places[block.nodes[0]])))
     return result
@@ -216,8 +210,9 @@ def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
     Looks at the outermost index of each module path first, and deeper only where no list there has two blocks: the
     model may itself stand in a list.
     """
+    counter = FlopCounter()
     for depth in range(3):
-        runs = _runs(graph, find_blocks(graph, depth))
+        runs = _runs(graph, find_blocks(graph, depth), counter)
         owners = {node: block for run in runs for block in run.blocks for node in block.nodes}
         chains: list[list[_ListRun]] = []
         for run in runs:
@@ -229,7 +224,7 @@ def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
         if depth:  # inside a block stand lists too, such as the layers of its MLP; only alike members are blocks
             candidates = [chain for chain in candidates if any(map(_has_repeats, chain))]
         if candidates:
-            best = max(candidates, key=lambda chain: sum(run.arithmetic() for run in chain))
+            best = max(candidates, key=lambda chain: sum(run.arithmetic(counter) for run in chain))
             return [block for run in best for block in run.blocks], ""
     return [], (
         "no module list with two or more members is called in this graph"

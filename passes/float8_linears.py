@@ -115,7 +115,6 @@ class Float8Linears(Pass):
         for (body, names), blocks in plan.variants().items():
             if names:
                 _rewrite(trunk, body, names, blocks, granularity, keep_original=self.keep_original == "cpu")
-        _drop_unused(trunk)
         return report
 
     def _unfit(self, trunk: Trunk, context: Context) -> str:
@@ -150,59 +149,31 @@ def _rewrite(
     *,
     keep_original: bool,
 ) -> None:
-    """Give these blocks a body in which the named linear layers are float8 products."""
-    made = Body(_fresh_name(trunk, body, blocks), inductor.clone_graph_module(body.module), {})
+    """Give these blocks of a body one in which the named linear layers are float8 products."""
+    made = trunk.split_body(body, blocks, "float8", Float8Linears.__name__)
     graph = made.module.graph
-    before = list(graph.find_nodes(op="placeholder"))
-    streams = {place: before[operand] for place, operand in body.streams.items()}
     items = [item for item in linears_of(made) if item.weight.name in names]
     groups = groups_of(items, granularity)
+    placeholders = placeholder_names(made)
     mode = inductor.fake_mode(trunk.graph)
     assert mode is not None  # the blocks take tensors
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    added: list[tuple[list[str], fx.Node, fx.Node]] = []
     with mode, torch.no_grad():
         for group in groups:
             data, scale = _weight_placeholders(graph, group, granularity)
-            added.append(([item.weight.name for item in group], data, scale))
             _replace(graph, group, data, scale, quantized, granularity)
-    for item in items:
-        graph.erase_node(item.weight)
-    graph.lint()
-    made.module.recompile()
-    after = list(graph.find_nodes(op="placeholder"))
-    made.streams = {place: after.index(node) for place, node in streams.items()}
-    setattr(trunk.module, made.name, made.module)
-
-    placeholders = placeholder_names(body)
-    stored = {tuple(weights.sources): weights for weights in trunk.stored}
+    stored = {weights.sources: weights for weights in trunk.stored}
     for block in blocks:
         passed = dict(zip(placeholders, block.operands, strict=True))
-        for group_names, data, scale in added:
-            sources = tuple(passed[name] for name in group_names)
+        for group in groups:
+            sources = tuple(passed[item.weight.name] for item in group)
             if sources not in stored:
                 stored[sources] = trunk.store(
                     sources, _stem(sources), granularity=granularity, keep_original=keep_original
                 )
-            passed |= {data.name: stored[sources].data, scale.name: stored[sources].scale}
-        with trunk.graph.inserting_before(block.call):
-            reference = trunk.graph.get_attr(made.name)
-        reference.meta = {TAG: Float8Linears.__name__}
-        old = block.call.args[0]
-        block.call.args = (reference, made.name, *(passed[node.name] for node in after))
-        if isinstance(old, fx.Node) and not old.users:
-            trunk.graph.erase_node(old)
-        block.body = made
-
-
-def _fresh_name(trunk: Trunk, body: Body, blocks: Sequence[BlockCall]) -> str:
-    """The body's own name where all its blocks get the new one, else another."""
-    if all(block in blocks for block in trunk.blocks if block.body is body):
-        return body.name
-    count = 0
-    while hasattr(trunk.module, f"{body.name}_float8_{count}"):
-        count += 1
-    return f"{body.name}_float8_{count}"
+            block.call.args = (*block.call.args, stored[sources].data, stored[sources].scale)
+    for item in items:
+        trunk.drop_operand(made, item.weight)
 
 
 def _stem(weights: Sequence[fx.Node]) -> str:
@@ -279,11 +250,3 @@ def _drop_unread(nodes: Sequence[fx.Node]) -> None:
 def _last_placeholder(graph: fx.Graph) -> fx.Node:
     found: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
     return found[-1]
-
-
-def _drop_unused(trunk: Trunk) -> None:
-    """Delete the bodies that no block calls any more."""
-    used = {body.name for body in trunk.bodies}
-    for name, child in list(trunk.module.named_children()):
-        if isinstance(child, fx.GraphModule) and name not in used:
-            delattr(trunk.module, name)

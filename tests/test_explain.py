@@ -27,6 +27,7 @@ from hvcompile.condensed import condensed
 from hvcompile.costs import DEVICES, Cost
 from hvcompile.errors import InputError, OptionError, QuantizedWeightError, UntraceableModelError
 from hvcompile.explain import explain
+from hvcompile.explaining import Request, explain_script
 from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.skeleton import skeleton, transformer_call
 from hvcompile.tables import explanation_tables
@@ -211,26 +212,53 @@ import torch
 sys.path.insert(0, {tests!r})
 from toy import Toy, toy_inputs
 assert sys.argv == [{path!r}]
-model = Toy(blocks=5)
+model = Toy(blocks={blocks})
 if {compiles}:
-    model.compile(backend="hvfast", options={{"first_block_cache": {{"threshold": 0.2}}}})
+    model.compile(backend="hvfast", options={{"lower": "eager", "first_block_cache": {{"threshold": 0.2}}}})
 with torch.no_grad():
     model(**toy_inputs())
 {end}
 """
 
 
-def script(path: Path, *, compiles: bool = True, end: str = "raise RuntimeError('ran on')") -> str:
-    path.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), compiles=compiles, end=end))
+def script(path: Path, *, compiles: bool = True, end: str = "raise RuntimeError('ran on')", blocks: int = 5) -> str:
+    tests = str(Path(__file__).parent)
+    path.write_text(SCRIPT.format(tests=tests, path=str(path), compiles=compiles, end=end, blocks=blocks))
     return str(path)
 
 
 def test_a_script_runs_up_to_its_model(tmp_path: Path) -> None:
-    """In a process of its own: Dynamo looks a backend up once, and other tests have made it do so."""
     command = [sys.executable, "-m", "hvcompile", "explain", script(tmp_path / "mine.py")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert ran.returncode == 0, ran.stderr
     assert "blocks.0 .. blocks.4" in ran.stdout
+    assert "Failed to load" not in ran.stderr, "kernels of torchao's, which diffusers imports"
+    assert "is an Enum subclass" not in ran.stderr
+
+
+def test_scripts_are_explained_beside_models_that_run(tmp_path: Path) -> None:
+    """Dynamo looks a backend up once and keeps what it compiled: neither hides a model that a script compiles."""
+    options: dict[str, Any] = {"lower": "eager", "first_block_cache": {"threshold": 0.2}}
+    models = [Toy(blocks=5), Toy(blocks=5)]
+    with torch.no_grad():
+        expected = models[0](**drawn())
+        models[0].compile(backend="hvfast", options=options)
+        for blocks in (5, 3, 5):
+            torch.testing.assert_close(models[0](**drawn()), expected)
+            path = script(tmp_path / "mine.py", blocks=blocks)
+            assert explain_script(Request(model=path)).lists == f"blocks x {blocks}"
+        models[1].compile(backend="hvfast", options=options)
+        torch.testing.assert_close(models[1](**drawn()), expected)
+    assert [hvcompile.stats(model).misses for model in models] == [3, 1]  # Dynamo began anew each time
+
+
+def test_what_a_script_ran_uncompiled_is_not_run_for_what_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="would have rewritten none"):
+        explain_script(Request(model=script(tmp_path / "mine.py", blocks=1, end="")))
+    model = Toy(blocks=1)
+    model.compile(backend="hvfast", options={"lower": "eager", "first_block_cache": {"threshold": 0.2}})
+    with torch.no_grad(), pytest.raises(Exception, match="options ask for 'first_block_cache'"):
+        model(**drawn())
 
 
 def test_a_script_that_compiles_nothing_or_fails(tmp_path: Path) -> None:

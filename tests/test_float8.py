@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hvcompile import float8, inductor
 
+ROOT = Path(float8.__file__).parents[1]
 pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
 
 
@@ -107,3 +113,38 @@ def test_leading_dimensions() -> None:
 
 def test_reason_on_a_cpu() -> None:
     assert "emulated" in float8.reason_unfit(torch.device("cpu"))
+
+
+def test_of_torchaos_import_warnings_alone_are_lowered(caplog: pytest.LogCaptureFixture) -> None:
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    caplog.set_level(logging.DEBUG, "hvcompile")
+    pytree, theirs = inductor.PYTREE_LOG, logging.getLogger("torchao")
+    pytree.addHandler(caplog.handler)
+    try:
+        with float8.quiet_import():
+            theirs.getChild("kernel").warning("Failed to load it")
+            theirs.error("broken")
+            pytree.warning("%s is an Enum", Float8WeightOnlyConfig)
+            pytree.warning("%s is an Enum", pytest.Item)
+        theirs.warning("afterwards")
+        pytree.warning("%s afterwards", Float8WeightOnlyConfig)
+    finally:
+        pytree.removeHandler(caplog.handler)
+    told = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    ours, about = "hvcompile.float8", str(Float8WeightOnlyConfig)
+    assert list(dict.fromkeys(told)) == [  # torch's logger may hand a record on as well
+        (ours, "DEBUG", "torchao.kernel: Failed to load it"),
+        (ours, "ERROR", "torchao: broken"),
+        (ours, "DEBUG", f"{pytree.name}: {about} is an Enum"),
+        (pytree.name, "WARNING", f"{pytest.Item} is an Enum"),
+        ("torchao", "WARNING", "afterwards"),
+        (pytree.name, "WARNING", f"{about} afterwards"),
+    ]
+
+
+def test_importing_torchao_says_nothing() -> None:
+    """In a process of its own, as this one has it already."""
+    command = [sys.executable, "-c", "from hvcompile import float8; assert float8.is_available()"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
