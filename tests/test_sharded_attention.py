@@ -508,13 +508,26 @@ def test_with_float8_as_one_rank_with_float8() -> None:
 def test_decides_as_one_rank_does(size: int, thresholds: list[float], layouts: list[Any]) -> None:
     """Thirty steps at several thresholds: the same steps reused, outputs to 1e-3."""
     for found in ranks.results(ranks.launch(cases.decisions, size, "eager", thresholds, layouts)):
-        assert len(found) == len(thresholds) * len(layouts)
-        for together, alone, error in found:
-            assert together == alone
-            assert 0 < sum(together) < 30
-            assert error < 1e-3
-        # What the thresholds are there for: they decide in different ways.
-        assert len({tuple(alone) for _, alone, _ in found}) == len(thresholds)
+        check_decisions(found, len(thresholds))
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
+@pytest.mark.parametrize(("size", "layouts"), [(2, [True, RING]), (4, [BOTH])], ids=["two", "four"])
+def test_decides_as_one_rank_does_by_inductor(size: int, layouts: list[Any]) -> None:
+    """The same, compiled by Inductor on every rank, and the one rank too."""
+    launched = ranks.launch(cases.decisions, size, "inductor", [0.75, 0.85], layouts, group_timeout=900, limit=1800)
+    for found in ranks.results(launched):
+        check_decisions(found, 2)
+
+
+def check_decisions(found: list[tuple[list[bool], list[bool], float]], num_thresholds: int) -> None:
+    for together, alone, error in found:
+        assert together == alone
+        assert 0 < sum(together) < 30
+        assert error < 1e-3
+    # What the thresholds are there for: they decide in different ways.
+    assert len({tuple(alone) for _, alone, _ in found}) == num_thresholds
 
 
 @pytest.mark.ranks
