@@ -14,6 +14,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph, and to make another.
 - ``ShapeEnv.create_unbacked_symint``: a size that no code may be specialised to, and on which no guard can be put that
   Dynamo, which knows nothing of the input, would have to check.
+- ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: what an operator that needs to know such a size
+  raises while it is traced. In 2.11 attention by torch's math kernel is one, from 2.12 on it is not.
 - ``SymInt.node.hint``, ``SymInt.node.expr`` and ``ShapeEnv.bound_sympy``: reading a symbolic size without installing a
   guard on it.
 - ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
@@ -62,7 +64,7 @@ from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 Compiled = Callable[..., Any]
 
@@ -192,6 +194,17 @@ def unbacked_size(mode: FakeTensorMode, least: int, most: int | torch.SymInt) ->
     for bound in (size >= least, size <= most):
         torch._check(bound)  # type: ignore[no-untyped-call]
     return size
+
+
+def is_traceable(operation: Callable[..., Any], *fakes: Any, **kwargs: Any) -> bool:
+    """Whether an operation can be traced on fake tensors of which some sizes are known only when the graph runs."""
+    mode = next(item.fake_mode for item in fakes if isinstance(item, FakeTensor))
+    try:
+        with mode, torch.no_grad():
+            operation(*fakes, **kwargs)
+    except GuardOnDataDependentSymNode:
+        return False
+    return True
 
 
 def symbol_of(node: fx.Node) -> Any:
