@@ -121,7 +121,7 @@ def expected(attention: Attention) -> str:
 def written_out(query: Any, key: Any, value: Any, *, dtype: torch.dtype, scale: Any, repeats: int = 1) -> Any:
     """What the math kernel computes with no mask, in plain operations that don't ask for the number of keys.
 
-    That may be known at run time alone, and torch 2.11 can't trace the kernel's own operator then, nor ``matmul``.
+    That may be known at run time alone, and before 2.13 torch can't trace the kernel's own operator then, nor matmul.
 
     Args:
         query: ``[B, H, Q, E]``; graph code may give proxies for all three.

@@ -15,7 +15,7 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``ShapeEnv.create_unbacked_symint``: a size that no code may be specialised to, and on which no guard can be put that
   Dynamo, which knows nothing of the input, would have to check.
 - ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: what an operator that needs to know such a size
-  raises while it is traced. In 2.11 attention by torch's math kernel is one, from 2.12 on it is not.
+  raises while it is traced. In 2.11 and 2.12 attention by torch's math kernel is one.
 - ``SymInt.node.hint``, ``SymInt.node.expr`` and ``ShapeEnv.bound_sympy``: reading a symbolic size without installing a
   guard on it.
 - ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in

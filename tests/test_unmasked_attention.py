@@ -504,7 +504,7 @@ def test_a_kernel_overrides_what_torch_would_take() -> None:
 def test_what_torch_cannot_trace_is_written_out(
     sizes: Mapping[str, int], how: dict[str, Any], is_traceable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch 2.11's math kernel, taken for values of another head size, asks how many keys there are.
+    """Before 2.13 torch's math kernel, taken for values of another head size, asks how many keys there are.
 
     Where torch can trace all, as newer versions, it is made to look as if it could not.
     """
