@@ -5,7 +5,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``Node._dynamo_source`` and ``GraphModule._param_name_to_source``: AOTAutograd reads both to tell parameters from
   inputs and to deduplicate them; a copy of the graph that lacks them fails in ``process_inputs``.
 - ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` itself calls; there is no public entry that
-  takes a Dynamo graph with extra placeholders.
+  takes a Dynamo graph with extra placeholders. ``torch._inductor.exc.InductorError`` is what it raises. Before 2.13 it
+  asks of operands of 4 or 5 dimensions of a ``cat`` whether they are channels-last, also where a size depends on data.
 - ``torch._inductor.decomposition.select_decomp_table`` and
   ``torch._higher_order_ops.invoke_subgraph.NestedCompileRegionOptions``: an ``invoke_subgraph`` inside a ``cond``
   branch is retraced without Inductor's decompositions and then fails with "both a fallback and a decomp for same op";
@@ -63,8 +64,11 @@ from torch._guards import CompileContext
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from hvcompile.errors import LoweringError
 
 Compiled = Callable[..., Any]
 
@@ -357,14 +361,29 @@ def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
 
 
 def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-    """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple."""
+    """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple.
+
+    Raises:
+        LoweringError: Inductor asks for a size that depends on data.
+
+    """
     table = select_decomp_table()
     for body in _outlined_bodies(module):
         body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
     # Dynamo's guards hold every input's strides already. To check them again, one by one in Python, takes a tenth of a
     # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
     is_ahead = any(isinstance(given, torch.Tensor) and given.device.type != "cpu" for given in inputs)
-    compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
+    try:
+        compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
+    except InductorError as error:
+        _, found, asked = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
+        if not found:
+            raise
+        raise LoweringError(
+            f"Inductor of torch {torch.__version__} asks for a length that depends on data, which is known when the "
+            f"graph runs alone ({asked.splitlines()[0]}). Torch 2.13 asks for fewer than 2.11 and 2.12 do, with any "
+            "backend that lowers by Inductor. options={'lower': 'aot'} runs the graph without it"
+        ) from error
     return compiled  # type: ignore[no-any-return]
 
 
