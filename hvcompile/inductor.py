@@ -211,6 +211,19 @@ def is_traceable(operation: Callable[..., Any], *fakes: Any, **kwargs: Any) -> b
     return True
 
 
+def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``scaled_dot_product_attention``; on meta, where nothing will run, also where that can't be traced.
+
+    There torch takes the math kernel, whatever it takes on the device that is planned for.
+    """
+    try:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    except GuardOnDataDependentSymNode:
+        if query.device.type != "meta":
+            raise
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 def symbol_of(node: fx.Node) -> Any:
     """The symbol that a node's value is, backed or not; None where it is no number or an expression of symbols."""
     held = value(node)

@@ -156,6 +156,19 @@ def test_streams_of_the_bodies_stay_right() -> None:
     assert [{o: b.operands[p].name for o, p in b.body.streams.items()} for b in trunk.blocks] == before
 
 
+def test_graph_on_meta() -> None:
+    """What torch takes there, its math kernel, is not what it takes where the graph will run."""
+    with torch.device("meta"):
+        model = MaskedToy()
+    trunk = recovered(model, **{name: held.to("meta") for name, held in masked_inputs(14).items()})
+    row = apply(trunk)
+    assert row.report.applied
+    (node,) = attentions(trunk)
+    assert "attn_mask" not in arguments(node)
+    assert value(node).shape == (1, 2, KEYS, WIDTH // 2)
+    assert not any("written out" in told for told in row.report.noted)
+
+
 def test_applied_twice_changes_nothing() -> None:
     trunk = recovered(MaskedToy(), **masked_inputs(14))
     apply(trunk)
