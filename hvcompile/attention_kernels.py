@@ -22,6 +22,12 @@ AUTO = "auto"
 KERNELS = (AUTO, "cudnn", "flash", "efficient", "math")
 
 _HALF = (torch.float16, torch.bfloat16)
+_IS_ENABLED: dict[str, Callable[[], bool]] = {
+    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+    "flash": torch.backends.cuda.flash_sdp_enabled,
+    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "math": torch.backends.cuda.math_sdp_enabled,
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,13 +104,39 @@ def refusal(kernel: str, attention: Attention) -> str:
 
 
 def expected(attention: Attention) -> str:
-    """The kernel that torch takes by itself, by its documented order; cuDNN leads it on Hopper and newer."""
+    """The kernel that torch takes by itself, by its documented order; cuDNN leads it on Hopper and newer.
+
+    Those that ``torch.nn.attention.sdpa_kernel`` or ``torch.backends.cuda`` rule out at the time are not taken.
+    """
     order = (
         ["cudnn", "flash", "efficient", "math"] if attention.capability >= (9, 0) else ["flash", "efficient", "math"]
     )
+    order = [kernel for kernel in order if _IS_ENABLED[kernel]()]
     if attention.has_mask and attention.device != "cpu":
-        return "efficient" if attention.dtype in (*_HALF, torch.float32) else "math"
+        is_fit = "efficient" in order and attention.dtype in (*_HALF, torch.float32)
+        return "efficient" if is_fit else "math"
     return next((kernel for kernel in order if not refusal(kernel, attention)), "math")
+
+
+def written_out(query: Any, key: Any, value: Any, *, dtype: torch.dtype, scale: Any, repeats: int = 1) -> Any:
+    """What the math kernel computes with no mask, in plain operations that don't ask for the number of keys.
+
+    That may be known at run time alone, and before 2.13 torch can't trace the kernel's own operator then, nor matmul.
+
+    Args:
+        query: ``[B, H, Q, E]``; graph code may give proxies for all three.
+        key: ``[B, H / repeats, K, E]``.
+        value: ``[B, H / repeats, K, F]``.
+        dtype: theirs, and that of the result.
+        scale: of the scores.
+        repeats: how many heads of queries share one of keys.
+
+    """
+    query, key, value = (item.to(torch.promote_types(dtype, torch.float32)) for item in (query, key, value))
+    if repeats > 1:
+        key, value = (item.repeat_interleave(repeats, 1) for item in (key, value))
+    weights = torch.einsum("bhqd,bhkd->bhqk", query * scale, key).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, value).to(dtype)
 
 
 def pinned(kernel: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
@@ -117,10 +149,7 @@ def pinned(kernel: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
     def attend(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
         given = (query, key, value)
         if kernel == "math" and attn_mask is None and not is_causal and scale is not None:
-            # Its operator asks torch 2.11 for the number of keys, which is known at run time alone; so does matmul.
-            query, key, value = (item.to(torch.promote_types(dtype, torch.float32)) for item in given)
-            weights = torch.einsum("bhqd,bhkd->bhqk", query * scale, key).softmax(-1)
-            return torch.einsum("bhqk,bhkd->bhqd", weights, value).to(dtype)
+            return written_out(*given, dtype=dtype, scale=scale)
         if kernel == "math":
             return aten._scaled_dot_product_attention_math.default(
                 *given, attn_mask, 0.0, is_causal, None, scale=scale
@@ -167,7 +196,7 @@ def scaled_dot_product_attention_with_lse(
 
     """
     if isinstance(query, fx.Proxy):
-        given = {"attn_mask": attn_mask, "scale": scale}
+        given = {"attn_mask": attn_mask, "scale": scale, "kernel": None if kernel == AUTO else kernel}
         kwargs = {name: held for name, held in given.items() if held is not None}
         return query.tracer.create_proxy(
             "call_function", scaled_dot_product_attention_with_lse, (query, key, value), kwargs, name
@@ -185,10 +214,12 @@ def scaled_dot_product_attention_with_lse(
     if kernel == "math":
         wide = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
-            scores = torch.matmul(query.to(wide) * scale, key.to(wide).transpose(-2, -1))
+            # Not matmul: see ``written_out``.
+            scores = torch.einsum("bhqd,bhkd->bhqk", query.to(wide) * scale, key.to(wide))
             scores = scores if bias is None else scores + bias
             lse = scores.logsumexp(-1)
-            out = torch.matmul((scores - lse.unsqueeze(-1)).exp(), value.to(wide)).to(query.dtype)
+            weights = (scores - lse.unsqueeze(-1)).exp()
+            out = torch.einsum("bhqk,bhkd->bhqd", weights, value.to(wide)).to(query.dtype)
     else:
         out, lse = inductor.attention_with_lse(kernel, query, key, value, bias, scale)
     if sees is not None:

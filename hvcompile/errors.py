@@ -17,6 +17,10 @@ class RequestedPassError(HvcompileError):
     """A pass that was asked for explicitly can't apply to this graph."""
 
 
+class LoweringError(HvcompileError):
+    """Inductor can't compile a graph, for a reason that lies below this package."""
+
+
 class DisagreementError(HvcompileError, RuntimeError):
     """Ranks that share a sequence are about to do different things, or one of them did not come."""
 

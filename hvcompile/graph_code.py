@@ -63,4 +63,6 @@ def run_on(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
     if node.op == "call_method":
         receiver, *rest = args
         return getattr(receiver, target)(*rest, **kwargs)
+    if target is torch.nn.functional.scaled_dot_product_attention:
+        target = inductor.attended
     return target(*args, **kwargs)

@@ -5,7 +5,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``Node._dynamo_source`` and ``GraphModule._param_name_to_source``: AOTAutograd reads both to tell parameters from
   inputs and to deduplicate them; a copy of the graph that lacks them fails in ``process_inputs``.
 - ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` itself calls; there is no public entry that
-  takes a Dynamo graph with extra placeholders.
+  takes a Dynamo graph with extra placeholders. ``torch._inductor.exc.InductorError`` is what it raises. Before 2.13 it
+  asks of operands of 4 or 5 dimensions of a ``cat`` whether they are channels-last, also where a size depends on data.
 - ``torch._inductor.decomposition.select_decomp_table`` and
   ``torch._higher_order_ops.invoke_subgraph.NestedCompileRegionOptions``: an ``invoke_subgraph`` inside a ``cond``
   branch is retraced without Inductor's decompositions and then fails with "both a fallback and a decomp for same op";
@@ -14,6 +15,8 @@ Private names used, each checked on torch 2.11.0 and 2.13.0:
 - ``torch._subclasses.fake_tensor.FakeTensor``: to find the fake mode of the captured graph, and to make another.
 - ``ShapeEnv.create_unbacked_symint``: a size that no code may be specialised to, and on which no guard can be put that
   Dynamo, which knows nothing of the input, would have to check.
+- ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: what an operator that needs to know such a size
+  raises while it is traced. In 2.11 and 2.12 attention by torch's math kernel is one.
 - ``SymInt.node.hint``, ``SymInt.node.expr`` and ``ShapeEnv.bound_sympy``: reading a symbolic size without installing a
   guard on it.
 - ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
@@ -64,8 +67,11 @@ from torch._guards import CompileContext
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from hvcompile.errors import LoweringError
 
 Compiled = Callable[..., Any]
 
@@ -196,6 +202,30 @@ def unbacked_size(mode: FakeTensorMode, least: int, most: int | torch.SymInt) ->
     for bound in (size >= least, size <= most):
         torch._check(bound)  # type: ignore[no-untyped-call]
     return size
+
+
+def is_traceable(operation: Callable[..., Any], *fakes: Any, **kwargs: Any) -> bool:
+    """Whether an operation can be traced on fake tensors of which some sizes are known only when the graph runs."""
+    mode = next(item.fake_mode for item in fakes if isinstance(item, FakeTensor))
+    try:
+        with mode, torch.no_grad():
+            operation(*fakes, **kwargs)
+    except GuardOnDataDependentSymNode:
+        return False
+    return True
+
+
+def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``scaled_dot_product_attention``; on meta, where nothing will run, also where that can't be traced.
+
+    There torch takes the math kernel, whatever it takes on the device that is planned for.
+    """
+    try:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    except GuardOnDataDependentSymNode:
+        if query.device.type != "meta":
+            raise
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def symbol_of(node: fx.Node) -> Any:
@@ -359,14 +389,29 @@ def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
 
 
 def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-    """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple."""
+    """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple.
+
+    Raises:
+        LoweringError: Inductor asks for a size that depends on data.
+
+    """
     table = select_decomp_table()
     for body in _outlined_bodies(module):
         body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
     # Dynamo's guards hold every input's strides already. To check them again, one by one in Python, takes a tenth of a
     # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
     is_ahead = any(isinstance(given, torch.Tensor) and given.device.type != "cpu" for given in inputs)
-    compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
+    try:
+        compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
+    except InductorError as error:
+        _, found, asked = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
+        if not found:
+            raise
+        raise LoweringError(
+            f"Inductor of torch {torch.__version__} asks for a length that depends on data, which is known when the "
+            f"graph runs alone ({asked.splitlines()[0]}). Torch 2.13 asks for fewer than 2.11 and 2.12 do, with any "
+            "backend that lowers by Inductor. options={'lower': 'aot'} runs the graph without it"
+        ) from error
     return compiled  # type: ignore[no-any-return]
 
 

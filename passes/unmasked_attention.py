@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from hvcompile import inductor
-from hvcompile.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal
+from hvcompile.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal, written_out
 from hvcompile.errors import OptionError
 from hvcompile.graph_code import inline
 from hvcompile.hoisting import hoist
@@ -85,35 +87,40 @@ class UnmaskedAttention(Pass):
                 declined=(("graph", "it takes no parameters as inputs, so what is kept can't be tied to a model"),)
             )
         matched: list[str] = []
-        declined: list[tuple[str, str]] = []
-        if self.unmask:
-            found = match(trunk)
-            declined += found.declined
-            if found.masked:
-                _unmask(trunk, found)
-                matched.append(_say(found))
-            elif not declined:
-                declined.append((trunk.lists, "no attention in the blocks has a mask"))
-        else:
-            declined.append(("masks", "options['attention']['unmask'] is False"))
-        all_attention = [(body, node) for body in trunk.bodies for node in attentions(body)]
-        kinds = {(body, node): _describe(node) for body, node in all_attention}
-        unmet: list[tuple[str, str]] = []
         noted: list[str] = []
-        if self.kernel == AUTO:
-            for kind in dict.fromkeys(kinds.values()):
-                noted.append(f"kernel left to torch, which takes {expected(kind)} by itself for {kind}")
-        else:
+        found = match(trunk) if self.unmask else Match()
+        declined = found.declined if self.unmask else [("masks", "options['attention']['unmask'] is False")]
+        shortened = {masked.node for masked in found.masked}
+        all_attention = [(body, node) for body in trunk.bodies for node in attentions(body)]
+        kinds = {(body, node): _describe(node, node in shortened) for body, node in all_attention}
+        unmet: list[tuple[str, str]] = []
+        told = f"kernel {self.kernel!r}"
+        if self.kernel != AUTO:
             reasons = {key: refusal(self.kernel, kind) for key, kind in kinds.items()}
-            told = f"kernel {self.kernel!r}"
             unmet = [(f"{told} for {node.name} of {body.name}", why) for (body, node), why in reasons.items() if why]
             if not kinds:
                 unmet = [(told, "the blocks hold no attention")]
-            if not unmet:
-                for _, node in all_attention:
-                    _pin(node, self.kernel)
-                kinds_told = "; ".join(dict.fromkeys(map(str, kinds.values())))
-                matched.append(f"{len(all_attention)} attentions run {told}, asked for by options: {kinds_told}")
+        kernel = AUTO if unmet else self.kernel
+        if found.masked:
+            # With its kernel at once: what torch takes by itself may not be traceable with keys of unknown number.
+            plain = _unmask(trunk, found, kernel)
+            matched.append(_say(found))
+            if plain:
+                noted.append(
+                    f"{', '.join(plain)}: written out, for torch takes its math kernel, and torch {torch.__version__} "
+                    "can't trace that with a number of keys that is known at run time alone"
+                )
+        elif self.unmask and not declined:
+            declined.append((trunk.lists, "no attention in the blocks has a mask"))
+        if self.kernel == AUTO:
+            for kind in dict.fromkeys(_describe(node) for body in trunk.bodies for node in attentions(body)):
+                noted.append(f"kernel left to torch, which takes {expected(kind)} by itself for {kind}")
+        elif not unmet:
+            for _, node in all_attention:
+                if node not in shortened:
+                    _pin(node, kernel)
+            kinds_told = "; ".join(dict.fromkeys(map(str, kinds.values())))
+            matched.append(f"{len(all_attention)} attentions run {told}, asked for by options: {kinds_told}")
         if self.hoist and not unmet:
             matched += hoist(trunk, UnmaskedAttention.__name__)
         return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=tuple(unmet), noted=tuple(noted))
@@ -128,7 +135,9 @@ def _say(found: Match) -> str:
     return f"{places}: keys end where the padding begins, found from the mask by the runtime"
 
 
-def _unmask(trunk: Trunk, found: Match) -> None:
+def _unmask(trunk: Trunk, found: Match, kernel: str) -> list[str]:
+    """Replace what was found; returns the attentions that had to be written out in plain operations."""
+    plain: list[str] = []
     tag = UnmaskedAttention.__name__
     mode: Any = inductor.fake_mode(trunk.graph)
     assert found.masks is not None
@@ -149,7 +158,11 @@ def _unmask(trunk: Trunk, found: Match) -> None:
             if (masked.body, length) not in inside:
                 inside[masked.body, length] = trunk.add_operand(masked.body, length)
             operands.append(inside[masked.body, length])
-        mask = _rewrite(masked, operands, tag)
+        attend = _attend(masked.node, kernel, operands[0])
+        if attend is None:
+            attend = _written_out(masked.node)
+            plain.append(f"{masked.node.name} of {masked.body.name}")
+        mask = _rewrite(masked, operands, attend, tag)
         leaves = made_of(mask)[1]
         drop_dead(masked.body.module.graph, [mask])
         for leaf in leaves:
@@ -158,14 +171,14 @@ def _unmask(trunk: Trunk, found: Match) -> None:
                 unread += [block.operands[position] for block in trunk.blocks if block.body is masked.body]
                 trunk.drop_operand(masked.body, leaf)
     drop_dead(trunk.graph, unread)
+    return plain
 
 
-def _rewrite(masked: Masked, lengths: list[fx.Node], tag: str) -> fx.Node:
-    """Replace one attention; returns its mask."""
+def _rewrite(masked: Masked, lengths: list[fx.Node], attend: Callable[..., Any], tag: str) -> fx.Node:
+    """Replace one attention by ``attend``; returns its mask."""
     node, given = masked.node, arguments(masked.node)
-    mask: fx.Node = given.pop("attn_mask")
-    attend: Any = node.target
-    query, key, held = (given.pop(name) for name in ("query", "key", "value"))
+    mask: fx.Node = given["attn_mask"]
+    query, key, held = (given[name] for name in ("query", "key", "value"))
     names = {"query": query, "key": key, "value": held}
     names |= {f"length_{place}": length for place, length in enumerate(lengths)}
 
@@ -176,7 +189,7 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], tag: str) -> fx.Node:
             if len(lengths) > 1:
                 mine = [item.narrow(0, sample, 1) for item in mine]
             q, k, v = mine
-            parts.append(attend(q, k.narrow(2, 0, length), v.narrow(2, 0, length), **given))
+            parts.append(attend(q, k.narrow(2, 0, length), v.narrow(2, 0, length)))
         if not is_part(node):
             return {"out": torch.cat(parts) if len(parts) > 1 else parts[0]}
         both = [[part[place] for part in parts] for place in range(2)]
@@ -192,10 +205,56 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], tag: str) -> fx.Node:
     return mask
 
 
-def _describe(node: fx.Node) -> Attention:
+def _attend(node: fx.Node, kernel: str, length: fx.Node) -> Callable[..., Any] | None:
+    """What gives an attention of query, key and value with so many keys, unmasked; None if torch can't trace it."""
+    given = {name: held for name, held in arguments(node).items() if name not in {"query", "key", "value", "attn_mask"}}
+    target: Any = node.target
+    if is_part(node):
+        return functools.partial(target, **given, **({} if kernel == AUTO else {"kernel": kernel}))
+    if kernel != AUTO:
+        return _pinned(node, kernel)
+    query, key, held = _operands(node)
+    scale = given.get("scale")
+    fakes = given | ({"scale": value(scale)} if isinstance(scale, fx.Node) else {})
+    parts = [query, *(item.narrow(2, 0, value(length)) for item in (key, held))]
+    # On meta nothing will run: what is taken there says nothing of the device that is planned for.
+    if query.device.type != "meta" and not inductor.is_traceable(target, *parts, **fakes):
+        return None
+    return functools.partial(target, **given)
+
+
+def _written_out(node: fx.Node) -> Callable[..., Any]:
+    """An attention of query, key and value by torch's math kernel, in plain operations."""
+    query, key, _ = _operands(node)
+    return functools.partial(
+        written_out,
+        dtype=query.dtype,
+        scale=_scale(node),
+        repeats=query.shape[1] // key.shape[1] if arguments(node).get("enable_gqa") else 1,
+    )
+
+
+def _operands(node: fx.Node) -> list[torch.Tensor]:
+    """The fake query, key and value of an attention."""
     given = arguments(node)
-    query, key, held = (value(given[name]) for name in ("query", "key", "value"))
-    return describe(query, key, held, has_mask=isinstance(given.get("attn_mask"), fx.Node))
+    return [value(given[name]) for name in ("query", "key", "value")]
+
+
+def _scale(node: fx.Node) -> Any:
+    scale = arguments(node).get("scale")
+    return int(_operands(node)[0].shape[-1]) ** -0.5 if scale is None else scale
+
+
+def _describe(node: fx.Node, is_unmasked: bool = False) -> Attention:
+    has_mask = isinstance(arguments(node).get("attn_mask"), fx.Node) and not is_unmasked
+    return describe(*_operands(node), has_mask=has_mask)
+
+
+def _pinned(node: fx.Node, kernel: str) -> Callable[..., Any]:
+    """A kernel's own operator for an attention, of query, key, value and what it adds to the scores."""
+    query, is_causal, scale = _operands(node)[0], arguments(node).get("is_causal", False), _scale(node)
+    attend = pinned(kernel, query.device.type, query.dtype)
+    return lambda query, key, value, attn_mask=None: attend(query, key, value, attn_mask, is_causal, scale)
 
 
 def _pin(node: fx.Node, kernel: str) -> None:
@@ -207,15 +266,12 @@ def _pin(node: fx.Node, kernel: str) -> None:
     names = {name: given[name] for name in ("query", "key", "value", "attn_mask") if given.get(name) is not None}
     dtype = value(given["query"]).dtype
     is_bool = "attn_mask" in names and value(names["attn_mask"]).dtype == torch.bool
-    scale = given.get("scale")
-    scale = int(value(given["query"]).shape[-1]) ** -0.5 if scale is None else scale
-    attend = pinned(kernel, value(given["query"]).device.type, dtype)
+    attend = _pinned(node, kernel)
 
     def run(query: Any, key: Any, value: Any, attn_mask: Any = None) -> dict[str, Any]:
         if is_bool:  # the operators themselves would add it
             attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(attn_mask.logical_not(), -math.inf)
-        out = attend(query, key, value, attn_mask, given.get("is_causal", False), scale)
-        return {"out": out}
+        return {"out": attend(query, key, value, attn_mask)}
 
     _replace(node, inline(node.graph, run, names, before=node, tag=UnmaskedAttention.__name__)["out"])
 

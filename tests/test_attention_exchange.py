@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hvcompile import inductor
 from hvcompile.attention_exchange import Heads, Mask, Ring
@@ -85,6 +87,23 @@ def test_merged_parts_are_the_whole(kind: str, dtype: torch.dtype) -> None:
         assert bool(merged.isfinite().all())
         expected = oracle(query, key, value, mask, 0.3)
         torch.testing.assert_close(merged.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_traced_for_a_number_of_keys_that_is_not_known(kernel: str, has_mask: bool) -> None:
+    """Also for values of another head size, which take the plain kernel."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        query, key, value, long = (torch.empty(BATCH, HEADS, 9, size) for size in (SIZE, SIZE, SIZE, 2 * SIZE))
+        mask = torch.empty(BATCH, 1, 1, 9, dtype=torch.bool)
+    length = inductor.unbacked_size(mode, 2, 9)
+    for held in (value, long):
+        given = (query, key.narrow(2, 0, length), held.narrow(2, 0, length))
+        out, lse = scaled_dot_product_attention_with_lse(
+            *given, mask.narrow(3, 0, length) if has_mask else None, kernel=kernel
+        )
+        assert (tuple(out.shape), tuple(lse.shape)) == ((BATCH, HEADS, 9, held.shape[3]), (BATCH, HEADS, 9))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])

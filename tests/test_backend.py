@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from oracle import hvfast, relative_error
 from torch import nn
+from torch._inductor.exc import InductorError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from toy import Toy, toy_inputs
 
 import hvcompile
@@ -40,6 +44,31 @@ def test_all_lowerings_agree(lower: str) -> None:
     fast = hvfast(model, fullgraph=True, options={"lower": lower})
     with torch.no_grad():
         assert relative_error(fast(**inputs), model(**inputs)) < 1e-6
+
+
+def test_a_length_that_inductor_asks_for_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what Inductor asked, on which torch, and the way around it; its other errors stay as they are."""
+
+    def failing(cause: Exception) -> Any:
+        def compile_fx(*_: Any, **__: Any) -> Any:
+            raise InductorError(cause, None)
+
+        return compile_fx
+
+    known = "Could not guard on data-dependent expression Eq(1, u1)"
+    for cause, told in (
+        (
+            GuardOnDataDependentSymNode(sympy.true, f"{known}\nconsider"),
+            f"LoweringError.*{re.escape(torch.__version__)} asks",
+        ),
+        (ValueError(known), "ValueError: "),
+    ):
+        monkeypatch.setattr(inductor, "compile_fx", failing(cause))
+        torch._dynamo.reset()
+        with torch.no_grad(), pytest.raises(Exception, match=told) as raised:
+            hvfast(Toy(), fullgraph=True)(**toy_inputs())
+        assert known in str(raised.value)
+        assert ("{'lower': 'aot'}" in str(raised.value)) == told.startswith("LoweringError")
 
 
 def count_lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:

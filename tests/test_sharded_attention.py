@@ -169,6 +169,17 @@ def test_parts_lose_their_masks_alike_on_all_ranks(fake_group: Callable[[int, in
     assert told[0] == told[1] == told[2]
 
 
+def test_parts_lose_their_masks_and_get_a_kernel(fake_group: Callable[[int, int], None]) -> None:
+    fake_group(0, 3)
+    trunk = recovered(cases.Joint(), **cases.masked_inputs((3, 5)))
+    for item in (ShardedAttention(), UnmaskedAttention(kernel="math")):
+        assert item.apply(trunk, pipeline.Context()).applied
+    parts = [node for node in trunk.bodies[0].module.graph.nodes if is_part(node)]
+    assert len(parts) == 6
+    assert not any("attn_mask" in arguments(node) for node in parts)
+    assert {node.kwargs["kernel"] for node in parts} == {"math"}
+
+
 def test_a_mask_for_each_head_stays_on_all_ranks(fake_group: Callable[[int, int], None]) -> None:
     """One rank's heads may all keep the first keys where another's do not, so none may go by what it sees."""
 

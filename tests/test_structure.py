@@ -7,6 +7,7 @@ import torch
 import zoo
 from oracle import first, hvfast, relative_error
 from torch import fx, nn
+from torch._dynamo.exc import Unsupported
 
 import hvcompile
 from hvcompile.structure import describe_lists, find_trunk, module_path
@@ -28,6 +29,11 @@ def test_family_is_recovered_and_unchanged(name: str) -> None:
     """All blocks found; a computed step equals eager to the last bit or nearly; an identical step is reused."""
     family = zoo.FAMILIES[name]
     model, inputs = family.build(), family.inputs(seed=3)
+    if name == "ace_step" and torch.torch_version.TorchVersion(torch.__version__) < "2.12":
+        # Dynamo of 2.11 does not trace the making of an Enum's member from a str, whatever the backend.
+        with torch.no_grad(), pytest.raises(Unsupported, match="sourceless builder"):
+            torch.compile(model, backend="eager", fullgraph=True)(**inputs, return_dict=False)
+        pytest.skip("Dynamo of torch 2.11 can't trace it whole")
     compiled = hvfast(model, fullgraph=True, options={"lower": "eager"})
     with torch.no_grad():
         expected = first(model(**inputs, return_dict=False))

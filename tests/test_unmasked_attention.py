@@ -32,16 +32,21 @@ NO_CACHE = {"first_block_cache": False}
 
 
 class MaskedBlock(nn.Module):
-    def __init__(self) -> None:
+    """Two heads of queries; ``values`` is the width of all values, ``key_heads`` how many heads they have."""
+
+    def __init__(self, values: int = WIDTH, key_heads: int = 2) -> None:
         super().__init__()
-        self.query, self.keys, self.values, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.key_heads = key_heads
+        self.query, self.keys = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH // 2 * key_heads)
+        self.values, self.out = nn.Linear(WIDTH, values // 2 * key_heads), nn.Linear(values, WIDTH)
 
     def forward(
         self, hidden: torch.Tensor, text: torch.Tensor, time: torch.Tensor, mask: torch.Tensor | None, **how: Any
     ) -> torch.Tensor:
         joint = torch.cat([hidden, text], dim=1) + time[:, None]
         query, key, held = (
-            part(joint).unflatten(2, (2, -1)).transpose(1, 2) for part in (self.query, self.keys, self.values)
+            part(joint).unflatten(2, (heads, -1)).transpose(1, 2)
+            for part, heads in ((self.query, 2), (self.keys, self.key_heads), (self.values, self.key_heads))
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, held, attn_mask=mask, **how)
         change: torch.Tensor = self.out(mixed.transpose(1, 2).flatten(2))[:, : hidden.shape[1]]
@@ -51,9 +56,15 @@ class MaskedBlock(nn.Module):
 class MaskedToy(Toy):
     """A ``Toy`` whose attention takes a mask: ``keep`` as it is given, or what ``prepare`` makes of it."""
 
-    def __init__(self, prepare: Callable[..., Any] = lambda keep, _: keep, blocks: int = 3, **how: Any) -> None:
+    def __init__(
+        self,
+        prepare: Callable[..., Any] = lambda keep, _: keep,
+        blocks: int = 3,
+        sizes: Mapping[str, int] | None = None,
+        **how: Any,
+    ) -> None:
         super().__init__(blocks)
-        self.masked_blocks = nn.ModuleList(MaskedBlock() for _ in range(blocks))
+        self.masked_blocks = nn.ModuleList(MaskedBlock(**sizes or {}) for _ in range(blocks))
         self.blocks = nn.ModuleList()
         self.prepare, self.how = prepare, how
 
@@ -143,6 +154,19 @@ def test_streams_of_the_bodies_stay_right() -> None:
     before = [{o: b.operands[p].name for o, p in b.body.streams.items()} for b in trunk.blocks]
     apply(trunk)
     assert [{o: b.operands[p].name for o, p in b.body.streams.items()} for b in trunk.blocks] == before
+
+
+def test_graph_on_meta() -> None:
+    """What torch takes there, its math kernel, is not what it takes where the graph will run."""
+    with torch.device("meta"):
+        model = MaskedToy()
+    trunk = recovered(model, **{name: held.to("meta") for name, held in masked_inputs(14).items()})
+    row = apply(trunk)
+    assert row.report.applied
+    (node,) = attentions(trunk)
+    assert "attn_mask" not in arguments(node)
+    assert value(node).shape == (1, 2, KEYS, WIDTH // 2)
+    assert not any("written out" in told for told in row.report.noted)
 
 
 def test_applied_twice_changes_nothing() -> None:
@@ -470,10 +494,6 @@ def test_the_kernel_is_the_one_asked_for(lower: str) -> None:
     assert FLASH not in ran["math"]
 
 
-@pytest.mark.skipif(
-    torch.torch_version.TorchVersion(torch.__version__) < "2.12",
-    reason="torch 2.11's math kernel, which this asks for, needs the number of keys while it is traced",
-)
 def test_a_kernel_overrides_what_torch_would_take() -> None:
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
         model = MaskedToy()
@@ -482,6 +502,42 @@ def test_a_kernel_overrides_what_torch_would_take() -> None:
             options = {"lower": "aot", "attention": {"kernel": kernel}}
             fast = hvfast(model, fullgraph=True, options=options)
             assert (FLASH in kernels_run(lambda fast=fast: fast(**masked_inputs(15)))) is takes_flash  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("is_traceable", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ({}, {"scale": 0.3}),
+        ({"values": WIDTH // 2}, {}),
+        ({"key_heads": 1}, {"enable_gqa": True}),
+    ],
+    ids=["scale", "values", "grouped"],
+)
+def test_what_torch_cannot_trace_is_written_out(
+    sizes: Mapping[str, int], how: dict[str, Any], is_traceable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 2.13 torch's math kernel, taken for values of another head size, asks how many keys there are.
+
+    Where torch can trace all, as newer versions, it is made to look as if it could not.
+    """
+    traces = inductor.is_traceable
+    seen: list[bool] = []
+
+    def looked_at(*given: Any, **kwargs: Any) -> bool:
+        seen.append(is_traceable and traces(*given, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(inductor, "is_traceable", looked_at)
+    model = MaskedToy(sizes=sizes, **how)
+    fast = hvfast(model, fullgraph=True, options={"lower": "aot"})
+    for valid in ((15, 14), (13, 17)):
+        check(fast, model, masked_inputs(*valid))
+    stats = hvcompile.stats(fast)
+    assert (stats.graphs, stats.recompiles, stats.unfit) == (1, 0, 0)
+    (row,) = [row for row in stats.journal[0] if row.name == "UnmaskedAttention"]
+    assert len(seen) == 1
+    assert any("written out" in told for told in row.report.noted) is not seen[0]
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math"])
@@ -499,6 +555,9 @@ def test_the_journal_says_which_kernel_and_why() -> None:
     trunk = recovered(MaskedToy(), **masked_inputs(15))
     told = "kernel left to torch, which takes flash by itself for cpu, float32, head size 8, no mask"
     assert apply(trunk).report.noted == (told,)
+    trunk = recovered(Toy(), **toy_inputs())
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        assert apply(trunk).report.noted == (told.replace("flash", "math").replace("size 8", "size 16"),)
     trunk = recovered(MaskedToy(), **masked_inputs(15))
     assert (
         "run kernel 'math', asked for by options"
