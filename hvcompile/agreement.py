@@ -1,7 +1,7 @@
 """Ranks that run one graph together compare what they are about to do, and stop where they differ.
 
 A collective that one rank enters and another does not, or enters with another shape, hangs or corrupts. So before a
-graph is compiled, and when a generation begins, every rank puts the facts that matter into the key-value store through
+graph is compiled, and before every call, every rank puts the facts that matter into the key-value store through
 which the ranks met, and reads those of the others. That needs no collective and no device, says who is missing, and
 comes back on every rank within a stated time. What is new in every step is compared in the graph (``shared_inputs``),
 and what came of it is read here.
@@ -25,10 +25,11 @@ from torch import fx
 
 from hvcompile import inductor
 from hvcompile.errors import DisagreementError
-from hvcompile.fingerprints import fingerprint
+from hvcompile.fingerprints import fingerprint, sketch
 from hvcompile.inductor import source_name, value
 from hvcompile.nodes import is_tensor, is_weight, op_name
 from hvcompile.pipeline import JournalRow
+from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.trunk import Group, Trunk
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
         DisagreementError: a rank differs (the message names it, what differs and how), or did not come in time.
 
     """
-    process_group = inductor.process_group(group.name)
+    process_group = process_group_of(group)
     if dist.get_backend(process_group) == "fake":
         return  # ranks that don't exist agree
     store, rank, size = inductor.store_of(process_group), process_group.rank(), process_group.size()
@@ -64,19 +65,37 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
         store.set(_key(group, turn, rank), json.dumps(mine))
         keys = [_key(group, turn, other) for other in range(size)]
         store.wait(keys, datetime.timedelta(seconds=group.timeout_seconds))
-        theirs = [json.loads(store.get(key)) for key in keys]
+        theirs = [json.loads(held) for held in store.multi_get(keys)]
         if turn > 1:  # all have come here, so none reads the turn before any more
             store.delete_key(_key(group, turn - 1, rank))
-    except dist.DistError as error:
+    except RuntimeError as error:  # not every store raises DistError
         missing = _missing(store, group, rank, names)
         raise DisagreementError(
-            f"rank {names[rank]} was {doing}, and {missing} did not come within {group.timeout_seconds:g} s: it has "
-            "ended, or it runs something else (another model or prompt, or context_parallel switched off). All ranks "
-            'that share a sequence make the same calls; options={"context_parallel": False} lets each run alone'
+            f"rank {names[rank]} was {doing}, and {missing} did not come within {group.timeout_seconds:g} s "
+            "(context_parallel.timeout_seconds): it has ended, is late, or runs something else (another model, or "
+            "context_parallel switched off). All ranks that share a sequence make the same calls; "
+            'options={"context_parallel": False} lets each run alone'
         ) from error
     if any(held != theirs[0] for held in theirs):
         differences = _differences(dict(zip(names, theirs, strict=True)))
         raise DisagreementError(f"ranks that share a sequence differ: {differences}. {ADVICE}")
+
+
+def process_group_of(group: Group) -> dist.ProcessGroup:
+    """The ranks' process group.
+
+    Raises:
+        RuntimeError: there is none by that name any more.
+
+    """
+    try:
+        return inductor.process_group(group.name)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"this graph holds one rank's share of the work and talks to the others of process group {group.name!r}, "
+            "which is gone: call it before torch.distributed.destroy_process_group(), or torch.compiler.reset() and "
+            "then compile for this process alone"
+        ) from error
 
 
 def _key(group: Group, turn: int, rank: int) -> str:
@@ -87,7 +106,7 @@ def _missing(store: Any, group: Group, rank: int, names: Sequence[int]) -> str:
     """The ranks that have not come as often as this one."""
     try:
         turns = [store.add(f"hvcompile/{group.name}/turn/{other}", 0) for other in range(len(names))]
-    except dist.DistError:
+    except RuntimeError:
         return "the rank that keeps the store of the process group"
     late = [str(name) for name, turn in zip(names, turns, strict=True) if turn < turns[rank]]
     return f"rank {', '.join(late)}" if late else "some rank"
@@ -111,10 +130,44 @@ def _some(said: Sequence[str]) -> str:
     return "; ".join(said[:SHOWN]) + rest
 
 
-def before_compiling(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.GraphModule, failure: str) -> None:
-    """Compare all that shapes a graph: versions, options, inputs, blocks, operations, and what the passes did."""
+def before_compiling(
+    trunk: Trunk,
+    journal: Sequence[JournalRow],
+    captured: fx.GraphModule,
+    given: Mapping[fx.Node, Any],
+    failure: str,
+) -> None:
+    """Compare all that shapes a graph: versions, options, inputs, blocks, operations, and what the passes did.
+
+    Weights by a few elements each: another seed, checkpoint or fused LoRA is seen, a single changed number need not be.
+
+    Args:
+        trunk: as the passes left it.
+        journal: what they did.
+        captured: the graph before them.
+        given: the inputs, by the trunk's placeholders.
+        failure: what a pass or a check raised; empty where all is well.
+
+    """
     if trunk.group is not None:
-        compare(trunk.group, "compiling", {**_graph_facts(trunk, journal, captured), "failure": failure or "none"})
+        facts = {**_graph_facts(trunk, journal, captured), **_weight_facts(given), "failure": failure or "none"}
+        compare(trunk.group, "compiling", facts)
+
+
+def _weight_facts(given: Mapping[fx.Node, Any]) -> dict[str, str]:
+    """A hash of some of each weight's elements; of what is kept in float8 there is none to take."""
+    held = {
+        source_name(node) or node.name: tensor
+        for node, tensor in given.items()
+        if is_weight(node) and isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedWeight)
+    }
+    held = {name: tensor for name, tensor in held.items() if tensor.layout is torch.strided and not tensor.is_meta}
+    found: dict[str, str] = {}
+    for device in {tensor.device for tensor in held.values()}:
+        here = {name: sketch(tensor) for name, tensor in held.items() if tensor.device == device}
+        contents = torch.stack(list(here.values())).tolist()
+        found |= {f"the content of {name}": _hexadecimal(content) for name, content in zip(here, contents, strict=True)}
+    return {f"the content of {name}": found[f"the content of {name}"] for name in held}
 
 
 def after_compiling(trunk: Trunk, seconds: float) -> None:
@@ -158,16 +211,12 @@ def _describe(node: fx.Node) -> str:
     return str(inductor.size_hint(held) if isinstance(held, torch.SymInt) else held)
 
 
+def _hexadecimal(content: int) -> str:
+    return f"{content % 2**64:016x}"
+
+
 def _digest(items: Sequence[Any]) -> str:
     return hashlib.sha256(repr(list(items)).encode()).hexdigest()[:12]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limit:
-    """An input that every call brings anew: its name, and how far a rank's may be from the first one's, relatively."""
-
-    name: str
-    relative: float
 
 
 class _Reading:
@@ -175,9 +224,11 @@ class _Reading:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor.detach().to("cpu", non_blocking=True)
-        self._done = None if tensor.device.type == "cpu" else torch.Event(tensor.device)
-        if self._done is not None:
-            self._done.record()
+        self._done = None
+        if tensor.device.type != "cpu":
+            # By default it would be the current device's stream, which need not be this one's.
+            self._done = torch.Event(tensor.device)
+            self._done.record(torch.accelerator.current_stream(tensor.device))
 
     def read(self) -> list[list[float]]:
         if self._done is not None:
@@ -185,25 +236,41 @@ class _Reading:
         return self._host.tolist()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallInputs:
+    """A compiled graph's inputs that are no weights, by place, and what each is called.
+
+    ``numbers`` are no tensors; ``conditions`` stay the same for a generation; ``shared`` ones, the sample and the
+    timesteps, are compared in the graph as well.
+    """
+
+    numbers: Mapping[int, str]
+    conditions: Mapping[int, str]
+    shared: Mapping[int, str]
+
+
 class Agreement:
     """Whether the ranks that run a graph together are given the same inputs.
 
-    Conditions, and what comes with the first call under them, are compared through the store before that call. The
-    sample and the timesteps of the calls that follow are compared in the graph, where all ranks compute with the first
-    one's; what came of that is read ``LAG`` calls later, so that no step waits for the device, and all ranks stop at
-    the same call.
+    Before every call numbers, shapes and conditions are compared through the store, on the host: ranks whose inputs
+    differ there may be about to run collectives that don't fit each other. With the first call under some conditions
+    the content of the sample and the timesteps is too. For those of later calls that would wait for the device; they
+    are compared in the graph, where all ranks compute with the first one's. What came of that is read ``LAG`` calls
+    later, when it is long done.
 
     Args:
         group: the ranks.
-        names: of the inputs to compare when a generation begins, by place.
-        limits: of the inputs that are compared in the graph, in the order of the columns of ``saw``.
+        inputs: of the graph.
+        limits: how far the shared inputs may be apart, relatively.
 
     """
 
     LAG = 2
 
-    def __init__(self, group: Group, names: Mapping[int, str], limits: Sequence[Limit]) -> None:
-        self._group, self._names, self._limits = group, names, limits
+    def __init__(self, group: Group, inputs: CallInputs, limits: Sequence[float]) -> None:
+        self._group, self._inputs = group, inputs
+        self._limits = list(zip(inputs.shared.values(), limits, strict=True))
+        self._standing = self._stand()
         self._known: collections.OrderedDict[Any, None] = collections.OrderedDict()
         self._saw: collections.deque[_Reading] = collections.deque()
         self._has_warned = False
@@ -213,18 +280,27 @@ class Agreement:
         """Whether the graph compares inputs, and its last output is for ``saw``."""
         return bool(self._limits)
 
-    def before(self, conditions: Any, args: Sequence[Any]) -> None:
+    def before(self, numbers: Sequence[Any], conditions: Sequence[int], args: Sequence[Any]) -> None:
         """Compare what is due before a call.
 
         Args:
-            conditions: equal for calls under the same conditions.
+            numbers: of the call, as ``CallInputs.numbers`` has them.
+            conditions: fingerprints, as ``CallInputs.conditions`` has them.
             args: the compiled graph's inputs.
 
         Raises:
             DisagreementError: see ``compare``; or inputs of an earlier call differed.
+            RuntimeError: the process group is not the one that the graph was compiled for.
 
         """
-        is_new = conditions not in self._known
+        standing = self._stand()
+        if standing != self._standing:
+            raise RuntimeError(
+                "this graph was compiled for rank {} of {}, and this process is rank {} of {} now: call "
+                "torch.compiler.reset(), and compile again".format(*self._standing[:2], *standing[:2])
+            )
+        inputs, key = self._inputs, (tuple(numbers), tuple(conditions))
+        is_new = key not in self._known
         try:
             while len(self._saw) >= (1 if is_new else self.LAG):
                 self._judge(self._saw[0], len(self._saw))
@@ -232,16 +308,33 @@ class Agreement:
         except DisagreementError:
             self._saw.clear()  # as all ranks do now
             raise
+        facts = {
+            f"the shape of {name}": str(list(args[place].shape))
+            for place, name in {**inputs.shared, **inputs.conditions}.items()
+        }
+        facts |= {name: repr(number) for name, number in zip(inputs.numbers.values(), numbers, strict=True)}
+        for name, content in zip(inputs.conditions.values(), conditions, strict=True):
+            facts[f"the content of {name}"] = _hexadecimal(content)
         if is_new:
-            facts = {
-                f"the content of {name}": f"{fingerprint(args[place]) % 2**64:016x}"
-                for place, name in self._names.items()
-            }
-            compare(self._group, "beginning a generation", facts)
-            self._known[conditions] = None
-            while len(self._known) > 64:
-                self._known.popitem(last=False)
-        self._known.move_to_end(conditions)
+            for place, name in inputs.shared.items():
+                facts[f"the content of {name}"] = _hexadecimal(fingerprint(args[place]))
+        compare(self._group, "calling the model", facts)
+        self._known[key] = None
+        self._known.move_to_end(key)
+        while len(self._known) > 64:
+            self._known.popitem(last=False)
+
+    def _stand(self) -> tuple[int, int, tuple[int, ...]]:
+        """Where this process stands: its rank and the number of ranks, in the group, and what rank each is of all."""
+        process_group = process_group_of(self._group)
+        size = process_group.size()
+        if dist.get_backend(process_group) == "fake":
+            return process_group.rank(), size, ()
+        return process_group.rank(), size, tuple(dist.get_global_rank(process_group, place) for place in range(size))
+
+    def forget(self) -> None:
+        """Let go of what has not been read yet."""
+        self._saw.clear()
 
     def saw(self, apart: torch.Tensor) -> None:
         """Take how far the inputs of a call were apart: ``[ranks, inputs]``, see ``trunk.SharedInputs``."""
@@ -258,16 +351,15 @@ class Agreement:
             self._judge(reading, len(self._saw) - place)
 
     def _judge(self, reading: _Reading, calls_ago: int) -> None:
-        process_group = inductor.process_group(self._group.name)
-        if dist.get_backend(process_group) == "fake":
+        _, _, names = self._standing
+        if not names:
             return  # ranks that don't exist have no inputs
-        names = [dist.get_global_rank(process_group, place) for place in range(process_group.size())]
         beyond, within = [], []
         for rank, row in zip(names, reading.read(), strict=True):
-            for limit, relative in zip(self._limits, row, strict=True):
-                said = f"{limit.name} on rank {rank} is off by {relative:.3g} (relative)"
-                if not relative <= limit.relative:  # what is not a number is beyond
-                    beyond.append(f"{said}, allowed is {limit.relative:g}")
+            for (name, limit), relative in zip(self._limits, row, strict=True):
+                said = f"{name} on rank {rank} is off by {relative:.3g} (relative)"
+                if not relative <= limit:  # what is not a number is beyond
+                    beyond.append(f"{said}, allowed is {limit:g}")
                 elif relative:
                     within.append(said)
         if beyond:

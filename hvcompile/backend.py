@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,11 +105,11 @@ def _compile(
         require_values(trunk, context)
     except HvcompileError as error:
         with contextlib.suppress(DisagreementError):  # the others are told; what went wrong here is said below
-            agreement.before_compiling(trunk, journal, graph_module, failure=str(error))
+            agreement.before_compiling(trunk, journal, graph_module, context.given, failure=str(error))
         raise
     finally:
         dump.journal(journal)
-    agreement.before_compiling(trunk, journal, graph_module, failure="")
+    agreement.before_compiling(trunk, journal, graph_module, context.given, failure="")
     calling = seal(trunk)
     dump.graph("sealed", trunk.module, trunk.derived)
     passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
@@ -314,9 +314,16 @@ def _agreement(trunk: Trunk, roles: InputRoles, placeholders: list[fx.Node]) -> 
     if trunk.group is None or trunk.sharding is None:
         return None
     shared = list(trunk.shared.nodes) if trunk.shared is not None else []
-    names = {node: inductor.source_name(node) or node.name for node in (*shared, *roles.conditions)}
-    limits = [agreement.Limit(name=names[node], relative=ROUNDING * (node is roles.sample)) for node in shared]
-    return agreement.Agreement(trunk.group, {placeholders.index(node): name for node, name in names.items()}, limits)
+
+    def named(nodes: Iterable[fx.Node]) -> dict[int, str]:
+        return {placeholders.index(node): inductor.source_name(node) or node.name for node in nodes}
+
+    inputs = agreement.CallInputs(
+        numbers=named(node for node in trunk.inputs if not is_tensor(node)),
+        conditions=named(roles.conditions),
+        shared=named(shared),
+    )
+    return agreement.Agreement(trunk.group, inputs, [ROUNDING * (node is roles.sample) for node in shared])
 
 
 def _record(*, reused: fx.Proxy, difference: fx.Proxy) -> dict[str, Any]:

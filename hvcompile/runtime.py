@@ -97,7 +97,8 @@ class ModelState:
 
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
-    agreements: list[Agreement] = dataclasses.field(default_factory=list)
+    # Weakly: they go with the compiled graphs.
+    agreements: weakref.WeakSet[Agreement] = dataclasses.field(default_factory=weakref.WeakSet)
     slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
     weights: dict[int, _Weights] = dataclasses.field(default_factory=lambda: collections.defaultdict(_Weights))
     stored: dict[int, _StoredWeights] = dataclasses.field(default_factory=dict)
@@ -186,7 +187,7 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
     states = _states_of(model)
     for state in states:
         state.read_pending()
-        for agreement in state.agreements:
+        for agreement in list(state.agreements):
             agreement.look()
     captured, slots, steps, tensors = [], [], [], []
     for state in states:
@@ -231,6 +232,8 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
             state.pending.clear()
             state.steps.clear()
             state.hits = state.misses = 0
+            for agreement in state.agreements:
+                agreement.forget()
 
 
 def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
@@ -423,7 +426,7 @@ class CompiledTrunk:
         calling = self._calling
         if calling.agreement is None:
             return self._step(args)
-        calling.agreement.before((self._numbers(args), self._conditions(args)), args)
+        calling.agreement.before(self._numbers(args), self._conditions(args), args)
         try:
             return self._step(args)
         except RuntimeError as error:
@@ -442,7 +445,7 @@ class CompiledTrunk:
             with model.lock:
                 model.graphs[self._number] = (self._compile_id, self._journal)
                 if calling.agreement is not None:
-                    model.agreements.append(calling.agreement)
+                    model.agreements.add(calling.agreement)
         added: list[Any] = []
         for item, made in self._derive(model, args):
             if isinstance(made, str):

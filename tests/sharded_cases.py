@@ -15,6 +15,7 @@ from oracle import denoise, first, hvfast, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 import hvcompile
+import hvcompile.agreement
 import hvcompile.backend
 import hvcompile.errors
 import hvcompile.runtime
@@ -154,6 +155,13 @@ class Joint(torch.nn.Module):
         return self.head(hidden)
 
 
+class Repeated(Joint):
+    """The same with a Python number as an input."""
+
+    def forward(self, sample: Any, timestep: Any, text: Any, valid: Any = None, times: int = 1) -> Any:
+        return super().forward(sample * times, timestep, text, valid)
+
+
 class FromHalf(Joint):
     """The same, of a sample in bf16."""
 
@@ -245,6 +253,11 @@ def fault(kind: str) -> str:
     if kind == "cfg":
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("cfg", "sequence"))
         fast, inputs = joint(timeout=patience, mesh=mesh, cfg=2, ring=1 + odd), masked_inputs((3, 5))
+    if kind == "weights" and odd:
+        with torch.no_grad():
+            fast.head.bias += 1e-3
+    if kind == "version" and odd:
+        torch.__version__ = "2.99"  # type: ignore[assignment]
     if kind == "off" and odd:
         fast = hvfast(Joint(), fullgraph=True, options={"lower": "eager", "context_parallel": False})
     if kind == "blocks" and odd:
@@ -260,6 +273,21 @@ def fault(kind: str) -> str:
                 fast(**joint_inputs(tokens=15 if odd else 13, seed=4))
             if kind == "later prompt":
                 fast(**joint_inputs(seed=5 if odd else 6))
+            if kind in {"another known prompt", "one new prompt", "another known shape"}:
+                prompts = [joint_inputs(seed=seed) for seed in (1, 2)]
+                if kind == "another known shape":  # as many tokens on each rank
+                    prompts = [joint_inputs(tokens=tokens) for tokens in (13, 14)]
+                for known in prompts[: 1 if kind == "one new prompt" else 2]:
+                    fast(**known)
+                fast(**prompts[odd])
+            if kind == "number":
+                fast = hvfast(Repeated(), fullgraph=True, options={"lower": "eager", "first_block_cache": False})
+                for times in (3, 4, 5 + odd):
+                    fast(**inputs, times=times)
+            if kind == "compiling again":
+                if odd:
+                    torch._dynamo.reset()
+                fast(**inputs)
             if kind == "later seed":
                 for clock in (800.0, 700.0):
                     fast(**inputs | {"timestep": torch.tensor([clock])})
@@ -273,7 +301,13 @@ def fault(kind: str) -> str:
                     fast(**joint_inputs(seed=1, timestep=clock))
             if kind in {"death in a step", "death in a ring"}:
                 if odd:
-                    ranks.die()
+                    compare = hvcompile.agreement.compare
+
+                    def die_after(group: Any, doing: str, facts: Any) -> None:
+                        compare(group, doing, facts)
+                        ranks.die()
+
+                    hvcompile.agreement.compare = die_after
                 fast(**inputs | {"timestep": torch.tensor([800.0])})
     except Exception as error:
         return "".join(traceback.format_exception_only(error))
@@ -325,6 +359,27 @@ def given_apart(kind: str, lower: str = "eager") -> tuple[list[float], str, list
     except hvcompile.errors.DisagreementError as error:
         return errors, str(error), logged
     return errors, "", logged
+
+
+def group_gone(port: int) -> list[str]:
+    """What is said where the process group has been taken down, or made anew with the ranks exchanged."""
+    fast, inputs, said = joint(cache={"threshold": 0.5}), joint_inputs(), []
+    with torch.no_grad():
+        fast(**inputs)
+        torch.distributed.barrier()
+        mine = rank()
+        torch.distributed.destroy_process_group()
+        said.append(str(hvcompile.stats(fast).misses))
+        for again in (None, 1 - mine):
+            if again is not None:
+                torch.distributed.init_process_group(
+                    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=again, world_size=2
+                )
+            try:
+                fast(**inputs)
+            except RuntimeError as error:
+                said.append(str(error))
+    return said
 
 
 def rows_apart() -> tuple[list[bool], float]:

@@ -53,22 +53,26 @@ def test_collectives_and_bytes_are_those_of_ulysses(scaling: Any) -> None:
     shares = [scaling.share(captured, ranks, "meta") for ranks in (1, 2, 3, 4)]
     one, *others = [shares[0], shares[1], shares[3]]
     token, blocks, refiner = 2 * WIDTH, 3, 4 * TEXT * TEXT * WIDTH  # the refiner's, before the blocks, on every rank
+    # What the first rank sends, sample, timestep and guidance, and then each rank to the others: how far it was off.
+    shared, sample, apart = 3 + 1, 2 * 4 * (3 * 4 * 6) + 4 + 4, 3 * 4
     local, keys = 6, 18 + TEXT
-    assert shares[2].collectives == 2 * blocks + 1
-    assert shares[2].bytes_sent == blocks * 2 * 2 * local * token + local * token * 2
+    assert shares[2].collectives == 2 * blocks + 1 + shared
+    assert shares[2].bytes_sent == blocks * 2 * 2 * local * token + local * token * 2 + sample + apart * 2
     assert shares[2].attention_flops == blocks * 4 * (local + TEXT) * keys * WIDTH + refiner
     both, local, stretch = scaling.share(captured, 4, "meta", 2), 5, 10
     exchanged = (3 * local + local + TEXT) * token // 2  # with one other rank
-    assert both.collectives == 3 * blocks + 1
-    assert both.bytes_sent == blocks * (exchanged + 2 * stretch * token // 2) + local * token * 3
+    assert both.collectives == 3 * blocks + 1 + shared
+    sent = blocks * (exchanged + 2 * stretch * token // 2) + local * token * 3
+    assert both.bytes_sent == sent + sample + apart * 3
     assert both.attention_flops == blocks * 4 * (stretch + TEXT) * keys * WIDTH // 2 + refiner
     assert (one.collectives, one.bytes_sent) == (0, 0)
     for item in others:
         local = -(-18 // item.ranks)
         # query, key and value of the local tokens; the result of everyone's tokens and text, of a share of the heads
         an_attention = (3 * local + local + TEXT) * token * (item.ranks - 1) // item.ranks
-        assert item.collectives == 2 * blocks + 1
-        assert item.bytes_sent == blocks * an_attention + local * token * (item.ranks - 1)
+        assert item.collectives == 2 * blocks + 1 + shared
+        gathered = (local * token + apart) * (item.ranks - 1)
+        assert item.bytes_sent == blocks * an_attention + gathered + sample
         queries = 18 + TEXT
         assert item.attention_flops == blocks * 4 * queries * queries * WIDTH // item.ranks + refiner
         assert one.linear_flops / item.ranks < item.linear_flops < one.linear_flops

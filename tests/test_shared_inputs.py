@@ -132,3 +132,14 @@ def test_all_stop_at_the_same_call(kind: str, calls: int, said: str) -> None:
         assert "All have computed with what rank 0 was given. Give all of them the same" in raised
         if kind != "cached":
             assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+def test_another_process_group() -> None:
+    """Statistics are there without one; a call says what is wrong."""
+    for said in ranks.results(ranks.launch(cases.group_gone, 2, ranks.free_port())):
+        assert said[0] == "1"
+        assert "talks to the others of process group '0', which is gone" in said[1]
+        assert "compiled for rank" in said[2]
+        assert "call torch.compiler.reset(), and compile again" in said[2]
+        assert len(said) == 3
