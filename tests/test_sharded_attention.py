@@ -28,6 +28,7 @@ from hvcompile.nodes import op_name
 from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
 
+SLOW = pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
 RING: dict[str, Any] = {"ring": 2}
 BOTH: dict[str, Any] = {"ulysses": 2, "ring": 2}
 
@@ -444,6 +445,8 @@ SHARED: list[tuple[int, list[tuple[str, Any, list[dict[str, Any]]]]]] = [
         [
             ("hunyuan_video", True, [UNEVEN]),
             ("hunyuan_video", BOTH, [{"valid": (1, 7), "size": (3, 6, 6)}]),
+            ("hunyuan_video", {"ring": 4}, [UNEVEN]),
+            ("hunyuan_video_i2v_replace", True, [{}]),
             ("hunyuan_video_i2v_replace", BOTH, [{}]),
             ("hunyuan_video_i2v_concat", BOTH, [{"size": (5, 2, 6)}]),
         ],
@@ -464,7 +467,7 @@ def test_equal_to_one_rank(size: int, shared: Any) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
+@SLOW
 @pytest.mark.parametrize(("size", "shared"), SHARED, ids=["two", "four"])
 def test_equal_to_one_rank_by_inductor(size: int, shared: Any) -> None:
     """The same, compiled by Inductor on every rank."""
@@ -505,8 +508,11 @@ def test_ring_compiled_by_inductor(size: int, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.ranks
-def test_with_float8_as_one_rank_with_float8() -> None:
-    for errors in ranks.results(ranks.launch(cases.float8, 2, [True, RING])):
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=SLOW)])
+@pytest.mark.parametrize(("size", "layouts"), [(2, [True, RING]), (4, [BOTH])], ids=["two", "four"])
+def test_with_float8_as_one_rank_with_float8(size: int, layouts: list[Any], lower: str) -> None:
+    launched = ranks.launch(cases.float8, size, lower, layouts, group_timeout=900, limit=1800)
+    for errors in ranks.results(launched):
         assert max(errors) < 1e-2, errors
 
 
@@ -523,7 +529,7 @@ def test_decides_as_one_rank_does(size: int, thresholds: list[float], layouts: l
 
 
 @pytest.mark.ranks
-@pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
+@SLOW
 @pytest.mark.parametrize(("size", "layouts"), [(2, [True, RING]), (4, [BOTH])], ids=["two", "four"])
 def test_decides_as_one_rank_does_by_inductor(size: int, layouts: list[Any]) -> None:
     """The same, compiled by Inductor on every rank, and the one rank too."""
@@ -640,4 +646,14 @@ def test_every_fault_ends_every_rank_with_an_error_that_says_which_and_what(faul
     """Within the time that was set for it: 6 s to wait for another rank, 8 s for a collective, beside compiling."""
     zero, one = ranks.launch(cases.fault, 2, fault.kind, group_timeout=8, limit=120)
     assert fault.zero in zero.result
+    assert one.result is None if fault.one is None else fault.one in one.result
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["threshold", "shape", "another known shape", "death in a step"])
+def test_every_fault_ends_four_ranks(kind: str) -> None:
+    fault = next(fault for fault in FAULTS if fault.kind == kind)
+    zero, one, *others = ranks.launch(cases.fault, 4, kind, group_timeout=8, limit=120)
+    for held in (zero, *others):
+        assert fault.zero in held.result
     assert one.result is None if fault.one is None else fault.one in one.result
