@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import float8, inductor
+from hvcompile import float8, inductor, launch
 from hvcompile.errors import OptionError
 from hvcompile.first_call import FirstCall, can_save, compact, num_bytes, save
 from hvcompile.graph_source import GraphSource, fixed_values
@@ -304,6 +304,7 @@ class Dump:
             "torch": torch.__version__,
             "compile_id": self._compile_id,
             "lower": self._lower,
+            "ranks": launch.num_ranks(),
             "passes": self._passes,
             "notes": self._notes,
         }
