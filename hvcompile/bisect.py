@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from hvcompile.dumped import LOWERINGS, Dumped, command, folders, read
 from hvcompile.errors import InputError
 from hvcompile.exchange import Exchange
 from hvcompile.graph_reader import load, read_graph
+
+log = logging.getLogger(__name__)
 
 # Largest difference, relative to the largest value, that rounding in another order may make. Inductor makes 3e-7,
 # 1.6e-3 and 1.4e-2 of it in float32, float16 and bfloat16 over sixty residual blocks, 2e-5 in a tiny HunyuanVideo.
@@ -212,8 +215,8 @@ def _read(folder: Path, num_ranks: int) -> Dumped:
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"{file} in {str(folder)!r} talks over the process group {group!r}, one of a mesh that the script "
-                "made, and of groups only the default one of all ranks can be made again from a dump: dump a run without "
-                "options['context_parallel']['mesh'], or with 'context_parallel' off, where that goes wrong too"
+                "made, and of groups only the default one of all ranks can be made again from a dump: dump a run "
+                "without options['context_parallel']['mesh'], or with 'context_parallel' off, where that goes wrong too"
             ) from error
     return dumped
 
@@ -257,8 +260,11 @@ class _Together:
             problem = f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if self._exchange is None:
             return result, problem
-        for rank, (said, raised) in self._exchange((refused, problem)):  # in the order in which they came here: who
-            if said:  # waits for one that raised raises later
+        if problem:  # those that wait for this rank in a collective of NCCL end with their process, and say nothing
+            log.warning("rank %d %s", self._exchange.rank, problem)
+        # In the order in which they came here: who waited for one that raised, raises later.
+        for rank, (said, raised) in self._exchange((refused, problem)):
+            if said:
                 raise InputError(f"rank {rank}: {said}")
             if raised:
                 return result, f"on rank {rank} {raised}"

@@ -226,7 +226,11 @@ def _journal(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} was dumped on torch {made_by} and this is torch {torch.__version__}, whose lowerings are "
             "others: bisect it in the environment that it comes from, or dump again here"
         )
-    complete = isinstance(journal.get("ranks", 1), int) and isinstance(passes, list) and all(isinstance(row, dict) for row in passes)
+    complete = (
+        isinstance(journal.get("ranks", 1), int)
+        and isinstance(passes, list)
+        and all(isinstance(row, dict) for row in passes)
+    )
     complete = complete and all({"name", "section", "is_exact", "tolerance", "matched"} <= set(row) for row in passes)
     if journal.get("lower") not in LOWERINGS or "notes" not in journal or not complete:
         raise InputError(f"{str(file)!r} is no journal of this version of hvcompile: dump again")

@@ -64,10 +64,10 @@ def own_device(device: torch.device) -> torch.device:
         return device
     now = torch.device(device_of_this_rank(device.type) or "cpu")
     if now != device:
-        here = now if now.index is not None else "on a machine without GPUs"
+        here = f"on {now}" if now.index is not None else "on a machine without GPUs"
         raise InputError(
-            f"rank {rank()} was on {device} and is {here}: start the ranks as they were started, each on a GPU of its "
-            "own (LOCAL_RANK)"
+            f"rank {rank()} was on {device} and is now {here}: start the ranks as they were started, each on a GPU "
+            "of its own (LOCAL_RANK)"
         )
     return now
 
