@@ -28,7 +28,7 @@ from hvcompile.trunk import Derived
 log = logging.getLogger(__name__)
 
 _FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone, and
-hvcompile where layers compute in float8.
+hvcompile where layers compute in float8 or ranks talk to each other (then: hvcompile bisect, under torchrun).
 
 Run this file to compute it on the inputs of the first call, or import it: ``build()(*example_inputs())``. Inputs
 that ``inputs.pt`` does not hold are drawn at random, in the recorded shapes. An input of the same name has the same
