@@ -30,7 +30,7 @@ from hvcompile.dump import stem_of
 from hvcompile.dumped import LOWERINGS, Dumped, command, folders, read
 from hvcompile.errors import InputError
 from hvcompile.exchange import Exchange
-from hvcompile.graph_reader import load, read_graph
+from hvcompile.graph_reader import fix_numbers, load, read_graph
 
 log = logging.getLogger(__name__)
 
@@ -435,7 +435,7 @@ def _load(file: Path, step: str) -> _Run:
     loaded = load(file)
     inputs = list(loaded.example_inputs())
     module = loaded.build()
-    run = inductor.LOWERINGS[step](read_graph(loaded), inputs) if step else module
+    run = inductor.LOWERINGS[step](fix_numbers(read_graph(loaded), inputs), inputs) if step else module
     return functools.partial(_run_twice, loaded, module, run, inputs)
 
 
