@@ -274,7 +274,7 @@ def bisect(
                 out.print(Text(one.verdict()), soft_wrap=True)
             if json_file is not None and launch.rank() == 0:
                 bisecting.write_json(found, json_file)
-            exchange("done")  # torchrun ends all when the first leaves with 1
+            exchange.finish()  # torchrun ends all when the first leaves with 1
     except Exception as error:
         _leave_in_turn(error)
     if any(one.finding for one in found):

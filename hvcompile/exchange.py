@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
@@ -56,3 +57,23 @@ class Exchange:
             ) from error
         self._began = time.monotonic()
         return [(rank, item) for _, rank, item in said]
+
+    def finish(self) -> None:
+        """Wait for all ranks to be done; the first leaves last, since the store may be in its process.
+
+        Raises:
+            InputError: a rank did not come in time.
+
+        """
+        self("done")
+        if self.size == 1:
+            return
+        assert dist.group.WORLD is not None
+        store, key = inductor.store_of(dist.group.WORLD), "hvcompile/exchange/left"
+        turn = store.add(f"{key}/turn/{self.rank}", 1)
+        if self.rank > 0:
+            store.set(f"{key}/{turn}/{self.rank}", "")
+            return
+        with contextlib.suppress(dist.DistError):  # who has ended has left
+            others = [f"{key}/{turn}/{rank}" for rank in range(1, self.size)]
+            store.wait(others, datetime.timedelta(seconds=self._timeout_seconds))
