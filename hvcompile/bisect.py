@@ -5,6 +5,9 @@ Inductor, as far as the dumped run went, and what the run itself gave at its fir
 outputs are compared. State that passes added is zeros, so that the blocks behind a first-block cache are computed.
 Graphs that hand the next state over are called once more on the same inputs with it: nothing has changed then, so that
 a cache reuses, and must give what it has just computed.
+
+The ranks of a run that shared its work go through the stages together, each in its own folder. After every step they
+tell each other what came of it: a stage is wrong where it is wrong on any rank, and all go on or stop alike.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import math
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +27,12 @@ import torch
 
 from hvcompile import inductor, outputs
 from hvcompile.dump import stem_of
-from hvcompile.dumped import LOWERINGS, Dumped, read
+from hvcompile.dumped import LOWERINGS, Dumped, command, folders, read
 from hvcompile.errors import InputError
-from hvcompile.graph_reader import load, read_graph
+from hvcompile.exchange import Exchange
+from hvcompile.graph_reader import fix_numbers, load, read_graph
+
+log = logging.getLogger(__name__)
 
 # Largest difference, relative to the largest value, that rounding in another order may make. Inductor makes 3e-7,
 # 1.6e-3 and 1.4e-2 of it in float32, float16 and bfloat16 over sixty residual blocks, 2e-5 in a tiny HunyuanVideo.
@@ -44,6 +52,7 @@ class Figure:
     Attributes:
         output: its position among the captured graph's outputs.
         call: 1, or 2 for the call with the state that the first one gave.
+        rank: where it was taken, the one on which it is worst; None where a process is alone.
         shape: of this stage's output.
         dtype: of this stage's output.
         largest: largest absolute difference, over what is finite in both.
@@ -61,6 +70,7 @@ class Figure:
     not_finite: int
     newly_not_finite: int
     call: int = 1
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +146,7 @@ def bisect(
     tolerance: float | None = None,
     lower: str | None = None,
     observe: Callable[[str], None] = lambda _: None,
+    exchange: Exchange | None = None,
 ) -> Bisection:
     """Find the first stage of one graph folder that goes wrong.
 
@@ -144,21 +155,26 @@ def bisect(
         tolerance: relative difference that is no fault; None for that of the inputs' coarsest dtype.
         lower: "eager", "aot" or "inductor": how far to go; None for as far as the dumped run went.
         observe: told what is being run.
+        exchange: of the ranks that do the same, each with a folder of its own; None where this process is alone. They
+            find the same, and raise where one of them does.
 
     Raises:
-        InputError: the folder is incomplete, or from another version of torch, or an argument is out of range.
+        InputError: the folder is incomplete, or from another version of torch, or an argument is out of range; graphs
+            talk to ranks that are not there, or those have other graphs.
 
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance}; allowed is a finite number, 0 or more")
     if lower is not None and lower not in LOWERINGS:
         raise InputError(f"lower is {lower!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
-    dumped = read(folder)
-    search = _Search(dumped, tolerance)
+    together = _Together(exchange)
+    dumped = together.take(lambda: _read(folder, together.size))
+    together.compare(f"the dump in {folder.name}", _facts(dumped))
+    search = together.take(lambda: _Search(dumped, tolerance, together))
     finding: Finding | None = None
-    for name, what, run in _stages(dumped, lower or dumped.lower):
+    for name, what, prepare in _stages(dumped, lower or dumped.lower):
         observe(f"{name}: {what}")
-        finding = search.look_at(name, what, run)
+        finding = search.look_at(name, what, prepare)
         if finding is not None:
             break
     return Bisection(
@@ -168,6 +184,121 @@ def bisect(
         finding=finding,
         notes=tuple(search.notes),
     )
+
+
+def folders_of_all(directory: Path, exchange: Exchange) -> list[Path]:
+    """The graph folders of this rank, in the order in which the first rank has its own.
+
+    Raises:
+        InputError: it is no dump, or the ranks have other graphs.
+
+    """
+    together = _Together(exchange)
+    names = {folder.name: folder for folder in together.take(lambda: folders(directory))}
+    together.compare("the dump", sorted(names) if together.size > 1 else [])
+    return [names[name] for name in together.said(list(names))[0]]
+
+
+def _read(folder: Path, num_ranks: int) -> Dumped:
+    """A folder whose graphs can run here: the ranks are there that they talk to."""
+    dumped = read(folder)
+    for group, file in dumped.groups().items():
+        if num_ranks == 1:
+            ranks = int(dumped.journal.get("ranks", 1))
+            advice = command("DIRECTORY", ranks) if ranks > 1 else "under torchrun, hvcompile bisect DIRECTORY"
+            raise InputError(
+                f"{file} in {str(folder)!r} is one rank's share of the work and talks to the others: run all of them, "
+                f"{advice}"
+            )
+        try:
+            inductor.process_group(group)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{file} in {str(folder)!r} talks over the process group {group!r}, one of a mesh that the script "
+                "made, and of groups only the default one of all ranks can be made again from a dump: dump a run "
+                "without options['context_parallel']['mesh'], or with 'context_parallel' off, where that goes wrong too"
+            ) from error
+    return dumped
+
+
+def _facts(dumped: Dumped) -> list[str]:
+    """What has to be the same on all ranks for them to go through the same stages."""
+    rows = [f"{name} {bool(row['matched'])} {row['tolerance']}" for name, row in dumped.rows.items()]
+    saved = [name for name in ("inputs.pt", "outputs.pt") if (dumped.folder / name).exists()]
+    return [file.name for file in dumped.files] + saved + [f"lowered by {dumped.lower}", *rows]
+
+
+class _Together:
+    """The ranks that bisect one dump in step; a process alone is one of one."""
+
+    def __init__(self, exchange: Exchange | None) -> None:
+        self._exchange = exchange if exchange is not None and exchange.size > 1 else None
+        self.size = 1 if self._exchange is None else self._exchange.size
+
+    def said(self, held: Any) -> list[Any]:
+        """What each rank has, by rank."""
+        return (
+            [item for _, item in sorted(self._exchange(held), key=lambda pair: pair[0])] if self._exchange else [held]
+        )
+
+    def take(self, do: Callable[[], Any]) -> Any:
+        """What ``do`` gives, if on no rank it raises InputError; else that one, on all."""
+        result, problem = self.attempt(do, ())
+        assert not problem
+        return result
+
+    def attempt(self, do: Callable[[], Any], caught: tuple[type[BaseException], ...]) -> tuple[Any, str]:
+        """What ``do`` gives, and what the first rank raised to raise what is caught; empty where none did."""
+        result, refused, problem = None, "", ""
+        try:
+            result = do()
+        except InputError as error:
+            if self._exchange is None:
+                raise
+            refused = str(error)
+        except caught as error:
+            problem = f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if self._exchange is None:
+            return result, problem
+        if problem:  # those that wait for this rank in a collective of NCCL end with their process, and say nothing
+            log.warning("rank %d %s", self._exchange.rank, problem)
+        # In the order in which they came here: who waited for one that raised, raises later.
+        for rank, (said, raised) in self._exchange((refused, problem)):
+            if said:
+                raise InputError(f"rank {rank}: {said}")
+            if raised:
+                return result, f"on rank {rank} {raised}"
+        return result, ""
+
+    def compare(self, what: str, held: list[str]) -> None:
+        """Go on only where all ranks have the same."""
+        first, *others = self.said(held)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                lacking, more = ([item for item in a if item not in b] for a, b in ((first, other), (other, first)))
+                told = [f"lacks {', '.join(lacking)}"] * bool(lacking) + [f"has {', '.join(more)}"] * bool(more)
+                raise InputError(
+                    f"{what} on rank {rank} is another than on rank 0 (it {' and '.join(told) or 'has another order'}"
+                    "): ranks are bisected together where they compiled the same graphs; dump again, into an empty "
+                    "directory"
+                )
+
+    def worst(self, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+        """Of each output that of the rank where it is worst."""
+        if self._exchange is None:
+            return tuple(figures)
+        found: dict[tuple[int, int], Figure] = {}
+        for rank, rows in enumerate(self.said([dataclasses.asdict(item) for item in figures])):
+            for row in rows:
+                figure = Figure(**{**row, "shape": tuple(row["shape"]), "rank": rank})
+                known = found.get((figure.call, figure.output))
+                if known is None or _badness(figure) > _badness(known):
+                    found[figure.call, figure.output] = figure
+        return tuple(found[place] for place in sorted(found))
+
+
+def _badness(figure: Figure) -> tuple[int, float, int]:
+    return figure.newly_not_finite, figure.relative, figure.not_finite
 
 
 class _Search:
@@ -180,38 +311,42 @@ class _Search:
 
     """
 
-    def __init__(self, dumped: Dumped, tolerance: float | None) -> None:
+    def __init__(self, dumped: Dumped, tolerance: float | None, together: _Together) -> None:
         self.dumped = dumped
         self.rounding = max(map(_tolerance, dumped.dtypes()), default=_tolerance())
         self.tolerance = self.rounding if tolerance is None else tolerance
         self.stages: list[Stage] = []
         self.notes = list(dumped.notes())
+        if together.size > 1:
+            self.notes.append(f"{together.size} ranks run together: a figure is that of the rank where it is worst")
+        self._together = together
         self._is_given = tolerance is not None
         self._before: Sequence[Any] = ()  # the outputs of the stage before
         self._before_again: Sequence[Any] | None = None  # those of the last second call
 
-    def look_at(self, name: str, what: str, run: _Run) -> Finding | None:
+    def look_at(self, name: str, what: str, prepare: _Prepare) -> Finding | None:
         """Run the next stage and compare it; None where nothing is wrong with it."""
         within = self._allowed(name)
-        try:
-            with torch.no_grad():
-                results, second = run(len(self._before))
-        except InputError:
-            raise
-        except (Exception, SystemExit) as error:  # whatever a broken graph raises is what is looked for
+        caught = (Exception, SystemExit)  # whatever a broken graph raises is what is looked for
+        with torch.no_grad():
+            run, problem = self._together.attempt(prepare, caught)
+            if not problem:  # no rank runs, and waits for the others in it, before all can
+                given, problem = self._together.attempt(lambda: run(len(self._before)), caught)
+        if problem:
             self.stages.append(Stage(name=name, what=what, figures=(), tolerance=within))
-            problem = f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return self._finding(name, (None, problem), within)
+        results, second = given
         if name == CAPTURED:
             self._before = results
         results = results[: len(self._before)]  # what follows is added state
         if second is not None and not second.reuses and self._before_again is None:
             self.notes.append("no reused step is compared: by its options the cache computes a second call too")
         previous = self.stages[-1].name if self.stages else ""
-        figures, again = tuple(_figures(self._before, results)), self._figures_again(results, second)
+        found = self._together.worst([*_figures(self._before, results), *self._figures_again(results, second)])
+        figures, again = (tuple(item for item in found if item.call == call) for call in (1, 2))
         self.stages.append(Stage(name=name, what=what, figures=figures + again, tolerance=within))
-        is_complete = len(results) == len(self._before)
-        fault = _fault(figures, within, previous) if is_complete else (None, _lacking(self._before, results))
+        lacking = next(filter(None, self._together.said(_lacking(self._before, results))), "")
+        fault = (None, lacking) if lacking else _fault(figures, within, previous)
         finding = self._finding(name, fault, within) if fault else self._judge_again(name, again, within, previous)
         self._before = results
         self._before_again = self._before_again if second is None else second.results
@@ -263,25 +398,26 @@ class _Second:
     reuses: bool
 
 
-_Run = Callable[[int], tuple[list[Any], _Second | None]]
+_Run = Callable[[int], tuple[list[Any], _Second | None]]  # given the number of the captured graph's outputs
+_Prepare = Callable[[], _Run]
 _Fault = tuple[int | None, str]  # the output that is wrong, None for all of them, and how
 
 
-def _stages(dumped: Dumped, lower: str) -> Iterator[tuple[str, str, _Run]]:
-    """Each stage: its name, what it is, and how to run it, given the number of the captured graph's outputs."""
+def _stages(dumped: Dumped, lower: str) -> Iterator[tuple[str, str, _Prepare]]:
+    """Each stage: its name, what it is, and how to make ready what is run."""
     names = {stem_of(name): name for name in dumped.rows}
     for file in dumped.files:
         stem = file.stem.split("_", 1)[1]
-        yield names.get(stem, stem), file.name, functools.partial(_run_file, file, "")
+        yield names.get(stem, stem), file.name, functools.partial(_load, file, "")
     last = dumped.files[-1]
     for step in LOWERINGS[1 : 1 + LOWERINGS.index(lower)]:
-        yield step, f"{last.name} by {step}", functools.partial(_run_file, last, step)
+        yield step, f"{last.name} by {step}", functools.partial(_load, last, step)
     recorded = dumped.folder / "outputs.pt"
     if lower == dumped.lower and recorded.exists():  # the run as it was ends where its lowering does
         yield RUN, f"its first call, {recorded.name}", functools.partial(_recorded, recorded)
 
 
-def _recorded(file: Path, _: int) -> tuple[list[Any], None]:
+def _recorded(file: Path) -> _Run:
     try:
         results = list(torch.load(file, weights_only=True))
     except Exception as error:  # torch.load raises whatever it stumbles on
@@ -291,15 +427,22 @@ def _recorded(file: Path, _: int) -> tuple[list[Any], None]:
         ) from error
     if not any(isinstance(item, torch.Tensor) for item in results):
         raise InputError(f"{str(file)!r} holds no tensor, so that nothing can be compared: dump again")
-    return results, None
+    return lambda _: (results, None)
 
 
-def _run_file(file: Path, step: str, num_outputs: int) -> tuple[list[Any], _Second | None]:
-    """Run a file's graph, lowered by ``step`` if given, and once more with the state that it gave, if it gave any."""
+def _load(file: Path, step: str) -> _Run:
+    """Make a file's graph ready to run, lowered by ``step`` if given."""
     loaded = load(file)
     inputs = list(loaded.example_inputs())
     module = loaded.build()
-    run = inductor.LOWERINGS[step](read_graph(loaded), inputs) if step else module
+    run = inductor.LOWERINGS[step](fix_numbers(read_graph(loaded), inputs), inputs) if step else module
+    return functools.partial(_run_twice, loaded, module, run, inputs)
+
+
+def _run_twice(
+    loaded: types.ModuleType, module: torch.nn.Module, run: Callable[..., Any], inputs: list[Any], num_outputs: int
+) -> tuple[list[Any], _Second | None]:
+    """Run a graph, and once more with the state that it gave, if it gave any."""
     torch.manual_seed(0)
     results = list(run(*inputs))
     names = list(inspect.signature(module.forward).parameters)
@@ -358,6 +501,8 @@ def _fault(figures: Sequence[Figure], tolerance: float, previous: str) -> _Fault
         output = f"output {figure.output} ({figure.dtype} {list(figure.shape)})"
         if figure.call > 1:
             output += " of a second call on the same inputs"
+        if figure.rank is not None:
+            output += f" on rank {figure.rank}"
         if figure.newly_not_finite:
             since = f" that {previous} gives as finite numbers" if previous else ""
             return figure.output, f"{output} has {figure.newly_not_finite} values{since} that are NaN or infinite"
@@ -373,7 +518,8 @@ def _fault(figures: Sequence[Figure], tolerance: float, previous: str) -> _Fault
 
 
 def _lacking(before: Sequence[Any], now: Sequence[Any]) -> str:
-    return f"gives {len(now)} outputs where the captured graph gives {len(before)}"
+    few = f"gives {len(now)} outputs where the captured graph gives {len(before)}"
+    return few if len(now) != len(before) else ""
 
 
 def _advice(name: str, dumped: Dumped, tolerance: float) -> str:

@@ -140,11 +140,7 @@ def generate(
         with Display() as display:
             result = generation.generate(request, display)
     except Exception as error:
-        if launch.rank() > 0 and isinstance(error, InputError | OptionError):
-            # All ranks were given the same, and the first says what is wrong with it; torchrun then ends the others.
-            time.sleep(launch.GRACE_SECONDS)
-        err.quiet = False
-        _leave(error)
+        _leave_in_turn(error)
     out.print(tables.summary(result))
 
 
@@ -239,34 +235,48 @@ def bisect(
         str | None, typer.Option(help="eager, aot or inductor: how far to go (default: as far as the dumped run).")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")] = None,
+    rank_timeout: Annotated[
+        float, typer.Option(help="Under torchrun: seconds after which a rank that waits for another gives up.")
+    ] = 120.0,
 ) -> None:
     """Find the first pass or lowering of a dump after which outputs differ, or a NaN appears.
 
+    The dump of several ranks is looked at by as many, under torchrun: torchrun --nproc-per-node=N -m hvcompile bisect.
+
     Leaves with 1 where a fault is found, with 0 where none is.
     """
-    try:
+    with quiet_import():
         from hvcompile import bisect as bisecting
-        from hvcompile import dumped
+        from hvcompile import dumped, launch
+        from hvcompile.exchange import Exchange
 
+    out.quiet = err.quiet = launch.rank() > 0
+    try:
+        if not 0 < rank_timeout < math.inf:
+            raise InputError(f"rank-timeout is {rank_timeout:g}; allowed is a finite number of seconds, above 0")
         if json_file is not None:
             outputs.check(json_file, name="json", kind="JSON file", suffixes=(".json",))
+        directory = dumped.of_rank(directory, launch.rank(), launch.num_ranks())
         found = []
-        for folder in dumped.folders(directory):
-            with err.status(folder.name) as status:
+        with launch.joined(launch.own_device(dumped.device(directory)), rank_timeout):
+            exchange = Exchange(rank_timeout)
+            for folder in bisecting.folders_of_all(directory, exchange):
+                with err.status(folder.name) as status:
 
-                def show(what: str, folder: Path = folder, status: Status = status) -> None:
-                    status.update(Text(f"{folder.name}: {what}"))
+                    def show(what: str, folder: Path = folder, status: Status = status) -> None:
+                        status.update(Text(f"{folder.name}: {what}"))
 
-                one = bisecting.bisect(folder, tolerance=tolerance, lower=lower, observe=show)
-            found.append(one)
-            out.print(tables.bisection_table(one))
-            for note in one.notes:
-                out.print(Text(f"note: {note}"), soft_wrap=True)
-            out.print(Text(one.verdict()), soft_wrap=True)
-        if json_file is not None:
-            bisecting.write_json(found, json_file)
+                    one = bisecting.bisect(folder, tolerance=tolerance, lower=lower, observe=show, exchange=exchange)
+                found.append(one)
+                out.print(tables.bisection_table(one))
+                for note in one.notes:
+                    out.print(Text(f"note: {note}"), soft_wrap=True)
+                out.print(Text(one.verdict()), soft_wrap=True)
+            if json_file is not None and launch.rank() == 0:
+                bisecting.write_json(found, json_file)
+            exchange.finish()  # torchrun ends all when the first leaves with 1
     except Exception as error:
-        _leave(error)
+        _leave_in_turn(error)
     if any(one.finding for one in found):
         raise typer.Exit(1)
 
@@ -439,6 +449,17 @@ def _leave(error: Exception) -> NoReturn:
         raise error
     err.print(Text(f"error: {message}"), soft_wrap=True)
     raise typer.Exit(2) from error
+
+
+def _leave_in_turn(error: Exception) -> NoReturn:
+    """Leave as ``_leave`` does, the first of several ranks before the others."""
+    from hvcompile import launch
+
+    if launch.rank() > 0 and isinstance(error, InputError | OptionError):
+        # All ranks were given the same, and the first says what is wrong with it; torchrun then ends the others.
+        time.sleep(launch.GRACE_SECONDS)
+    err.quiet = False
+    _leave(error)
 
 
 def _input_fault(error: BaseException | None) -> str | None:

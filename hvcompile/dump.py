@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import float8, inductor
+from hvcompile import float8, inductor, launch
 from hvcompile.errors import OptionError
 from hvcompile.first_call import FirstCall, can_save, compact, num_bytes, save
 from hvcompile.graph_source import GraphSource, fixed_values
@@ -28,7 +28,7 @@ from hvcompile.trunk import Derived
 log = logging.getLogger(__name__)
 
 _FILE = '''"""Graph {compile_id}, step {count}: {name}. Written by hvcompile on torch {version}; needs torch alone, and
-hvcompile where layers compute in float8.
+hvcompile where layers compute in float8 or ranks talk to each other (then: hvcompile bisect, under torchrun).
 
 Run this file to compute it on the inputs of the first call, or import it: ``build()(*example_inputs())``. Inputs
 that ``inputs.pt`` does not hold are drawn at random, in the recorded shapes. An input of the same name has the same
@@ -304,6 +304,7 @@ class Dump:
             "torch": torch.__version__,
             "compile_id": self._compile_id,
             "lower": self._lower,
+            "ranks": launch.num_ranks(),
             "passes": self._passes,
             "notes": self._notes,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from hvcompile.graph_reader import load
 
 LOWERINGS = ("eager", "aot", "inductor")
 """From the least to the most that is done to a graph."""
+
+# As ``GraphSource`` writes a call of ``hvcompile.collectives``; the group's name is its only text.
+_COLLECTIVE = re.compile(r"\bhvcompile_collectives_\w+\([^'\"\n]*(['\"])(.*?)\1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,14 @@ class Dumped:
     def rows(self) -> dict[str, dict[str, Any]]:
         """The journal's rows, by the name of the pass."""
         return {row["name"]: row for row in self.journal["passes"]}
+
+    def groups(self) -> dict[str, str]:
+        """The process groups over which the graphs talk to other ranks: their names, and the first file of each."""
+        found: dict[str, str] = {}
+        for file in self.files:
+            for match in _COLLECTIVE.finditer(file.read_text("utf-8")):
+                found.setdefault(match[2], file.name)
+        return found
 
     def dtypes(self) -> set[torch.dtype]:
         """The floating-point types of the captured graph's inputs.
@@ -66,6 +78,70 @@ class Dumped:
                 yield f"{row['name']} may change numerics: it is compared in a computed step"
 
 
+def of_rank(directory: Path, rank: int, num_ranks: int) -> Path:
+    """What a rank reads of a dump: its own folder where several ranks wrote it, the whole where one process did.
+
+    Args:
+        directory: of a dump, or below it.
+        rank: of this process.
+        num_ranks: that run now; they have to be as many as the dump is of.
+
+    Raises:
+        InputError: they are not, or a folder is missing.
+
+    """
+    name, ranks = str(directory), _rank_folders(directory)
+    if not ranks:
+        above = next((path for path in (directory, directory.parent) if re.fullmatch(r"rank_\d+", path.name)), None)
+        needed = max(map(_num_ranks, folders(directory)))
+        root = shlex.quote(str(above.parent)) if above is not None else "DIRECTORY"
+        if num_ranks > 1:
+            advice = f"give {root}, which holds all" if above is not None else "run it without torchrun"
+            raise InputError(
+                f"{name!r} is the dump of one {'rank' if above is not None else 'process'}, and {num_ranks} ranks were "
+                f"started: {advice}"
+            )
+        if needed > 1 and any(read(folder).groups() for folder in folders(directory)):
+            raise InputError(
+                f"{name!r} is what one of {needed} ranks dumped, and its graphs talk to the others: run all of them, "
+                f"{command(root, needed)}"
+            )
+        return directory
+    graphs = [folder for path in ranks.values() for folder in _graph_folders(path)]
+    numbers = {_num_ranks(folder, unsaid=len(ranks)) for folder in graphs} or {len(ranks)}
+    if len(numbers) > 1:
+        raise InputError(
+            f"{name!r} holds dumps of runs on {' and on '.join(map(str, sorted(numbers)))} ranks: dump again into an "
+            "empty directory"
+        )
+    (needed,) = numbers
+    if num_ranks != needed:
+        now = f", and {num_ranks} were started" if num_ranks > 1 else ""
+        raise InputError(
+            f"{name!r} is the dump of {needed} ranks{now}: they run together, {command(shlex.quote(name), needed)}"
+        )
+    if rank not in ranks:
+        raise InputError(f"{name!r} lacks rank_{rank}: the ranks read what they wrote, each on its own machine")
+    return ranks[rank]
+
+
+def device(directory: Path) -> torch.device:
+    """Where a dump was computed: the first GPU that an input is on, or the CPU.
+
+    Raises:
+        InputError: it is no dump.
+
+    """
+    first, *_ = _files(folders(directory)[0]) or [directory / "journal.json"]
+    named = re.search(r'device="(?!cpu")([\w:]+)"', first.read_text("utf-8"))
+    return torch.device(named[1] if named else "cpu")
+
+
+def command(directory: str, num_ranks: int) -> str:
+    """How to look at a dump of several ranks."""
+    return f"torchrun --nproc-per-node={num_ranks} -m hvcompile bisect {directory}"
+
+
 def folders(directory: Path) -> list[Path]:
     """The graph folders of a dump, oldest first; ``directory`` may be one itself.
 
@@ -80,7 +156,7 @@ def folders(directory: Path) -> list[Path]:
         raise InputError(f"{name!r} is a file: give the directory of a dump, such as {str(directory.parent)!r}")
     if (directory / "journal.json").exists() or _files(directory):
         return [directory]
-    found = [path for path in directory.iterdir() if path.is_dir() and path.name.startswith("graph_") and _files(path)]
+    found = _graph_folders(directory)
     if not found:
         raise InputError(
             f"{name!r} is no dump: it has no graph_... folder with numbered graphs. Run the model with HVCOMPILE_DUMP "
@@ -116,6 +192,20 @@ def read(folder: Path) -> Dumped:
     return Dumped(folder=folder, files=tuple(files), journal=journal)
 
 
+def _rank_folders(directory: Path) -> dict[int, Path]:
+    found = directory.glob("rank_*") if directory.is_dir() else ()
+    return {int(path.name[5:]): path for path in found if path.is_dir() and path.name[5:].isdecimal()}
+
+
+def _graph_folders(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.is_dir() and path.name.startswith("graph_") and _files(path)]
+
+
+def _num_ranks(folder: Path, unsaid: int = 1) -> int:
+    """How many ranks ran a graph; ``unsaid`` where its journal does not say."""
+    return int(_journal(folder).get("ranks", unsaid))
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if re.match(r"\d\d_", path.name))
 
@@ -136,7 +226,11 @@ def _journal(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} was dumped on torch {made_by} and this is torch {torch.__version__}, whose lowerings are "
             "others: bisect it in the environment that it comes from, or dump again here"
         )
-    complete = isinstance(passes, list) and all(isinstance(row, dict) for row in passes)
+    complete = (
+        isinstance(journal.get("ranks", 1), int)
+        and isinstance(passes, list)
+        and all(isinstance(row, dict) for row in passes)
+    )
     complete = complete and all({"name", "section", "is_exact", "tolerance", "matched"} <= set(row) for row in passes)
     if journal.get("lower") not in LOWERINGS or "notes" not in journal or not complete:
         raise InputError(f"{str(file)!r} is no journal of this version of hvcompile: dump again")

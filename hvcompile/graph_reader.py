@@ -10,12 +10,14 @@ from __future__ import annotations
 import ast
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+
+from hvcompile import inductor
 
 _IN_PLACE: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.iadd,
@@ -163,3 +165,65 @@ def _call(
     graph: fx.Graph, kind: str, target: Any, operands: list[Any], named: dict[str, Any] | None = None
 ) -> fx.Proxy:
     return fx.Proxy(graph.create_node(kind, target, _nodes(tuple(operands)), _nodes(named or {})))
+
+
+def fix_numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Write the inputs that are Python numbers into a graph and the bodies it calls; the graph takes them all the same.
+
+    Traced with such inputs a number becomes a literal, and a call of ``invoke_subgraph`` that is handed a literal is an
+    assertion in Inductor (``FakeTensorProp.run_node``). A body that gets different numbers from different calls keeps
+    its input.
+    """
+    values: dict[fx.Node, Any] = {}  # of placeholders; None where it is no number, or not always the same
+    for placeholder, held in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        values[placeholder] = held if isinstance(held, (int, float)) and not isinstance(held, bool) else None
+    if not any(held is not None for held in values.values()):
+        return module
+    modules = [item for item in module.modules() if isinstance(item, fx.GraphModule)]
+    calls = [(node, *_callees(owner, node)) for owner in modules for node in owner.graph.nodes if _is_call(node)]
+    before: dict[fx.Node, Any] = {}
+    while before != values:  # callers may come after what they call
+        before = dict(values)
+        for _, bodies, operands in calls:
+            for body in bodies:
+                for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+                    if not isinstance(operand, fx.Node) or operand.op != "placeholder":
+                        values[placeholder] = None
+                    elif operand in values:
+                        is_same = values.setdefault(placeholder, values[operand]) == values[operand]
+                        values[placeholder] = values[operand] if is_same else None
+    for node, (body, *_), operands in calls:
+        inner = body.graph.find_nodes(op="placeholder")
+        left = tuple(item for place, item in zip(inner, operands, strict=True) if values.get(place) is None)
+        node.args = (*node.args[:3], left) if node.target is inductor.COND else (*node.args[:2], *left)
+    for item in modules:
+        for placeholder in item.graph.find_nodes(op="placeholder"):
+            if values.get(placeholder) is not None:
+                _replace(placeholder, values[placeholder])
+                if item is not module:
+                    item.graph.erase_node(placeholder)
+        item.graph.lint()
+        item.recompile()
+    return module
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.target in {inductor.COND, inductor.INVOKE_SUBGRAPH}
+
+
+def _callees(owner: fx.GraphModule, call: fx.Node) -> tuple[list[fx.GraphModule], list[Any]]:
+    """The graphs that a call may run, and the operands that each gets."""
+    is_cond = call.target is inductor.COND
+    references: Any = call.args[1:3] if is_cond else call.args[:1]
+    operands: Any = call.args[3] if is_cond else call.args[2:]
+    return [operator.attrgetter(str(node.target))(owner) for node in references], list(operands)
+
+
+def _replace(node: fx.Node, number: float) -> None:
+    def literal(item: fx.Node) -> Any:
+        return number if item is node else item
+
+    for user in list(node.users):
+        args: Any = fx.node.map_arg(user.args, literal)
+        kwargs: Any = fx.node.map_arg(user.kwargs, literal)
+        user.args, user.kwargs = args, kwargs

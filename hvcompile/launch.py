@@ -53,6 +53,25 @@ def device_of_this_rank(device: str | None) -> str | None:
     return f"cuda:{place}"
 
 
+def own_device(device: torch.device) -> torch.device:
+    """Where a rank computed before, which has to be where it computes now.
+
+    Raises:
+        InputError: it is not.
+
+    """
+    if num_ranks() == 1 or device.type == "cpu":
+        return device
+    now = torch.device(device_of_this_rank(device.type) or "cpu")
+    if now != device:
+        here = f"on {now}" if now.index is not None else "on a machine without GPUs"
+        raise InputError(
+            f"rank {rank()} was on {device} and is now {here}: start the ranks as they were started, each on a GPU "
+            "of its own (LOCAL_RANK)"
+        )
+    return now
+
+
 GRACE_SECONDS = 10.0
 """How long a rank leaves it to the first one to say what is wrong for all of them."""
 

@@ -18,6 +18,7 @@ import torch
 import zoo
 from oracle import hvfast
 from rich.console import Console
+from sharded_cases import Joint, masked_inputs
 from toy import Toy, toy_inputs
 from typer.testing import CliRunner
 from wide import Wide, wide_inputs
@@ -378,6 +379,15 @@ def test_a_bisection_is_json_even_where_a_figure_is_infinite() -> None:
     assert json.loads(json.dumps(result.record(), allow_nan=False))["stages"][0]["figures"][0]["largest"] == "inf"
     with pytest.raises(InputError):
         dumped.folders(Path("/no/such/directory"))
+
+
+def test_a_number_that_blocks_are_given_is_lowered_too(tmp_path: Path) -> None:
+    """How many keys a prompt has is an input of the blocks' shared body, within the cache's branch and before it."""
+    folder = dump(tmp_path, Joint(), **masked_inputs((3,)))
+    assert 'valid_keys_0_0: "Sym(' in (folder / "04_sealed.py").read_text()
+    found = bisect.bisect(folder, lower="inductor")
+    assert found.finding is None, found.verdict()
+    assert found.stages[-1].name == "inductor"
 
 
 def test_the_example_finds_its_fault(tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ def test_ranks_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert launch.device_of_this_rank(None) == "cuda:1"
     assert launch.device_of_this_rank("cuda") == "cuda:1"
+    assert launch.own_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert launch.own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(InputError, match="rank 5 was on cuda:0 and is now on cuda:1"):
+        launch.own_device(torch.device("cuda:0"))
     with pytest.raises(InputError, match="'cuda:0' can't be shared by 8 ranks"):
         launch.device_of_this_rank("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")

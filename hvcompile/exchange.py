@@ -1,0 +1,79 @@
+"""What ranks tell each other through the store where they met: not by a collective, since one may have failed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from hvcompile import inductor, launch
+from hvcompile.errors import InputError
+
+
+class Exchange:
+    """Tells all ranks of the default process group what each has to say, turn by turn; alone, a process hears itself.
+
+    All ranks take the same turns. One waits for the others as long as its own turn took, and twice the timeout beyond:
+    another may be held up by a collective that only ends by that timeout.
+
+    Args:
+        timeout_seconds: of the process group.
+
+    """
+
+    def __init__(self, timeout_seconds: float = launch.TIMEOUT_SECONDS) -> None:
+        self.size, self.rank = launch.num_ranks(), launch.rank()
+        self._timeout_seconds = timeout_seconds
+        self._began = time.monotonic()
+
+    def __call__(self, held: Any) -> list[tuple[int, Any]]:
+        """What each rank gives, as JSON has it, with its rank, in the order in which they came; the same on all.
+
+        Raises:
+            InputError: a rank did not come in time.
+
+        """
+        if self.size == 1:
+            return [(0, held)]
+        assert dist.group.WORLD is not None
+        store = inductor.store_of(dist.group.WORLD)
+        patience = 2 * self._timeout_seconds + time.monotonic() - self._began
+        try:
+            turn = store.add(f"hvcompile/exchange/turn/{self.rank}", 1)  # the store outlives this object
+            prefix = f"hvcompile/exchange/{turn}"
+            keys = [f"{prefix}/{rank}" for rank in range(self.size)]
+            place = store.add(f"{prefix}/place", 1)
+            store.set(keys[self.rank], json.dumps([place, self.rank, held]))
+            store.wait(keys, datetime.timedelta(seconds=patience))
+            said = sorted((json.loads(store.get(key)) for key in keys), key=lambda item: item[0])
+        except dist.DistError as error:
+            raise InputError(
+                f"rank {self.rank} of {self.size} waited {patience:.0f} s for another, which has ended or hangs: look "
+                "at the output of the others"
+            ) from error
+        self._began = time.monotonic()
+        return [(rank, item) for _, rank, item in said]
+
+    def finish(self) -> None:
+        """Wait for all ranks to be done; the first leaves last, since the store may be in its process.
+
+        Raises:
+            InputError: a rank did not come in time.
+
+        """
+        self("done")
+        if self.size == 1:
+            return
+        assert dist.group.WORLD is not None
+        store, key = inductor.store_of(dist.group.WORLD), "hvcompile/exchange/left"
+        turn = store.add(f"{key}/turn/{self.rank}", 1)
+        if self.rank > 0:
+            store.set(f"{key}/{turn}/{self.rank}", "")
+            return
+        with contextlib.suppress(dist.DistError):  # who has ended has left
+            others = [f"{key}/{turn}/{rank}" for rank in range(1, self.size)]
+            store.wait(others, datetime.timedelta(seconds=self._timeout_seconds))
