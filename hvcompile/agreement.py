@@ -224,11 +224,9 @@ class _Reading:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor.detach().to("cpu", non_blocking=True)
-        self._done = None
-        if tensor.device.type != "cpu":
-            # By default it would be the current device's stream, which need not be this one's.
-            self._done = torch.Event(tensor.device)
-            self._done.record(torch.accelerator.current_stream(tensor.device))
+        # An event by itself records on the current device, which need not be this one.
+        is_there = tensor.device.type == "cpu"
+        self._done = None if is_there else torch.accelerator.current_stream(tensor.device).record_event()
 
     def read(self) -> list[list[float]]:
         if self._done is not None:
