@@ -134,6 +134,9 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
     return lambda items: tuple(items[place] for place in places)
 
 
+# A call's numbers, and the fingerprints of its conditions: what tells its generation from others.
+_Generation = tuple[tuple[Any, ...], tuple[int, ...]]
+
 # Tells compiled graphs apart.
 _NUMBERS = itertools.count()
 
@@ -426,9 +429,10 @@ class CompiledTrunk:
         calling = self._calling
         if calling.agreement is None:
             return self._step(args)
-        calling.agreement.before(self._numbers(args), self._conditions(args), args)
+        generation = self._generation(args)
+        calling.agreement.before(*generation, args)
         try:
-            return self._step(args)
+            return self._step(args, generation)
         except RuntimeError as error:
             error.add_note(
                 "This step runs on several ranks. Where the error speaks of a connection, a peer or a timeout, another "
@@ -436,7 +440,7 @@ class CompiledTrunk:
             )
             raise
 
-    def _step(self, args: Sequence[Any]) -> Sequence[Any]:
+    def _step(self, args: Sequence[Any], generation: _Generation | None = None) -> Sequence[Any]:
         calling = self._calling
         if calling.anchor is None:
             return self._run(args)
@@ -458,7 +462,7 @@ class CompiledTrunk:
         passed = self._passed(args) if self._passed is not None else args
         if not calling.states:
             return self._run([*passed, *added])
-        slot = self._slot(model, args, revision)
+        slot = self._slot(model, args, revision, generation or self._generation(args))
         results = self._run([*passed, *added, *slot.tensors])
         end = calling.num_outputs + len(calling.states)
         slot.tensors = list(results[calling.num_outputs : end])
@@ -506,17 +510,16 @@ class CompiledTrunk:
             stored = model.stored.setdefault(self._number, _StoredWeights(self._calling.stored))
             return stored.of(args), stored.revision
 
-    def _conditions(self, args: Sequence[Any]) -> tuple[int, ...]:
+    def _generation(self, args: Sequence[Any]) -> _Generation:
         with self._lock:
-            return tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
+            conditions = tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
+        return self._numbers(args), conditions
 
-    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int) -> Slot:
-        numbers = self._numbers(args)
-        conditions = self._conditions(args)
+    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation) -> Slot:
         with model.lock:
             weights = model.weights[self._number].look(self._weights(args))
             thread = weakref.ref(threading.current_thread())
-            key = (thread, self._number, weights, stored_revision, numbers, conditions)
+            key = (thread, self._number, weights, stored_revision, *generation)
             model.calls += 1
             for other, slot in list(model.slots.items()):
                 owner = other[0]()
