@@ -36,6 +36,11 @@ class InputRoles:
     conditions: tuple[fx.Node, ...]
     python_time: str | None
 
+    @property
+    def changing(self) -> tuple[fx.Node, ...]:
+        """What is new in every step: the sample, if there is one, and the clocks."""
+        return (*([] if self.sample is None else [self.sample]), *self.clocks)
+
 
 def _is_time_like(placeholder: fx.Node) -> bool:
     """Whether an input becomes a sinusoidal embedding: it reaches ``sin`` or ``cos`` before anything mixes it."""

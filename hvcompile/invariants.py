@@ -25,6 +25,7 @@ from hvcompile.nodes import (
     mutated_operand,
     op_name,
     storage,
+    writers,
 )
 from hvcompile.trunk import Trunk
 
@@ -38,9 +39,9 @@ def invariants(trunk: Trunk) -> set[fx.Node]:
     autocast region, and lengths that depend on data.
     """
     roles = classify(trunk)
-    changing = {*roles.clocks, roles.sample, *trunk.added}
+    changing = {*roles.changing, *trunk.added}
     within = contexts(trunk.graph)
-    written = {storage(mutated) for node in trunk.graph.nodes if (mutated := mutated_operand(node)) is not None}
+    written = writers(trunk.graph)
     found: set[fx.Node] = set()
     for node in trunk.graph.nodes:
         if node.op == "placeholder":

@@ -116,6 +116,15 @@ def mutated_operand(node: fx.Node) -> fx.Node | None:
     return next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
 
 
+def writers(graph: fx.Graph) -> dict[Hashable, fx.Node]:
+    """What is written to in place, as ``storage`` has it, with the first operation that does."""
+    found: dict[Hashable, fx.Node] = {}
+    for node in graph.nodes:
+        if (mutated := mutated_operand(node)) is not None:
+            found.setdefault(storage(mutated), node)
+    return found
+
+
 def storage(node: fx.Node) -> Hashable:
     """Tells tensors that share memory from those that don't: equal for a tensor, its views and what wrote into it.
 

@@ -1,7 +1,7 @@
 """The first rank's sample and timestep on every rank, and how far each rank's own are from them.
 
 Ranks that share a sequence compute one video, each from inputs that its own script made. Conditions are compared on the
-host when a generation begins (``agreement``). The sample and the timestep are new in every step, so that is done in the
+host before every call (``agreement``). The sample and the timestep are new in every step, so that is done in the
 graph: all take the first rank's, so that parts of one sequence never come from different samples and rounding that
 differs from device to device does not add up; and the difference is an output, read when it costs no waiting.
 """
@@ -12,25 +12,22 @@ import itertools
 from typing import Any
 
 import torch
-from torch import fx
 
 from hvcompile import collectives, inductor
 from hvcompile.graph_code import inline
 from hvcompile.inductor import value
-from hvcompile.inputs import InputRoles, classify
-from hvcompile.nodes import mutated_operand, storage
+from hvcompile.inputs import classify
+from hvcompile.nodes import storage, writers
 from hvcompile.trunk import Group, SharedInputs, Trunk, restore_order
 
 
 def refusal(trunk: Trunk) -> str:
     """Why the ranks can't be given one sample; empty where they can."""
-    places = _changing(classify(trunk))
-    for node in trunk.graph.nodes:
-        written = mutated_operand(node)
-        for place in places:
-            if written is not None and storage(written) == storage(place):
-                name = inductor.source_name(place) or place.name
-                return f"{node.format_node()} writes into {name}, of which the ranks get copies of the first one's"
+    written = writers(trunk.graph)
+    for place in classify(trunk).changing:
+        if (node := written.get(storage(place))) is not None:
+            name = inductor.source_name(place) or place.name
+            return f"{node.format_node()} writes into {name}, of which the ranks get copies of the first one's"
     return ""
 
 
@@ -53,7 +50,7 @@ def share(trunk: Trunk, group: Group, tag: str) -> None:
         hidden = embed(sample_0) ...
 
     """
-    places = _changing(classify(trunk))
+    places = classify(trunk).changing
     if not places:
         return
     graph, device = trunk.graph, next(value(node).device for node in trunk.blocks[0].outputs.values())
@@ -98,7 +95,3 @@ def _moved(tensor: Any, here: torch.device, there: torch.device) -> Any:
 def _is_same(own: Any, first: Any) -> Any:
     """Element by element; what is not a number is the same as what is not a number."""
     return (own == first) | ((own != own) & (first != first))  # noqa: PLR0124
-
-
-def _changing(roles: InputRoles) -> list[fx.Node]:
-    return [node for node in (roles.sample, *roles.clocks) if node is not None]

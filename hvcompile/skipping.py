@@ -21,6 +21,7 @@ from hvcompile.nodes import (
     op_name,
     storage,
     tensor_kind,
+    writers,
 )
 from hvcompile.streams import is_residual
 from hvcompile.trunk import BlockCall, Trunk
@@ -128,7 +129,7 @@ def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node
     private: set[fx.Node] = set()
     within = contexts(graph)
     context = within[next(node for node in graph.nodes if node in core)]
-    written = {storage(mutated) for node in graph.nodes if (mutated := mutated_operand(node)) is not None}
+    written = writers(graph).keys()
     for node in reversed(graph.nodes):
         is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
         is_work = is_work and within[node] == context
