@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import datetime
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from hvcompile import inductor
+from hvcompile import collectives, inductor
 from hvcompile.errors import DisagreementError
 from hvcompile.fingerprints import fingerprint, sketch
 from hvcompile.inductor import source_name, value
@@ -31,6 +29,7 @@ from hvcompile.nodes import is_tensor, is_weight, op_name
 from hvcompile.pipeline import JournalRow
 from hvcompile.quantized_weights import QuantizedWeight
 from hvcompile.trunk import Group, Trunk
+from hvcompile.turns import take_turn, turns_taken
 
 log = logging.getLogger(__name__)
 
@@ -54,61 +53,41 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
         DisagreementError: a rank differs (the message names it, what differs and how), or did not come in time.
 
     """
-    process_group = process_group_of(group)
+    process_group = collectives.process_group(group.name)
     if dist.get_backend(process_group) == "fake":
         return  # ranks that don't exist agree
-    store, rank, size = inductor.store_of(process_group), process_group.rank(), process_group.size()
-    names = [dist.get_global_rank(process_group, place) for place in range(size)]
-    mine = {DOING: doing, **facts}
+    rank, names = process_group.rank(), _ranks_of(process_group)
     try:
-        turn = store.add(f"hvcompile/{group.name}/turn/{rank}", 1)
-        store.set(_key(group, turn, rank), json.dumps(mine))
-        keys = [_key(group, turn, other) for other in range(size)]
-        store.wait(keys, datetime.timedelta(seconds=group.timeout_seconds))
-        theirs = [json.loads(held) for held in store.multi_get(keys)]
-        if turn > 1:  # all have come here, so none reads the turn before any more
-            store.delete_key(_key(group, turn - 1, rank))
-    except RuntimeError as error:  # not every store raises DistError
-        missing = _missing(store, group, rank, names)
+        theirs = take_turn(process_group, _series(group), {DOING: doing, **facts}, group.timeout_seconds)
+    except RuntimeError as error:
         raise DisagreementError(
-            f"rank {names[rank]} was {doing}, and {missing} did not come within {group.timeout_seconds:g} s "
-            "(context_parallel.timeout_seconds): it has ended, is late, or runs something else (another model, or "
-            "context_parallel switched off). All ranks that share a sequence make the same calls; "
-            'options={"context_parallel": False} lets each run alone'
+            f"rank {names[rank]} was {doing}, and {_missing(process_group, group, names)} did not come within "
+            f"{group.timeout_seconds:g} s (context_parallel.timeout_seconds): it has ended, is late, or runs something "
+            "else (another model, or context_parallel switched off). All ranks that share a sequence make the same "
+            'calls; options={"context_parallel": False} lets each run alone'
         ) from error
     if any(held != theirs[0] for held in theirs):
         differences = _differences(dict(zip(names, theirs, strict=True)))
         raise DisagreementError(f"ranks that share a sequence differ: {differences}. {ADVICE}")
 
 
-def process_group_of(group: Group) -> dist.ProcessGroup:
-    """The ranks' process group.
-
-    Raises:
-        RuntimeError: there is none by that name any more.
-
-    """
-    try:
-        return inductor.process_group(group.name)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"this graph holds one rank's share of the work and talks to the others of process group {group.name!r}, "
-            "which is gone: call it before torch.distributed.destroy_process_group(), or torch.compiler.reset() and "
-            "then compile for this process alone"
-        ) from error
+def _series(group: Group) -> str:
+    return f"hvcompile/{group.name}"
 
 
-def _key(group: Group, turn: int, rank: int) -> str:
-    return f"hvcompile/{group.name}/{turn}/{rank}"
+def _ranks_of(process_group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Which rank of all each of a group's ranks is."""
+    return tuple(dist.get_global_rank(process_group, place) for place in range(process_group.size()))
 
 
-def _missing(store: Any, group: Group, rank: int, names: Sequence[int]) -> str:
+def _missing(process_group: dist.ProcessGroup, group: Group, names: Sequence[int]) -> str:
     """The ranks that have not come as often as this one."""
     try:
-        turns = [store.add(f"hvcompile/{group.name}/turn/{other}", 0) for other in range(len(names))]
+        turns = turns_taken(process_group, _series(group))
     except RuntimeError:
         return "the rank that keeps the store of the process group"
-    late = [str(name) for name, turn in zip(names, turns, strict=True) if turn < turns[rank]]
+    mine = turns[process_group.rank()]
+    late = [str(name) for name, turn in zip(names, turns, strict=True) if turn < mine]
     return f"rank {', '.join(late)}" if late else "some rank"
 
 
@@ -156,18 +135,17 @@ def before_compiling(
 
 def _weight_facts(given: Mapping[fx.Node, Any]) -> dict[str, str]:
     """A hash of some of each weight's elements; of what is kept in float8 there is none to take."""
-    held = {
-        source_name(node) or node.name: tensor
-        for node, tensor in given.items()
-        if is_weight(node) and isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedWeight)
-    }
-    held = {name: tensor for name, tensor in held.items() if tensor.layout is torch.strided and not tensor.is_meta}
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for node, tensor in given.items():
+        is_plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedWeight)
+        if is_weight(node) and is_plain and tensor.layout is torch.strided and not tensor.is_meta:
+            name = source_name(node) or node.name
+            by_device.setdefault(tensor.device, {})[f"the content of {name}"] = sketch(tensor)
     found: dict[str, str] = {}
-    for device in {tensor.device for tensor in held.values()}:
-        here = {name: sketch(tensor) for name, tensor in held.items() if tensor.device == device}
-        contents = torch.stack(list(here.values())).tolist()
-        found |= {f"the content of {name}": _hexadecimal(content) for name, content in zip(here, contents, strict=True)}
-    return {f"the content of {name}": found[f"the content of {name}"] for name in held}
+    for sketches in by_device.values():  # one transfer each
+        contents = torch.stack(list(sketches.values())).tolist()
+        found |= dict(zip(sketches, map(_hexadecimal, contents), strict=True))
+    return found
 
 
 def after_compiling(trunk: Trunk, seconds: float) -> None:
@@ -324,11 +302,9 @@ class Agreement:
 
     def _stand(self) -> tuple[int, int, tuple[int, ...]]:
         """Where this process stands: its rank and the number of ranks, in the group, and what rank each is of all."""
-        process_group = process_group_of(self._group)
-        size = process_group.size()
-        if dist.get_backend(process_group) == "fake":
-            return process_group.rank(), size, ()
-        return process_group.rank(), size, tuple(dist.get_global_rank(process_group, place) for place in range(size))
+        process_group = collectives.process_group(self._group.name)
+        is_fake = dist.get_backend(process_group) == "fake"
+        return process_group.rank(), process_group.size(), () if is_fake else _ranks_of(process_group)
 
     def forget(self) -> None:
         """Let go of what has not been read yet."""

@@ -9,6 +9,7 @@ printed, dumped and copied; called on an ``fx.Proxy`` it becomes one node.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 _MESHES: dict[tuple[str, str], DeviceMesh] = {}
 
 
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of this process that goes by a name.
+
+    Raises:
+        RuntimeError: there is none.
+
+    """
+    if dist.is_available():
+        with contextlib.suppress(RuntimeError):
+            return inductor.process_group(name)
+    raise RuntimeError(
+        f"this graph holds one rank's share of the work and talks to the others of process group {name!r}, which is "
+        "gone or was never made: run it under torchrun, with the process group initialised as it was when the graph "
+        "was compiled, or call torch.compiler.reset() and compile for this process alone"
+    )
+
+
 def mesh_of(group: str, device_type: str) -> DeviceMesh:
     """The one-dimensional mesh of a process group's ranks.
 
@@ -34,17 +52,12 @@ def mesh_of(group: str, device_type: str) -> DeviceMesh:
         device_type: "cpu" or "cuda".
 
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            f"this graph holds one rank's share of the work and talks to the others of group {group!r}: run it under "
-            "torchrun, with the process group initialised as it was when the graph was compiled"
-        )
-    process_group = inductor.process_group(group)
+    own = process_group(group)
     known = _MESHES.get((group, device_type))
     # A mesh holds its group by name alone: of a group that was made anew under that name it gives the new one.
-    is_same = known is not None and known.get_group() is process_group and known.size() == process_group.size()
+    is_same = known is not None and known.get_group() is own and known.size() == own.size()
     if known is None or not is_same:
-        known = _MESHES[group, device_type] = DeviceMesh.from_group(process_group, device_type)
+        known = _MESHES[group, device_type] = DeviceMesh.from_group(own, device_type)
     return known
 
 
@@ -72,8 +85,8 @@ def reshard_row(local: Any, group: str, source: int, target: int, rows: int) -> 
     """As ``reshard``, among the ranks of each of ``rows`` equally many that follow each other."""
     if isinstance(local, fx.Proxy):
         return local.tracer.create_proxy("call_function", reshard_row, (local, group, source, target, rows), {})
-    process_group = inductor.process_group(group)
-    size, rank = process_group.size(), process_group.rank()
+    own = process_group(group)
+    size, rank = own.size(), own.rank()
     columns = size // rows
     splits = [int(other // columns == rank // columns) for other in range(size)]
     pieces = local.unflatten(target, (columns, -1)).movedim(target, 0).contiguous()
@@ -95,8 +108,8 @@ def pass_on(local: Any, group: str, rows: int) -> Any:
     """
     if isinstance(local, fx.Proxy):
         return local.tracer.create_proxy("call_function", pass_on, (local, group, rows), {})
-    process_group = inductor.process_group(group)
-    size, rank = process_group.size(), process_group.rank()
+    own = process_group(group)
+    size, rank = own.size(), own.rank()
     columns, length = size // rows, local.shape[0]
     to, of = (rank + columns) % size, (rank - columns) % size
     given = [length * (other == to) for other in range(size)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from hvcompile import inductor, launch
 from hvcompile.errors import InputError
+from hvcompile.turns import take_turn
 
 
 class Exchange:
@@ -40,21 +40,18 @@ class Exchange:
         if self.size == 1:
             return [(0, held)]
         assert dist.group.WORLD is not None
-        store = inductor.store_of(dist.group.WORLD)
+        store, name = inductor.store_of(dist.group.WORLD), "hvcompile/exchange"
         patience = 2 * self._timeout_seconds + time.monotonic() - self._began
         try:
-            turn = store.add(f"hvcompile/exchange/turn/{self.rank}", 1)  # the store outlives this object
-            prefix = f"hvcompile/exchange/{turn}"
-            keys = [f"{prefix}/{rank}" for rank in range(self.size)]
-            place = store.add(f"{prefix}/place", 1)
-            store.set(keys[self.rank], json.dumps([place, self.rank, held]))
-            store.wait(keys, datetime.timedelta(seconds=patience))
-            said = sorted((json.loads(store.get(key)) for key in keys), key=lambda item: item[0])
-        except dist.DistError as error:
+            # Nobody comes to the next turn before all have come to this one.
+            place = store.add(f"{name}/place", 1)
+            told = take_turn(dist.group.WORLD, name, [place, self.rank, held], patience)
+        except RuntimeError as error:
             raise InputError(
                 f"rank {self.rank} of {self.size} waited {patience:.0f} s for another, which has ended or hangs: look "
                 "at the output of the others"
             ) from error
+        said = sorted(told, key=lambda item: item[0])
         self._began = time.monotonic()
         return [(rank, item) for _, rank, item in said]
 
