@@ -26,8 +26,9 @@ from rich.table import Table
 from torch import nn
 
 import hvcompile
-from hvcompile import float8_attention
-from hvcompile.attention_kernels import KERNELS, describe, pinned, refusal
+from hvcompile.float8 import attention as float8_attention
+from hvcompile.float8 import format as float8_format
+from hvcompile.graph.attention_kernels import KERNELS, describe, pinned, refusal
 
 SHAPES = {"1280x720x129": (33, 90, 160), "960x544x129": (33, 68, 120), "960x544x61": (16, 68, 120)}
 """Latent frames, height and width of a clip."""
@@ -107,10 +108,10 @@ def peaks(device: str) -> Iterator[Row]:
     """The matrix products that the others are shares of: square, in bfloat16 and in float8 with one scale."""
     size = 8192 if device == "cuda" else 256
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    low, one = [item.to(float8_attention.DTYPE) for item in (left, right)], torch.ones((), device=device)
+    low, one = [item.to(float8_format.DTYPE) for item in (left, right)], torch.ones((), device=device)
     products: dict[str, Callable[[], object]] = {
         "bfloat16": lambda: left @ right,
-        "float8": lambda: hvcompile.inductor.scaled_mm(low[0], low[1].t(), one, one, None, torch.bfloat16),
+        "float8": lambda: hvcompile.torch_private.kernels.scaled_mm(low[0], low[1].t(), one, one, None, torch.bfloat16),
     }
     for name, product in products.items():
         row = Row(part="product", contender=name, shape=f"{size} x {size} x {size}", flops=2.0 * size**3)
@@ -127,8 +128,8 @@ def fa3(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: floa
 
     operands, scales = [], []
     for item in (query, key - key.mean(2, keepdim=True), value):
-        step = item.abs().amax((2, 3)).float().clamp_min(float8_attention.SMALLEST_MAGNITUDE) / float8_attention.LARGEST
-        operands.append((item / step[:, :, None, None]).to(float8_attention.DTYPE).transpose(1, 2).contiguous())
+        step = item.abs().amax((2, 3)).float().clamp_min(float8_format.SMALLEST_MAGNITUDE) / float8_format.LARGEST
+        operands.append((item / step[:, :, None, None]).to(float8_format.DTYPE).transpose(1, 2).contiguous())
         scales.append(step)
     out = flash_attn_func(*operands, softmax_scale=scale, q_descale=scales[0], k_descale=scales[1], v_descale=scales[2])
     result: torch.Tensor = out[0] if isinstance(out, tuple) else out
@@ -168,11 +169,11 @@ def attentions(shape: str, latent: tuple[int, int, int], device: str, is_swept: 
     has_fa3 = device == "cuda" and importlib.util.find_spec("fa3_fwd_interface") is not None
     calls[FA3] = (lambda: fa3(query, near, near_values, scale)) if has_fa3 else "fa3-fwd is not installed, or no GPU"
     if is_swept and device == "cuda":
-        from hvcompile import float8_attention_triton as kernels
+        from hvcompile.float8 import attention_triton
 
         for how in LAUNCHES:
             name = f"{FLOAT8}, {'/'.join(map(str, how.values()))}"
-            calls[name] = functools.partial(kernels.attend, query, near, near_values, scale, how)
+            calls[name] = functools.partial(attention_triton.attend, query, near, near_values, scale, how)
 
     exact: torch.Tensor | None = None
     for name, call in calls.items():

@@ -27,7 +27,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from rich.console import Console
 from rich.table import Table
 
-from hvcompile.quantized_weights import QuantizedWeight
+from hvcompile.float8.weights import QuantizedWeight
 
 CONTENDERS = ("hvfast bf16", "hvfast fp8", "torchao fp8")
 SHAPES = {"960x544x61": (16, 68, 120), "1280x720x129": (33, 90, 160)}

@@ -21,7 +21,7 @@ from pareto import PROMPTS
 from rich.console import Console
 from rich.table import Table
 
-from hvcompile import metrics, pipelines
+from hvcompile.app import metrics, pipelines
 
 BATCH = 8
 """Clips of one call."""

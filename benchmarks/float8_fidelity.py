@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import hvcompile
-from hvcompile import metrics, pipelines
+from hvcompile.app import metrics, pipelines
 from hvcompile.passes.first_block_cache import FirstBlockCache
 
 NUMERICS: dict[str, dict[str, Any]] = {

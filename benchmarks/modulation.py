@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from hvcompile.costs import DEVICES
+from hvcompile.graph.costs import DEVICES
 
 GPUS = ("h100", "h200")
 UNBATCHED = 0.5

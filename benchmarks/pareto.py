@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hvcompile import contenders
-from hvcompile.contenders import EAGER, EXACT, HVFAST, INDUCTOR, PEERS
+from hvcompile.app.bench import contenders
+from hvcompile.app.bench.contenders import EAGER, EXACT, HVFAST, INDUCTOR, PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +119,7 @@ class Model:
     """
 
     def __init__(self, job: Job, encoded: dict[str, Any]) -> None:
-        from hvcompile import pipelines
+        from hvcompile.app import pipelines
 
         self.job, self.encoded = job, encoded
         self.loaded = pipelines.load(job.model, job.dtype, job.device)
@@ -246,7 +246,7 @@ def measure(
     import numpy as np
     import torch
 
-    from hvcompile import metrics
+    from hvcompile.app import metrics
 
     torch._dynamo.reset()
     clips = model.job.clips
@@ -444,8 +444,8 @@ def main(
     chosen = read_prompts(prompts) if prompts is not None else PROMPTS
     import torch
 
+    from hvcompile.app.pipelines import Grid
     from hvcompile.errors import InputError
-    from hvcompile.pipelines import Grid
 
     check_settings(wanted)
     if threads is not None:

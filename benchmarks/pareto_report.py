@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvcompile.contenders import CACHE_DIT, DIFFUSERS, EAGER, HVFAST, INDUCTOR
+from hvcompile.app.bench.contenders import CACHE_DIT, DIFFUSERS, EAGER, HVFAST, INDUCTOR
 
 REFERENCE = INDUCTOR
 

@@ -30,14 +30,15 @@ import torch.distributed as dist
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from hvcompile import collectives, outputs, pipeline
-from hvcompile.explain import capture
-from hvcompile.flops import FlopCounter
-from hvcompile.inductor import numel_hint, value
-from hvcompile.nodes import is_tensor
-from hvcompile.outline import recover
+from hvcompile import outputs, pipeline
+from hvcompile.explanation.explain import capture
+from hvcompile.graph.flops import FlopCounter
+from hvcompile.graph.nodes import is_tensor
 from hvcompile.passes.sharded_attention import ShardedAttention
-from hvcompile.trunk import NoTrunk, Trunk
+from hvcompile.ranks import collectives
+from hvcompile.torch_private.fakes import numel_hint, value
+from hvcompile.trunk.outline import recover
+from hvcompile.trunk.trunk import NoTrunk, Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

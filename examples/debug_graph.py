@@ -16,11 +16,14 @@ from unittest import mock
 import torch
 from torch import nn
 
-from hvcompile import bisect, cli, dumped, tables
-from hvcompile.inductor import provenance, value
+from hvcompile.app import cli, tables
+from hvcompile.dump import bisect
+from hvcompile.dump import read as dump_read
+from hvcompile.journal import PassReport
 from hvcompile.passes import PASSES
-from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.trunk import Trunk
+from hvcompile.pipeline import Context, Pass
+from hvcompile.torch_private.fakes import provenance, value
+from hvcompile.trunk.trunk import Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def main(directory: Path) -> None:
         wrong = torch.compile(model, backend="hvfast", options=options)(sample, timestep)
         print(f"1. The compiled model is off by {(wrong - exact).abs().max():.2g}.")
 
-        folder = dumped.folders(directory)[-1]
+        folder = dump_read.folders(directory)[-1]
         print(f"2. hvcompile bisect {folder}")
         found = bisect.bisect(folder)
         cli.out.print(tables.bisection_table(found))

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import hvcompile
-from hvcompile import tiny
+from hvcompile.app import tiny
 
 
 def main(model: str, prompt: str, **size: Any) -> None:

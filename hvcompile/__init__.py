@@ -11,11 +11,10 @@ from hvcompile.errors import (
     UncompiledModelError,
     UntraceableModelError,
 )
-from hvcompile.explain import explain
-from hvcompile.quantized_weights import Restored
-from hvcompile.runtime import Stats, Step, reset, restore, stats
-
-__version__ = "0.1.0"
+from hvcompile.explanation.explain import explain
+from hvcompile.float8.weights import Restored
+from hvcompile.runtime.state import Stats, Step, reset, restore, stats
+from hvcompile.version import __version__
 
 __all__ = [
     "HvcompileError",
@@ -27,6 +26,7 @@ __all__ = [
     "Step",
     "UncompiledModelError",
     "UntraceableModelError",
+    "__version__",
     "explain",
     "reset",
     "restore",

@@ -1,5 +1,5 @@
 """``python -m hvcompile``: the command line."""
 
-from hvcompile.cli import app
+from hvcompile.app.cli import app
 
 app(prog_name="hvcompile")

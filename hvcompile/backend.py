@@ -13,21 +13,25 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import agreement, inductor, pipeline, runtime
-from hvcompile.derived import DerivedCall
-from hvcompile.dump import Dump
+from hvcompile import pipeline
+from hvcompile.dump.write import Dump
 from hvcompile.errors import DisagreementError, HvcompileError, QuantizedWeightError, RequestedPassError
-from hvcompile.graph_code import inline
-from hvcompile.inputs import InputRoles, classify
-from hvcompile.launch import of_this_rank
-from hvcompile.nodes import is_parameter, is_tensor, is_weight
+from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.inline import inline
+from hvcompile.graph.nodes import is_parameter, is_tensor, is_weight
+from hvcompile.graph.paths import parameter_path
+from hvcompile.journal import JournalRow, PassReport
 from hvcompile.options import Options, parse
-from hvcompile.outline import recover
 from hvcompile.passes import PASSES
-from hvcompile.pipeline import JournalRow, PassReport
-from hvcompile.quantized_weights import QuantizedWeight
-from hvcompile.structure import parameter_path
-from hvcompile.trunk import Derived, NoTrunk, Trunk
+from hvcompile.ranks.launch import of_this_rank
+from hvcompile.runtime import agreement
+from hvcompile.runtime.call import Calling, CompiledTrunk, StateLayout
+from hvcompile.runtime.derived import DerivedCall
+from hvcompile.runtime.weights import WeightLayout
+from hvcompile.torch_private import dynamo, fakes, lowering
+from hvcompile.trunk.outline import recover
+from hvcompile.trunk.roles import InputRoles, classify
+from hvcompile.trunk.trunk import Derived, NoTrunk, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    return _compile(graph_module, example_inputs, settings, inductor.compile_id(), [])
+    return _compile(graph_module, example_inputs, settings, dynamo.compile_id(), [])
 
 
 def _compile(
@@ -113,11 +117,11 @@ def _compile(
     calling = seal(trunk)
     dump.graph("sealed", trunk.module, trunk.derived)
     passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
-    inputs = [*passed, *map(inductor.value, trunk.added)]
+    inputs = [*passed, *map(fakes.value, trunk.added)]
     instead = None
     if any(item.read is not None for item in trunk.derived):
         # Dynamo's own graph may be gone or changed by the time that another is wanted.
-        captured = inductor.clone_graph_module(graph_module)
+        captured = dynamo.clone_graph_module(graph_module)
         instead = functools.partial(_compile_instead, captured, settings, compile_id)
     begin = time.monotonic()
     run = _lower(trunk.module, inputs, settings, dump, calling, journal, compile_id, instead)
@@ -150,7 +154,7 @@ def _compile_instead(
     settings = dataclasses.replace(settings, passes=tuple(passes))
     row = JournalRow(name=made_by, report=PassReport(declined=(("compiled again at run time", reason),)), op_changes={})
     with torch.no_grad():
-        module, fakes = inductor.specialise(captured, inputs)
+        module, fakes = dynamo.specialise(captured, inputs)
         return _compile(module, fakes, settings, compile_id, [row], given=inputs)
 
 
@@ -177,9 +181,9 @@ def needs_gradients(graph_module: fx.GraphModule) -> str:
     if not torch.is_grad_enabled():
         return ""
     for node in graph_module.graph.find_nodes(op="placeholder"):
-        if is_tensor(node) and inductor.value(node).requires_grad:
+        if is_tensor(node) and fakes.value(node).requires_grad:
             return (
-                f"gradients are enabled and {inductor.source_name(node) or node.name} requires them; "
+                f"gradients are enabled and {dynamo.source_name(node) or node.name} requires them; "
                 "call the model under torch.no_grad() or torch.inference_mode()"
             )
     return ""
@@ -207,7 +211,7 @@ def _plain(
     placeholders = list(enumerate(graph_module.graph.find_nodes(op="placeholder")))
     weights = [place for place, node in placeholders if is_parameter(node)]
     weights += [place for place, node in placeholders if is_weight(node)]
-    calling = runtime.Calling(
+    calling = Calling(
         anchor=weights[0] if weights else None,
         weights=(),
         conditions=(),
@@ -217,7 +221,7 @@ def _plain(
         states=(),
         has_record=False,
     )
-    return _lower(graph_module, inputs, settings, dump, calling, journal, inductor.compile_id())
+    return _lower(graph_module, inputs, settings, dump, calling, journal, dynamo.compile_id())
 
 
 def _lower(
@@ -225,15 +229,15 @@ def _lower(
     inputs: Sequence[Any],
     settings: Options,
     dump: Dump,
-    calling: runtime.Calling,
+    calling: Calling,
     journal: list[JournalRow],
     compile_id: tuple[int, int],
     instead: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Hand a graph to the lowering that was chosen, and its result to the runtime."""
     with dump.lowering():
-        compiled = inductor.LOWERINGS[settings.lower](module, inputs)
-    run = runtime.CompiledTrunk(compiled, calling, journal, compile_id, instead)
+        compiled = lowering.LOWERINGS[settings.lower](module, inputs)
+    run = CompiledTrunk(compiled, calling, journal, compile_id, instead)
     return dump.recording(run, run.derived_inputs)
 
 
@@ -244,7 +248,7 @@ def _outline_row(trunk: Trunk) -> JournalRow:
     return row
 
 
-def seal(trunk: Trunk) -> runtime.Calling:
+def seal(trunk: Trunk) -> Calling:
     """Give the graph its last inputs and outputs, and say how the runtime must call it.
 
     The next state, the decision, and how far ranks' inputs are apart are added to the outputs; weights that float8
@@ -260,27 +264,25 @@ def seal(trunk: Trunk) -> runtime.Calling:
     if trunk.shared is not None:
         extra.append(trunk.shared.apart)
     trunk.output.args = ((*results, *extra),)
-    symbols = inductor.symbols_of(trunk.graph)
+    symbols = fakes.symbols_of(trunk.graph)
     sources = {node for stored in trunk.stored for node in stored.sources}
     passed = [place for place, node in enumerate(trunk.inputs) if node not in sources]
     read = weights - sources
     first = [node for node in trunk.blocks[0].operands if node in weights]
     # A parameter rather than a buffer, which a forward may replace.
     anchors = [*filter(is_parameter, first), *filter(is_parameter, roles.weights), *first, *roles.weights]
-    calling = runtime.Calling(
+    calling = Calling(
         anchor=placeholders.index(anchors[0]) if anchors else None,
         weights=tuple(place for place, node in enumerate(placeholders) if node in read),
         conditions=tuple(placeholders.index(node) for node in roles.conditions),
         numbers=tuple(place for place, node in enumerate(trunk.inputs) if not is_tensor(node)),
         symbols={place: symbol for place, symbol in symbols.items() if place < len(trunk.inputs)},
         num_outputs=len(results),
-        states=tuple(
-            runtime.StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states
-        ),
+        states=tuple(StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states),
         has_record=bool(trunk.observed),
         passed=tuple(passed) if sources else None,
         stored=tuple(
-            runtime.WeightLayout(
+            WeightLayout(
                 positions=tuple(map(placeholders.index, stored.sources)),
                 paths=tuple(map(parameter_path, stored.sources)),
                 granularity=stored.granularity,
@@ -316,7 +318,7 @@ def _agreement(trunk: Trunk, roles: InputRoles, placeholders: list[fx.Node]) -> 
     shared = list(trunk.shared.nodes) if trunk.shared is not None else []
 
     def named(nodes: Iterable[fx.Node]) -> dict[int, str]:
-        return {placeholders.index(node): inductor.source_name(node) or node.name for node in nodes}
+        return {placeholders.index(node): dynamo.source_name(node) or node.name for node in nodes}
 
     inputs = agreement.CallInputs(
         numbers=named(node for node in trunk.inputs if not is_tensor(node)),

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hvcompile.errors import OptionError
-from hvcompile.inductor import LOWERINGS
 from hvcompile.pipeline import Pass
+from hvcompile.torch_private.lowering import LOWERINGS
 
 MODES = ("default", "exact", "max")
 DUMP_VARIABLE = "HVCOMPILE_DUMP"

@@ -11,15 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from hvcompile import collectives
-from hvcompile.branch import Branch, add_cond, is_submodule
 from hvcompile.errors import OptionError
-from hvcompile.graph_code import inline
-from hvcompile.inductor import value
-from hvcompile.nodes import settle
-from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.skipping import SkipPlan, counterpart, plan_skip
-from hvcompile.trunk import Sharding, Trunk, as_operands, symbolic_sizes
+from hvcompile.graph.inline import inline
+from hvcompile.graph.nodes import settle
+from hvcompile.journal import PassReport
+from hvcompile.pipeline import Context, Pass
+from hvcompile.ranks import collectives
+from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.branch import Branch, add_cond, is_submodule
+from hvcompile.trunk.trunk import Sharding, Trunk, as_operands, symbolic_sizes
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9

@@ -8,16 +8,19 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from hvcompile import float8, float8_attention
-from hvcompile.attention_kernels import describe
 from hvcompile.errors import OptionError
-from hvcompile.float8_attention import MOST_HEAD_SIZE
-from hvcompile.graph_code import run_on_fakes
-from hvcompile.inductor import provenance, shape_key, value
-from hvcompile.key_padding import arguments, attentions, is_part
-from hvcompile.nodes import is_tensor
-from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.trunk import BlockCall, Body, Trunk
+from hvcompile.float8 import attention as float8_attention
+from hvcompile.float8 import format as float8_format
+from hvcompile.float8 import linear as float8_linear
+from hvcompile.float8.attention import MOST_HEAD_SIZE
+from hvcompile.graph.attention import arguments, attentions, is_part
+from hvcompile.graph.attention_kernels import describe
+from hvcompile.graph.inline import run_on_fakes
+from hvcompile.graph.nodes import is_tensor
+from hvcompile.journal import PassReport
+from hvcompile.pipeline import Context, Pass
+from hvcompile.torch_private.fakes import provenance, shape_key, value
+from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -75,7 +78,7 @@ class Float8Attention(Pass):
         declined: list[tuple[str, str]] = []
         fit: dict[Body, list[fx.Node]] = {}
         for body in trunk.bodies:
-            for node in attentions(body):
+            for node in attentions(body.module.graph):
                 reason = refusal(node)
                 if reason:
                     declined.append((f"{node.name} of {body.name}", reason))
@@ -152,11 +155,11 @@ def _unfit(trunk: Trunk, context: Context) -> str:
         return "the blocks take no tensor"
     if device.type == "meta":
         planned = context.planned_for
-        is_fit = context.requested or (planned is not None and float8.DTYPE in planned.flops)
+        is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
         return "" if is_fit else "it is not known to run on a GPU with float8 products"
     if device.type == "cpu" and context.requested:
         return ""
-    unfit = float8.reason_unfit(device)
+    unfit = float8_linear.reason_unfit(device)
     if unfit or float8_attention.has_triton():
         return unfit
     return "triton, of which the float8 kernel is made, can't be imported: pip install triton"

@@ -11,18 +11,21 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import fx
 
-from hvcompile import float8, inductor
 from hvcompile.errors import OptionError
-from hvcompile.float8 import Granularity
-from hvcompile.float8_audit import measure_errors
-from hvcompile.float8_plan import Plan, groups_of, placeholder_names
-from hvcompile.graph_code import run_on_fakes
-from hvcompile.inductor import TAG, value
-from hvcompile.linears import Linear, linears_of
-from hvcompile.nodes import is_tensor, op_name
-from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.quantized_weights import QuantizedWeight
-from hvcompile.trunk import BlockCall, Body, Trunk
+from hvcompile.float8 import format as float8_format
+from hvcompile.float8 import linear as float8_linear
+from hvcompile.float8.format import Granularity
+from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.inline import run_on_fakes
+from hvcompile.graph.nodes import is_tensor, op_name
+from hvcompile.journal import PassReport
+from hvcompile.pipeline import Context, Pass
+from hvcompile.rewriting.float8_audit import measure_errors
+from hvcompile.rewriting.float8_plan import Plan, groups_of, placeholder_names
+from hvcompile.torch_private import fakes, torchao
+from hvcompile.torch_private.fakes import TAG, value
+from hvcompile.trunk.linears import Linear, linears_of
+from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +86,7 @@ class Float8Linears(Pass):
     audit: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("granularity", float8.GRANULARITIES), ("keep_original", KEEPS)):
+        for name, allowed in (("granularity", float8_format.GRANULARITIES), ("keep_original", KEEPS)):
             if getattr(self, name) not in allowed:
                 raise OptionError(
                     f"fp8.{name} is {getattr(self, name)!r}; allowed is {' or '.join(map(repr, allowed))}"
@@ -126,14 +129,14 @@ class Float8Linears(Pass):
             return "the blocks take no tensor"
         if any(isinstance(item, QuantizedWeight) for item in context.given.values()):
             return ""  # it did apply, and there is no way back but to restore
-        unfit = float8.reason_unfit(device)
+        unfit = float8_linear.reason_unfit(device)
         if device.type == "meta":
             planned = context.planned_for
-            is_fit = context.requested or (planned is not None and float8.DTYPE in planned.flops)
+            is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
             unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
         elif device.type == "cpu" and context.requested:
             unfit = ""
-        if unfit or float8.is_available():  # importing torchao takes a second, where it is of any use
+        if unfit or torchao.is_available():  # importing torchao takes a second, where it is of any use
             return unfit
         missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
         log.warning("float8 products would run on %s, but %s", device, missing)
@@ -155,7 +158,7 @@ def _rewrite(
     items = [item for item in linears_of(made) if item.weight.name in names]
     groups = groups_of(items, granularity)
     placeholders = placeholder_names(made)
-    mode = inductor.fake_mode(trunk.graph)
+    mode = fakes.fake_mode(trunk.graph)
     assert mode is not None  # the blocks take tensors
     quantized: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     with mode, torch.no_grad():
@@ -189,7 +192,7 @@ def _weight_placeholders(graph: fx.Graph, group: Sequence[Linear], granularity: 
         data = graph.placeholder(f"{stem}_float8")
     with graph.inserting_after(data):
         scale = graph.placeholder(f"{stem}_scale")
-    data.meta["example_value"] = torch.empty((rows, first.shape[1]), dtype=float8.DTYPE, device=first.device)
+    data.meta["example_value"] = torch.empty((rows, first.shape[1]), dtype=float8_format.DTYPE, device=first.device)
     shape = (rows, 1) if granularity == "row" else ()
     scale.meta["example_value"] = torch.empty(shape, dtype=torch.float32, device=first.device)
     return data, scale
@@ -216,7 +219,7 @@ def _replace(
 
     if source not in quantized:
         with graph.inserting_after(source if source.op != "placeholder" else _last_placeholder(graph)):
-            pair = call(float8.quantize, source, granularity)
+            pair = call(float8_format.quantize, source, granularity)
         with graph.inserting_after(pair):
             rows = call(operator.getitem, pair, 0)
         with graph.inserting_after(rows):
@@ -224,8 +227,8 @@ def _replace(
     with graph.inserting_before(first):
         biases = [item.bias for item in group if item.bias is not None]
         bias: Any = call(torch.cat, biases) if len(biases) > 1 else biases[0] if biases else None
-        product = call(float8.linear, *quantized[source], data, scale, bias, value(first).dtype)
-        shaped = call(float8.shape_like, product, source)
+        product = call(float8_linear.linear, *quantized[source], data, scale, bias, value(first).dtype)
+        shaped = call(float8_linear.shape_like, product, source)
         pieces = [shaped]
         if len(group) > 1:
             sizes = [int(value(item.weight).shape[0]) for item in group]

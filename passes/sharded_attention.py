@@ -11,17 +11,21 @@ import torch.distributed as dist
 from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from hvcompile import collectives, inductor, shared_inputs
-from hvcompile.attention_exchange import Heads, Mask, Ring, refusal
 from hvcompile.errors import OptionError
-from hvcompile.inductor import value
-from hvcompile.inputs import classify
-from hvcompile.key_padding import arguments, is_attention
-from hvcompile.layouts import Layout, Segment, Split
-from hvcompile.nodes import ancestors, contexts, descendants
-from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.sharding import CannotShard, Resharder, WantsSplit
-from hvcompile.trunk import BlockCall, Body, Group, Sharding, Trunk, is_activation
+from hvcompile.graph.attention import arguments, is_attention
+from hvcompile.graph.nodes import ancestors, contexts, descendants
+from hvcompile.journal import PassReport
+from hvcompile.pipeline import Context, Pass
+from hvcompile.ranks import collectives
+from hvcompile.ranks.split import Layout, Segment, Split
+from hvcompile.rewriting.sharding import shared_inputs
+from hvcompile.rewriting.sharding.exchange import Heads, Mask, Ring, refusal
+from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, WantsSplit
+from hvcompile.rewriting.sharding.rules import RULES
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.roles import classify
+from hvcompile.trunk.trunk import BlockCall, Body, Group, Sharding, Trunk, is_activation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +210,7 @@ class _Rewrite:
         collectives.mesh_of(self.group.group_name, fake.device.type)  # it can't be made while the graph is traced
         for dim in range(fake.ndim):
             try:
-                length = inductor.fix_size(fake.shape[dim], trunk.graph)
+                length = fakes.fix_size(fake.shape[dim], trunk.graph)
             except ValueError as error:
                 failures.append((0, CannotShard(f"{first.operands[stream].name} can't be split: {error}")))
                 continue
@@ -245,7 +249,7 @@ class _Rewrite:
         while True:
             source, may_split = body.module.graph, frozenset(splittable)
             around = contexts(self.trunk.graph)[block.call]
-            resharder = Resharder(source, self.split, self.tag, block.path, self._attention, may_split, around)
+            resharder = Resharder(source, self.split, self.tag, block.path, self._attention, RULES, may_split, around)
             attentions = self.num_attentions
             try:
                 results = self._copy_body(body, resharder, layouts, placeholders)
@@ -285,7 +289,7 @@ class _Rewrite:
 
     def _top(self, stream: int, entry: Layout) -> PassReport:
         trunk, split = self.trunk, self.split
-        top = Resharder(trunk.graph, split, self.tag, "the graph between the blocks", self._attention)
+        top = Resharder(trunk.graph, split, self.tag, "the graph between the blocks", self._attention, RULES)
         calls = {block.call: block for block in trunk.blocks}
         needed = ancestors([block.call for block in trunk.blocks])
         locals_: dict[tuple[fx.Node, Layout], fx.Node] = {}
@@ -393,7 +397,7 @@ class _Rewrite:
             return layouts["query"]
         local = resharder.inline(heads.to_heads, {name: resharder.env[item] for name, item in operands.items()}, node)
         replaced = {item: local[name] for name, item in operands.items()}
-        if isinstance(mask, fx.Node) and value(mask).ndim > 2 and inductor.size_hint(value(mask).shape[-3]) != 1:
+        if isinstance(mask, fx.Node) and value(mask).ndim > 2 and fakes.size_hint(value(mask).shape[-3]) != 1:
             ours = heads.ours("query")
             cut = (resharder.env[mask], value(mask).ndim - 3, ours.start, ours.stop - ours.start)
             replaced[mask] = resharder.make(torch.narrow, cut, node)
@@ -424,7 +428,7 @@ class _Rewrite:
             if value(item).dtype != dtype:
                 env[name] = resharder.make("to", (env[name], dtype), node)
         if isinstance(mask, fx.Node):
-            shape = [inductor.size_hint(size) for size in value(mask).shape]
+            shape = [fakes.size_hint(size) for size in value(mask).shape]
             env["attn_mask"] = resharder.env[mask]
             parts = Mask(self.split, layouts["query"], layouts["key"], shape, heads.ours("query"))
         ring = Ring(heads, parts, given.get("scale"), dtype)
@@ -458,7 +462,7 @@ class _Rewrite:
         if layout.dim != value(query).ndim - 2:
             raise resharder.refuse(node, "the dimension that would be split is not that of its queries")
         replaced = {}
-        if isinstance(mask, fx.Node) and value(mask).ndim > 1 and inductor.size_hint(value(mask).shape[-2]) != 1:
+        if isinstance(mask, fx.Node) and value(mask).ndim > 1 and fakes.size_hint(value(mask).shape[-2]) != 1:
             replaced[mask] = resharder.part_of(mask, layout.at(value(mask).ndim - 2))
         resharder.env[node] = resharder.copy(node, replaced)
         return layout
@@ -477,7 +481,7 @@ class _SplitBatch(_Rewrite):
         if sample is None or str(value(sample).shape[0]) != str(fake.shape[0]):
             raise CannotShard("the first dimension of what enters the blocks is not that of the samples")
         try:
-            batch = inductor.fix_size(fake.shape[0], trunk.graph)
+            batch = fakes.fix_size(fake.shape[0], trunk.graph)
         except ValueError as error:
             raise CannotShard(f"the batch can't be split: {error}") from error
         if batch % 2:
@@ -537,5 +541,5 @@ def _main_stream(trunk: Trunk) -> int:
         raise CannotShard(f"no output of {first.path} continues one of its inputs")
     return max(
         places,
-        key=lambda place: (first.operands[place] in from_sample, inductor.numel_hint(value(first.operands[place]))),
+        key=lambda place: (first.operands[place] in from_sample, fakes.numel_hint(value(first.operands[place]))),
     )

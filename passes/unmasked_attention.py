@@ -11,28 +11,27 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from hvcompile import inductor
-from hvcompile.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal, written_out
 from hvcompile.errors import OptionError
-from hvcompile.graph_code import inline
-from hvcompile.hoisting import hoist
-from hvcompile.inductor import value
-from hvcompile.invariants import drop_dead
-from hvcompile.key_padding import (
+from hvcompile.graph.attention import arguments, attentions, is_part
+from hvcompile.graph.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal, written_out
+from hvcompile.graph.inline import inline
+from hvcompile.graph.nodes import is_tensor, is_weight
+from hvcompile.journal import PassReport
+from hvcompile.pipeline import Context, Pass
+from hvcompile.rewriting.hoisting import hoist
+from hvcompile.rewriting.key_padding import (
     LEAST_KEYS,
     Masked,
     Match,
-    arguments,
-    attentions,
-    is_part,
     made_of,
     match,
     num_keys,
     read_lengths,
 )
-from hvcompile.nodes import is_tensor, is_weight
-from hvcompile.pipeline import Context, Pass, PassReport
-from hvcompile.trunk import Trunk
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.invariants import drop_dead
+from hvcompile.trunk.trunk import Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class UnmaskedAttention(Pass):
         found = match(trunk) if self.unmask else Match()
         declined = found.declined if self.unmask else [("masks", "options['attention']['unmask'] is False")]
         shortened = {masked.node for masked in found.masked}
-        all_attention = [(body, node) for body in trunk.bodies for node in attentions(body)]
+        all_attention = [(body, node) for body in trunk.bodies for node in attentions(body.module.graph)]
         kinds = {(body, node): _describe(node, node in shortened) for body, node in all_attention}
         unmet: list[tuple[str, str]] = []
         told = f"kernel {self.kernel!r}"
@@ -113,7 +112,8 @@ class UnmaskedAttention(Pass):
         elif self.unmask and not declined:
             declined.append((trunk.lists, "no attention in the blocks has a mask"))
         if self.kernel == AUTO:
-            for kind in dict.fromkeys(_describe(node) for body in trunk.bodies for node in attentions(body)):
+            remaining = [node for body in trunk.bodies for node in attentions(body.module.graph)]
+            for kind in dict.fromkeys(map(_describe, remaining)):
                 noted.append(f"kernel left to torch, which takes {expected(kind)} by itself for {kind}")
         elif not unmet:
             for _, node in all_attention:
@@ -139,14 +139,14 @@ def _unmask(trunk: Trunk, found: Match, kernel: str) -> list[str]:
     """Replace what was found; returns the attentions that had to be written out in plain operations."""
     plain: list[str] = []
     tag = UnmaskedAttention.__name__
-    mode: Any = inductor.fake_mode(trunk.graph)
+    mode: Any = fakes.fake_mode(trunk.graph)
     assert found.masks is not None
     names: list[str] = []
     sizes: list[torch.SymInt] = []
     for place, masked in enumerate(found.lengths.values()):
         for sample in range(masked.samples):
             names.append(f"valid_keys_{place}_{sample}")
-            sizes.append(inductor.unbacked_size(mode, LEAST_KEYS, num_keys(masked)))
+            sizes.append(fakes.unbacked_size(mode, LEAST_KEYS, num_keys(masked)))
     derived = trunk.add_derived(names, sizes, made_by=tag, module=found.masks, sources=found.sources, read=read_lengths)
     placeholders = iter(derived.placeholders)
     lengths = {source: [next(placeholders) for _ in range(item.samples)] for source, item in found.lengths.items()}
@@ -215,10 +215,10 @@ def _attend(node: fx.Node, kernel: str, length: fx.Node) -> Callable[..., Any] |
         return _pinned(node, kernel)
     query, key, held = _operands(node)
     scale = given.get("scale")
-    fakes = given | ({"scale": value(scale)} if isinstance(scale, fx.Node) else {})
+    known = given | ({"scale": value(scale)} if isinstance(scale, fx.Node) else {})
     parts = [query, *(item.narrow(2, 0, value(length)) for item in (key, held))]
     # On meta nothing will run: what is taken there says nothing of the device that is planned for.
-    if query.device.type != "meta" and not inductor.is_traceable(target, *parts, **fakes):
+    if query.device.type != "meta" and not fakes.is_traceable(target, *parts, **known):
         return None
     return functools.partial(target, **given)
 
@@ -278,7 +278,7 @@ def _pin(node: fx.Node, kernel: str) -> None:
 
 def _replace(node: fx.Node, other: fx.Node) -> None:
     """Put a node in place of another, traced where that was."""
-    other.meta = inductor.provenance(node, other.meta[inductor.TAG], value(other))
-    assert inductor.shape_key(value(other)) == inductor.shape_key(value(node))
+    other.meta = fakes.provenance(node, other.meta[fakes.TAG], value(other))
+    assert fakes.shape_key(value(other)) == fakes.shape_key(value(node))
     node.replace_all_uses_with(other)
     node.graph.erase_node(node)

@@ -11,8 +11,8 @@ from sharded_cases import Joint, joint_inputs
 from torch.distributed.device_mesh import DeviceMesh
 from typer.testing import CliRunner
 
-import hvcompile.launch
-from hvcompile import cli
+import hvcompile.ranks.launch
+from hvcompile.app import cli
 
 
 def dump(directory: Path) -> None:
@@ -29,7 +29,7 @@ def dump(directory: Path) -> None:
 
 def bisected(directories: list[Path], *options: str) -> list[tuple[int, str]]:
     """The status and the output of the command for each dump on this rank."""
-    hvcompile.launch.GRACE_SECONDS = 0.0
+    hvcompile.ranks.launch.GRACE_SECONDS = 0.0
     found = []
     for directory in directories:
         ran = CliRunner().invoke(cli.app, ["bisect", str(directory), *options], env={"COLUMNS": "200"})

@@ -15,10 +15,10 @@ from oracle import denoise, first, hvfast, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 import hvcompile
-import hvcompile.agreement
 import hvcompile.backend
 import hvcompile.errors
-import hvcompile.runtime
+import hvcompile.runtime.agreement
+import hvcompile.runtime.state
 
 WIDTH = 64  # four heads
 DEPTH = {"num_layers": 2, "num_single_layers": 2, "width": WIDTH}
@@ -303,13 +303,13 @@ def fault(kind: str) -> str:
                     fast(**joint_inputs(seed=1, timestep=clock))
             if kind in {"death in a step", "death in a ring"}:
                 if odd:
-                    compare = hvcompile.agreement.compare
+                    compare = hvcompile.runtime.agreement.compare
 
                     def die_after(group: Any, doing: str, facts: Any) -> None:
                         compare(group, doing, facts)
                         ranks.die()
 
-                    hvcompile.agreement.compare = die_after
+                    hvcompile.runtime.agreement.compare = die_after
                 fast(**inputs | {"timestep": torch.tensor([800.0])})
     except Exception as error:
         return "".join(traceback.format_exception_only(error))
@@ -461,7 +461,7 @@ def skewed() -> list[tuple[bool, float]]:
             # only the tokens of the last rank move
             inputs["sample"][:, 9:] += 0.02 * step
             if step == 5 and rank() == 1:
-                for state in hvcompile.runtime._states_of(fast):
+                for state in hvcompile.runtime.state._states_of(fast):
                     for slot in state.slots.values():
                         for tensor in slot.tensors:
                             tensor.zero_()

@@ -17,10 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from hvcompile import inductor
-from hvcompile.attention_exchange import Heads, Mask, Ring
-from hvcompile.attention_kernels import merge, scaled_dot_product_attention_with_lse
-from hvcompile.layouts import Layout, Segment, Split, localise
+from hvcompile.graph.attention_kernels import merge, scaled_dot_product_attention_with_lse
+from hvcompile.ranks.split import Layout, Segment, Split, localise
+from hvcompile.rewriting.sharding.exchange import Heads, Mask, Ring
+from hvcompile.torch_private import distributed, fakes
 
 BATCH, HEADS, SIZE = 2, 4, 8
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -97,7 +97,7 @@ def test_traced_for_a_number_of_keys_that_is_not_known(kernel: str, has_mask: bo
     with mode:
         query, key, value, long = (torch.empty(BATCH, HEADS, 9, size) for size in (SIZE, SIZE, SIZE, 2 * SIZE))
         mask = torch.empty(BATCH, 1, 1, 9, dtype=torch.bool)
-    length = inductor.unbacked_size(mode, 2, 9)
+    length = fakes.unbacked_size(mode, 2, 9)
     for held in (value, long):
         given = (query, key.narrow(2, 0, length), held.narrow(2, 0, length))
         out, lse = scaled_dot_product_attention_with_lse(
@@ -148,9 +148,9 @@ class Threads:
         self.barrier = threading.Barrier(ranks, timeout=60)
         self.board: dict[int, tuple[torch.Tensor, list[int]]] = {}
         self.sent = [0] * ranks
-        monkeypatch.setattr(inductor, "process_group", lambda _: self)
-        monkeypatch.setattr(inductor, "all_to_all", self.all_to_all)
-        monkeypatch.setattr(inductor, "wait", lambda moving: moving)
+        monkeypatch.setattr(distributed, "process_group", lambda _: self)
+        monkeypatch.setattr(distributed, "all_to_all", self.all_to_all)
+        monkeypatch.setattr(distributed, "wait", lambda moving: moving)
 
     def size(self) -> int:
         return self.ranks

@@ -19,8 +19,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from toy import Toy, toy_inputs
 
 import hvcompile
-from hvcompile import inductor
 from hvcompile.passes import PASSES
+from hvcompile.torch_private import lowering
 
 
 def test_registered_by_the_entry_point_without_an_import() -> None:
@@ -63,7 +63,7 @@ def test_a_length_that_inductor_asks_for_is_an_error_of_ours(monkeypatch: pytest
         ),
         (ValueError(known), "ValueError: "),
     ):
-        monkeypatch.setattr(inductor, "compile_fx", failing(cause))
+        monkeypatch.setattr(lowering, "compile_fx", failing(cause))
         torch._dynamo.reset()
         with torch.no_grad(), pytest.raises(Exception, match=told) as raised:
             hvfast(Toy(), fullgraph=True)(**toy_inputs())
@@ -73,13 +73,13 @@ def test_a_length_that_inductor_asks_for_is_an_error_of_ours(monkeypatch: pytest
 
 def count_lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = inductor.LOWERINGS["eager"]
+    original = lowering.LOWERINGS["eager"]
 
     def counted(module: Any, inputs: Any) -> Any:
         calls.append(len(inputs))
         return original(module, inputs)
 
-    monkeypatch.setitem(inductor.LOWERINGS, "eager", counted)
+    monkeypatch.setitem(lowering.LOWERINGS, "eager", counted)
     return calls
 
 

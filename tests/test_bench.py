@@ -17,9 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile import bench, bench_results, cli, contenders, pipelines, tables, tiny
-from hvcompile.bench_process import COMPUTED, PARTLY, REUSED, Contender, Protocol, Shape, mark
-from hvcompile.bench_results import Result, Row
+from hvcompile.app import cli, pipelines, tables, tiny
+from hvcompile.app.bench import contenders, results
+from hvcompile.app.bench import run as bench_run
+from hvcompile.app.bench.process import COMPUTED, PARTLY, REUSED, Contender, Protocol, Shape, mark
+from hvcompile.app.bench.results import Result, Row
 
 TINY = ("--blocks", "1+2", "--hidden", "32", "--frames", "5", "--height", "32", "--width", "32", "--threads", "1")
 QUICK = ("--steps", "5", "--repeats", "1", "--lower", "eager", "--device", "cpu", "--threshold", "0.3")
@@ -153,7 +155,7 @@ def test_the_full_protocol_at_a_small_size_and_a_peer_that_dies(
 def test_a_given_model(tmp_path: Path) -> None:
     """Weights from a directory; and where a contender of ours fails, the command does."""
     tiny.write(tmp_path / "model")
-    request = bench.Request(model=str(tmp_path / "model"), device="cpu")
+    request = bench_run.Request(model=str(tmp_path / "model"), device="cpu")
     request.check()
     assert request.protocol().config == {}
     given = Contender(contenders.EAGER, protocol(model=str(tmp_path / "model"), config={}))
@@ -162,26 +164,26 @@ def test_a_given_model(tmp_path: Path) -> None:
 
 
 def test_a_contender_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    seat = bench.Seat(contenders.EAGER, protocol(), tmp_path, timeout=0.05)
-    with pytest.raises(bench.FailedError, match=r"no answer to 'about' in 0\.05 s"):
+    seat = bench_run.Seat(contenders.EAGER, protocol(), tmp_path, timeout=0.05)
+    with pytest.raises(bench_run.FailedError, match=r"no answer to 'about' in 0\.05 s"):
         seat.ask("about")
     assert seat._process is None
     seat.stop()
 
 
 def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = bench.Request(
+    request = bench_run.Request(
         blocks="1+2", hidden=32, frames=5, height=32, width=32, steps=3, repeats=1, threads=1, lower="eager",
         contenders=("hvfast",), device="cpu",
     )  # fmt: skip
 
-    def refuse(seat: bench.Seat, row: Row, cases: object) -> None:
+    def refuse(seat: bench_run.Seat, row: Row, cases: object) -> None:
         if row.system == contenders.EAGER:
-            raise bench.FailedError("no such shape")
+            raise bench_run.FailedError("no such shape")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "_recompile", refuse)
-    result = bench.bench(request)
+    monkeypatch.setattr(bench_run, "_recompile", refuse)
+    result = bench_run.bench(request)
     assert result.conditions["interrupted"]
     assert [(row.error, row.cases_error, len(row.rounds)) for row in result.rows] == [
         ("", "no such shape", 1),
@@ -191,7 +193,7 @@ def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monke
     assert result.ratio(contenders.EAGER, contenders.HVFAST) is not None
 
 
-@pytest.mark.parametrize("system", [*bench.KEYS.values()])
+@pytest.mark.parametrize("system", [*bench_run.KEYS.values()])
 def test_what_the_profiler_sees_is_what_happened(system: str) -> None:
     """At a threshold that reuses every step: regions and blocks, against what hvfast itself says of its steps."""
     if system == contenders.CACHE_DIT:
@@ -263,7 +265,7 @@ def test_what_can_t_be_measured_is_refused_before_anything_is(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench.Seat, "_start", lambda _: pytest.fail("nothing may start"))
+    monkeypatch.setattr(bench_run.Seat, "_start", lambda _: pytest.fail("nothing may start"))
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
@@ -286,7 +288,7 @@ def test_a_model_with_weights_has_its_own_size(tmp_path: Path) -> None:
     ],
 )
 def test_defaults(given: Any, size: tuple[int, ...], steps: int, config: tuple[int, ...]) -> None:
-    held = bench.Request(device="cpu", **given).protocol()
+    held = bench_run.Request(device="cpu", **given).protocol()
     assert (held.shape.num_frames, held.shape.height, held.shape.width) == size
     assert held.steps == steps
     assert held.dtype == "float32"
@@ -297,7 +299,7 @@ def test_defaults(given: Any, size: tuple[int, ...], steps: int, config: tuple[i
 def test_full_is_the_reference_s_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is at hand: what a process would be given there, whose building is tested at a small size."""
     monkeypatch.setattr(pipelines, "resolve_device", torch.device)
-    request = bench.Request(device="cuda", full=True)
+    request = bench_run.Request(device="cuda", full=True)
     request.check()
     held = request.protocol()
     assert held.config == {}, "HunyuanVideo's own: 20+40 blocks, hidden 3072"
@@ -363,16 +365,16 @@ def test_tables_and_plot_of_a_result(result: Callable[..., Result], tmp_path: Pa
     assert "3.25 (3.20-3.30)" in text
     assert "##.." in text
     pytest.importorskip("matplotlib")
-    bench_results.plot(result(), tmp_path / "b.png")
+    results.plot(result(), tmp_path / "b.png")
     failed = Result(conditions=result().conditions, rows=result().rows[-1:])
-    bench_results.plot(failed, tmp_path / "none.png")
+    results.plot(failed, tmp_path / "none.png")
     assert tables.bench_tables(failed)
     assert (tmp_path / "none.png").stat().st_size > 5_000
 
 
 def test_latents_are_measured_on_the_reference_s_scale() -> None:
     reference = np.linspace(-4, 6, 2 * 4 * 4 * 3, dtype=np.float32).reshape(2, 4, 4, 3)
-    moved, target = bench_results.scaled(reference + 1, reference)
+    moved, target = results.scaled(reference + 1, reference)
     assert (target.min(), target.max()) == pytest.approx((0, 1))
     assert moved - target == pytest.approx(0.1)
-    assert math.isfinite(float(bench_results.scaled(reference * 0, reference * 0)[0].sum()))
+    assert math.isfinite(float(results.scaled(reference * 0, reference * 0)[0].sum()))

@@ -23,12 +23,17 @@ from toy import Toy, toy_inputs
 from typer.testing import CliRunner
 from wide import Wide, wide_inputs
 
-from hvcompile import backend, bisect, cli, dumped, inductor, outline, tables
-from hvcompile.bisect import Bisection
-from hvcompile.branch import Branch
+from hvcompile import backend
+from hvcompile.app import cli, tables
+from hvcompile.dump import bisect
+from hvcompile.dump import read as dump_read
+from hvcompile.dump.bisect import Bisection
 from hvcompile.errors import InputError, InvalidRewriteError
 from hvcompile.passes import PASSES
-from hvcompile.trunk import Trunk
+from hvcompile.torch_private import fakes, lowering
+from hvcompile.trunk import outline
+from hvcompile.trunk.branch import Branch
+from hvcompile.trunk.trunk import Trunk
 
 ROOT = Path(backend.__file__).parents[1]
 # In float32 the tolerance is 1e-4; the smallest fault planted here makes 5e-3 of it, the default's fiftyfold.
@@ -39,7 +44,7 @@ def dump(directory: Path, model: torch.nn.Module | None = None, lower: str = "ea
     compiled = hvfast((model or Toy()).eval(), fullgraph=True, options={"lower": lower, "dump": directory})
     with torch.no_grad():
         compiled(**(inputs or toy_inputs()))
-    (folder,) = dumped.folders(directory)
+    (folder,) = dump_read.folders(directory)
     return folder
 
 
@@ -49,15 +54,15 @@ def spoil(trunk: Trunk, factor: float) -> None:
     first, *others = returned
     with trunk.graph.inserting_before(trunk.output):
         made = trunk.graph.call_function(torch.mul, (first, factor))
-    made.meta = inductor.provenance(first, "spoiled", inductor.value(first))
+    made.meta = fakes.provenance(first, "spoiled", fakes.value(first))
     trunk.output.args = ((made, *others),)
     trunk.module.recompile()
 
 
 def spoil_stage(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
     """Make a pass, the outlining or a lowering wrong for the rest of a test."""
-    if name in inductor.LOWERINGS:
-        lower: Any = inductor.LOWERINGS[
+    if name in lowering.LOWERINGS:
+        lower: Any = lowering.LOWERINGS[
             "aot" if name == "inductor" else name
         ]  # Inductor's own half minute is not needed
 
@@ -70,7 +75,7 @@ def spoil_stage(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> No
 
             return spoiled
 
-        monkeypatch.setattr(inductor, "LOWERINGS", {**inductor.LOWERINGS, name: lowered})
+        monkeypatch.setattr(lowering, "LOWERINGS", {**lowering.LOWERINGS, name: lowered})
         return
     if name == "outlined":
         recover = outline.recover
@@ -179,7 +184,7 @@ def test_a_cache_that_computes_a_second_call_says_so(tmp_path: Path) -> None:
     options = {"lower": "eager", "dump": tmp_path, "first_block_cache": {"warmup_steps": 3}}
     with torch.no_grad():
         hvfast(Toy().eval(), fullgraph=True, options=options)(**toy_inputs())
-    (folder,) = dumped.folders(tmp_path)
+    (folder,) = dump_read.folders(tmp_path)
     assert any("computes a second call too" in note for note in bisect.bisect(folder).notes)
 
 
@@ -191,7 +196,7 @@ def test_after_float8_another_pass_is_looked_at_as_closely_as_ever(
         hvfast(Wide(), fullgraph=True, options={**options, "dump": tmp_path / "right"})(**wide_inputs())
         spoil_stage(monkeypatch, "FirstBlockCache", 1.008)
         hvfast(Wide(), fullgraph=True, options={**options, "dump": tmp_path / "wrong"})(**wide_inputs())
-    (right,), (wrong,) = dumped.folders(tmp_path / "right"), dumped.folders(tmp_path / "wrong")
+    (right,), (wrong,) = dump_read.folders(tmp_path / "right"), dump_read.folders(tmp_path / "wrong")
     result = bisect.bisect(right)
     assert result.finding is None
     assert " to a relative 0.0001 (Float8Linears to 0.1; aot, run to 0.01), " in result.verdict()
@@ -258,7 +263,7 @@ def test_a_compilation_that_broke_off_is_bisected_as_far_as_it_went(
     monkeypatch.setattr(PASSES[-1], "apply", breaks)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
         dump(tmp_path)
-    (folder,) = dumped.folders(tmp_path)
+    (folder,) = dump_read.folders(tmp_path)
     result = bisect.bisect(folder)
     assert [stage.name for stage in result.stages][:2] == ["captured", "outlined"]
     assert any("broke off after" in note for note in result.notes)
@@ -378,7 +383,7 @@ def test_a_bisection_is_json_even_where_a_figure_is_infinite() -> None:
     result = Bisection(folder=Path("a"), tolerance=1e-4, stages=(stage,), finding=None, notes=())
     assert json.loads(json.dumps(result.record(), allow_nan=False))["stages"][0]["figures"][0]["largest"] == "inf"
     with pytest.raises(InputError):
-        dumped.folders(Path("/no/such/directory"))
+        dump_read.folders(Path("/no/such/directory"))
 
 
 def test_a_number_that_blocks_are_given_is_lowered_too(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ import ranks
 from test_bisect import dump as dump_alone
 from typer.testing import CliRunner
 
-from hvcompile import bisect, cli, dumped
+from hvcompile.app import cli
+from hvcompile.dump import bisect
+from hvcompile.dump import read as dump_read
 from hvcompile.errors import InputError
 
 ROOT = Path(cli.__file__).parents[1]
@@ -134,23 +136,23 @@ def test_one_process_is_told_to_start_the_ranks(dumps: Path) -> None:
 
 def test_as_many_ranks_as_dumped(dumps: Path, tmp_path: Path) -> None:
     directory = dumps / "sound"
-    assert dumped.of_rank(directory, 1, 2) == directory / "rank_1"
+    assert dump_read.of_rank(directory, 1, 2) == directory / "rank_1"
     with pytest.raises(InputError, match=r"is the dump of 2 ranks, and 3 were started: .* --nproc-per-node=2 "):
-        dumped.of_rank(directory, 0, 3)
+        dump_read.of_rank(directory, 0, 3)
     with pytest.raises(InputError, match=r"is the dump of one rank, and 2 ranks were started: give .*sound, which"):
-        dumped.of_rank(directory / "rank_0", 0, 2)
+        dump_read.of_rank(directory / "rank_0", 0, 2)
     alone = dump_alone(tmp_path / "alone")
-    assert dumped.of_rank(alone, 0, 1) == alone
+    assert dump_read.of_rank(alone, 0, 1) == alone
     with pytest.raises(InputError, match=r"is the dump of one process, and 2 ranks were started: run it without"):
-        dumped.of_rank(tmp_path / "alone", 0, 2)
+        dump_read.of_rank(tmp_path / "alone", 0, 2)
     half = tmp_path / "half"
     shutil.copytree(directory / "rank_0", half / "rank_0")
     with pytest.raises(InputError, match="lacks rank_1"):
-        dumped.of_rank(half, 1, 2)
+        dump_read.of_rank(half, 1, 2)
     journal = half / "rank_0" / "graph_0_0" / "journal.json"
     other = half / "rank_0" / "graph_0_0-2"
     shutil.copytree(journal.parent, other)
     (other / "journal.json").write_text(json.dumps(json.loads(journal.read_text()) | {"ranks": 4}))
     with pytest.raises(InputError, match="holds dumps of runs on 2 and on 4 ranks"):
-        dumped.of_rank(half, 0, 2)
+        dump_read.of_rank(half, 0, 2)
     assert json.loads((alone / "journal.json").read_text())["ranks"] == 1

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile import cli, generate, metrics, outputs, video
+from hvcompile import outputs
+from hvcompile.app import cli, generate, metrics, video
 
 
 def invoke(*arguments: str) -> Any:

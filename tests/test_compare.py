@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvcompile import compare, metrics, video
+from hvcompile.app import compare, metrics, video
 from hvcompile.errors import InputError
 
 

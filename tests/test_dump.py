@@ -27,12 +27,12 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from toy import Toy, toy_inputs
 
-from hvcompile import inductor
-from hvcompile.dump import Dump
+from hvcompile.dump.source_reader import load, read_graph
+from hvcompile.dump.write import Dump
 from hvcompile.errors import OptionError
-from hvcompile.graph_reader import load, read_graph
+from hvcompile.journal import JournalRow, PassReport
 from hvcompile.passes import PASSES
-from hvcompile.pipeline import JournalRow, PassReport
+from hvcompile.torch_private import lowering
 
 FILES = ["00_captured.py", "01_outlined.py", "02_unmasked_attention.py", "03_first_block_cache.py", "04_sealed.py"]
 BESIDE = ["inputs.pt", "journal.json", "outputs.pt"]
@@ -294,7 +294,7 @@ def test_a_directory_that_cannot_be_written_is_an_error_before_compilation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(inductor, "LOWERINGS", {"eager": pytest.fail})
+    monkeypatch.setattr(lowering, "LOWERINGS", {"eager": pytest.fail})
     with pytest.raises(BackendCompilerFailed) as raised:
         compile_and_run(Toy(), toy_inputs(), dump=tmp_path / "file" / "below")
     error = raised.value.inner_exception
@@ -488,7 +488,7 @@ def notes(folder: Path) -> list[str]:
 def test_weights_beyond_the_limit_are_not_kept_and_the_journal_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="hvcompile.dump"):
+    with caplog.at_level("INFO", logger="hvcompile.dump.write"):
         compile_and_run(Toy(), toy_inputs(), dump=tmp_path, dump_limit_gib=1e-6)
     folder = only_folder(tmp_path)
     said = [note for note in notes(folder) if "weights" in note]

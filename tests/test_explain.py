@@ -22,15 +22,16 @@ from typer.testing import CliRunner
 from wide import Wide, wide_inputs
 
 import hvcompile
-from hvcompile import cli, float8, tables, tiny
-from hvcompile.condensed import condensed
-from hvcompile.costs import DEVICES, Cost
+from hvcompile.app import cli, tables, tiny
+from hvcompile.app.explain import Request, explain_script
+from hvcompile.app.skeleton import skeleton, transformer_call
+from hvcompile.app.tables import explanation_tables
 from hvcompile.errors import InputError, OptionError, QuantizedWeightError, UntraceableModelError
-from hvcompile.explain import explain
-from hvcompile.explaining import Request, explain_script
-from hvcompile.quantized_weights import QuantizedWeight
-from hvcompile.skeleton import skeleton, transformer_call
-from hvcompile.tables import explanation_tables
+from hvcompile.explanation.condensed import condensed
+from hvcompile.explanation.explain import explain
+from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.costs import DEVICES, Cost
+from hvcompile.torch_private import torchao
 
 
 def toy_inputs() -> dict[str, Any]:
@@ -356,7 +357,7 @@ def test_a_model_that_is_quantised_already() -> None:
     from test_float8_linears import compiled
     from wide import Wide, wide_inputs
 
-    if not float8.is_available():
+    if not torchao.is_available():
         pytest.skip("torchao is not installed")
     model, inputs = Wide(), dict[str, Any](wide_inputs())
     before = explain(model, **inputs)
@@ -379,7 +380,7 @@ def test_layers_are_told_where_many_are_alike_at_once() -> None:
     """As text and in the report: a row for each that differs from others in more than the block's number."""
     from wide import Wide, wide_inputs
 
-    if not float8.is_available():
+    if not torchao.is_available():
         pytest.skip("torchao is not installed")
     model = Wide(6).to("meta")
     inputs: dict[str, Any] = {name: item.to("meta") for name, item in wide_inputs().items()}

@@ -14,10 +14,11 @@ from toy import TOKENS, WIDTH, Toy, toy_inputs
 from trunks import recovered
 
 import hvcompile
-from hvcompile import pipeline
-from hvcompile.inductor import COND, INVOKE_SUBGRAPH, TAG
+from hvcompile import journal, pipeline
 from hvcompile.passes.first_block_cache import FirstBlockCache, steps_left
 from hvcompile.pipeline import Context
+from hvcompile.torch_private.fakes import TAG
+from hvcompile.torch_private.lowering import COND, INVOKE_SUBGRAPH
 
 
 def compiled(model: nn.Module, **fields: Any) -> Any:
@@ -41,7 +42,7 @@ DOWN = [900.0, 890.0, 880.0, 870.0, 860.0, 850.0]
 def test_graph() -> None:
     """One cond at the top level, block 1 before it, the others inside its miss branch."""
     trunk = recovered(Toy(), **toy_inputs())
-    rows: list[pipeline.JournalRow] = []
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(FirstBlockCache(), True)], lambda *_: None, rows)
     names = {id(node.target): node for node in trunk.graph.nodes if node.op == "call_function"}
     assert id(COND) in names

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvcompile import float8, inductor
+import hvcompile
+from hvcompile.float8 import format as float8_format
+from hvcompile.float8 import linear as float8_linear
+from hvcompile.torch_private import kernels, torchao
 
-ROOT = Path(float8.__file__).parents[1]
-pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
+ROOT = Path(hvcompile.__file__).parents[1]
+pytestmark = pytest.mark.skipif(not torchao.is_available(), reason="torchao is not installed")
 
 
 def rows(kind: str, num: int = 96, width: int = 256, seed: int = 0) -> torch.Tensor:
@@ -33,7 +36,7 @@ def test_a_layer_is_right_to_four_hundredths(kind: str, dtype: torch.dtype, seed
     """Per-layer relative error against fp32, row scale."""
     given, weight, bias = rows(kind, seed=seed), rows("gaussian", 128, seed=seed + 9) / 16, torch.randn(128)
     given = given.to(dtype)
-    computed = float8.linear(*float8.quantize(given), *float8.quantize(weight), bias, dtype)
+    computed = float8_linear.linear(*float8_format.quantize(given), *float8_format.quantize(weight), bias, dtype)
     exact = given.double() @ weight.double().T + bias.double()
     error = ((computed.double() - exact).norm(dim=1) / exact.norm(dim=1)).max().item()
     assert error <= (4e-2 if kind == "gaussian" else 5.5e-2), error
@@ -41,33 +44,33 @@ def test_a_layer_is_right_to_four_hundredths(kind: str, dtype: torch.dtype, seed
     assert computed.dtype == dtype
 
 
-@pytest.mark.parametrize("granularity", float8.GRANULARITIES)
+@pytest.mark.parametrize("granularity", float8_format.GRANULARITIES)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_product_of_quantised_operands(granularity: float8.Granularity, has_bias: bool) -> None:
+def test_product_of_quantised_operands(granularity: float8_format.Granularity, has_bias: bool) -> None:
     """What is summed are the quantised values: exact but for the order of sums."""
     given, weight = rows("gaussian", 33), rows("gaussian", 48, seed=1)
     bias = torch.randn(48) if has_bias else None
-    left, right = float8.quantize(given, granularity), float8.quantize(weight, granularity)
-    computed = float8.linear(*left, *right, bias, torch.float32)
+    left, right = float8_format.quantize(given, granularity), float8_format.quantize(weight, granularity)
+    computed = float8_linear.linear(*left, *right, bias, torch.float32)
     exact = (left[0].double() * left[1]) @ (right[0].double() * right[1]).T + (0 if bias is None else bias)
     assert ((computed - exact).abs().max() / exact.abs().max()).item() < 1e-5
 
 
 def test_row_scales_where_the_product_takes_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """As CPUs have it before torch 2.13: the scales are factors of the result."""
-    left, right = float8.quantize(rows("outliers", 33)), float8.quantize(rows("gaussian", 48, seed=1))
+    left, right = float8_format.quantize(rows("outliers", 33)), float8_format.quantize(rows("gaussian", 48, seed=1))
     bias = torch.randn(48)
-    usual = float8.linear(*left, *right, bias, torch.float32)
-    monkeypatch.setattr(inductor, "has_row_scales", lambda _: False)
-    other = float8.linear(*left, *right, bias, torch.float32)
+    usual = float8_linear.linear(*left, *right, bias, torch.float32)
+    monkeypatch.setattr(kernels, "has_row_scales", lambda _: False)
+    other = float8_linear.linear(*left, *right, bias, torch.float32)
     assert ((usual - other).norm() / usual.norm()).item() < 1e-6
 
 
 def test_a_poisoned_row_poisons_itself_alone() -> None:
-    given, weight = rows("gaussian", 8), float8.quantize(rows("gaussian", 48, seed=1))
-    clean = float8.linear(*float8.quantize(given), *weight, None, torch.float32)
+    given, weight = rows("gaussian", 8), float8_format.quantize(rows("gaussian", 48, seed=1))
+    clean = float8_linear.linear(*float8_format.quantize(given), *weight, None, torch.float32)
     given[2, 5], given[4, 7] = torch.nan, torch.inf
-    computed = float8.linear(*float8.quantize(given), *weight, None, torch.float32)
+    computed = float8_linear.linear(*float8_format.quantize(given), *weight, None, torch.float32)
     others = [0, 1, 3, 5, 6, 7]
     assert torch.equal(computed[others], clean[others])
     assert not computed[[2, 4]].isfinite().any()
@@ -76,53 +79,53 @@ def test_a_poisoned_row_poisons_itself_alone() -> None:
 def test_rows_of_zeros() -> None:
     given = rows("gaussian", 4)
     given[1] = 0
-    data, scale = float8.quantize(given)
+    data, scale = float8_format.quantize(given)
     assert (data[1].float() == 0).all()
     assert scale.isfinite().all()
-    assert float8.quantize(torch.zeros(3, 64), "tensor")[1].isfinite()
+    assert float8_format.quantize(torch.zeros(3, 64), "tensor")[1].isfinite()
 
 
-@pytest.mark.parametrize("granularity", float8.GRANULARITIES)
-def test_dequantised(granularity: float8.Granularity) -> None:
+@pytest.mark.parametrize("granularity", float8_format.GRANULARITIES)
+def test_dequantised(granularity: float8_format.Granularity) -> None:
     """Half a step of three mantissa bits at most, for values that float8 does not round to zero."""
     given = rows("gaussian")
-    back = float8.dequantize(*float8.quantize(given, granularity), torch.float32)
+    back = float8_format.dequantize(*float8_format.quantize(given, granularity), torch.float32)
     relative = ((back - given).abs() / given.abs())[given.abs() > 1e-2 * given.abs().max()]
     assert relative.max().item() <= 2**-4
 
 
-@pytest.mark.parametrize("granularity", float8.GRANULARITIES)
-def test_no_rows(granularity: float8.Granularity) -> None:
-    data, scale = float8.quantize(torch.zeros(2, 0, 64), granularity)
-    assert scale.shape == float8.quantize(torch.zeros(0, 64), granularity)[1].shape
-    weight = float8.quantize(torch.randn(32, 64), granularity)
-    product = float8.linear(data, scale, *weight, torch.randn(32), torch.bfloat16)
-    assert float8.shape_like(product, torch.zeros(2, 0, 64)).shape == (2, 0, 32)
+@pytest.mark.parametrize("granularity", float8_format.GRANULARITIES)
+def test_no_rows(granularity: float8_format.Granularity) -> None:
+    data, scale = float8_format.quantize(torch.zeros(2, 0, 64), granularity)
+    assert scale.shape == float8_format.quantize(torch.zeros(0, 64), granularity)[1].shape
+    weight = float8_format.quantize(torch.randn(32, 64), granularity)
+    product = float8_linear.linear(data, scale, *weight, torch.randn(32), torch.bfloat16)
+    assert float8_linear.shape_like(product, torch.zeros(2, 0, 64)).shape == (2, 0, 32)
     assert product.dtype == torch.bfloat16
 
 
 def test_leading_dimensions() -> None:
     given = torch.randn(2, 3, 5, 64)
-    data, scale = float8.quantize(given)
+    data, scale = float8_format.quantize(given)
     assert data.shape == (30, 64)
     assert scale.shape == (30, 1)
-    weight = float8.quantize(torch.randn(32, 64))
-    product = float8.shape_like(float8.linear(data, scale, *weight, None, torch.float32), given)
+    weight = float8_format.quantize(torch.randn(32, 64))
+    product = float8_linear.shape_like(float8_linear.linear(data, scale, *weight, None, torch.float32), given)
     assert product.shape == (2, 3, 5, 32)
 
 
 def test_reason_on_a_cpu() -> None:
-    assert "emulated" in float8.reason_unfit(torch.device("cpu"))
+    assert "emulated" in float8_linear.reason_unfit(torch.device("cpu"))
 
 
 def test_of_torchaos_import_warnings_alone_are_lowered(caplog: pytest.LogCaptureFixture) -> None:
     from torchao.quantization import Float8WeightOnlyConfig
 
     caplog.set_level(logging.DEBUG, "hvcompile")
-    pytree, theirs = inductor.PYTREE_LOG, logging.getLogger("torchao")
+    pytree, theirs = kernels.PYTREE_LOG, logging.getLogger("torchao")
     pytree.addHandler(caplog.handler)
     try:
-        with float8.quiet_import():
+        with torchao.quiet_import():
             theirs.getChild("kernel").warning("Failed to load it")
             theirs.error("broken")
             pytree.warning("%s is an Enum", Float8WeightOnlyConfig)
@@ -132,7 +135,7 @@ def test_of_torchaos_import_warnings_alone_are_lowered(caplog: pytest.LogCapture
     finally:
         pytree.removeHandler(caplog.handler)
     told = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
-    ours, about = "hvcompile.float8", str(Float8WeightOnlyConfig)
+    ours, about = "hvcompile.torch_private.torchao", str(Float8WeightOnlyConfig)
     assert list(dict.fromkeys(told)) == [  # torch's logger may hand a record on as well
         (ours, "DEBUG", "torchao.kernel: Failed to load it"),
         (ours, "ERROR", "torchao: broken"),

@@ -18,22 +18,27 @@ from trunks import recovered
 from wide import Wide, wide_inputs
 
 import hvcompile
-from hvcompile import backend, float8, float8_attention, inductor, pipeline
-from hvcompile.costs import DEVICES, costs
+from hvcompile import backend, journal, pipeline
 from hvcompile.errors import OptionError, RequestedPassError
-from hvcompile.float8_attention import KEY_BLOCK, attend, reference
-from hvcompile.flops import ATTENTION
-from hvcompile.inductor import TAG
-from hvcompile.key_padding import is_attention
-from hvcompile.nodes import op_name
+from hvcompile.float8 import attention as float8_attention
+from hvcompile.float8 import linear as float8_linear
+from hvcompile.float8.attention import attend, reference
+from hvcompile.float8.format import KEY_BLOCK
+from hvcompile.graph.attention import is_attention
+from hvcompile.graph.costs import DEVICES, costs
+from hvcompile.graph.flops import ATTENTION
+from hvcompile.graph.nodes import op_name
+from hvcompile.journal import PassReport
 from hvcompile.options import parse
 from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_attention import Float8Attention
 from hvcompile.passes.float8_linears import Float8Linears
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
-from hvcompile.pipeline import Context, PassReport
-from hvcompile.trunk import Trunk
+from hvcompile.pipeline import Context
+from hvcompile.torch_private import lowering, torchao
+from hvcompile.torch_private.fakes import TAG
+from hvcompile.trunk.trunk import Trunk
 
 FLOAT8 = {"attention": {"fp8": True}}
 NO_CACHE = {"first_block_cache": False}
@@ -154,7 +159,7 @@ def test_the_operator() -> None:
 
 def rewritten(model: nn.Module | None = None, inputs: Any = None, **fields: Any) -> tuple[Trunk, PassReport]:
     trunk = recovered(model or Wide(), **(inputs or wide_inputs()))
-    rows: list[pipeline.JournalRow] = []
+    rows: list[journal.JournalRow] = []
     passes = [(UnmaskedAttention(hoist=False), False), (Float8Attention(fp8=True, **fields), True)]
     pipeline.run(trunk, passes, lambda *_: None, rows)
     return trunk, rows[-1].report
@@ -190,7 +195,7 @@ def test_graph() -> None:
     (body,) = trunk.bodies
     (node,) = made(trunk)
     assert node.format_node() == (
-        "%scaled_dot_product_float8_attention : [num_users=1] = call_function[target=hvcompile.float8_attention."
+        "%scaled_dot_product_float8_attention : [num_users=1] = call_function[target=hvcompile.float8.attention."
         f"scaled_dot_product_float8_attention](args = (%query, %key, %value, {32**-0.5!r}), kwargs = {{}})"
     )
     assert "nn_module_stack" in node.meta
@@ -278,7 +283,7 @@ def test_a_kernel_that_is_named_leaves_nothing_to_choose(monkeypatch: pytest.Mon
     def never(*_: object) -> None:
         raise AssertionError("compile time was spent")
 
-    monkeypatch.setitem(inductor.LOWERINGS, "eager", never)
+    monkeypatch.setitem(lowering.LOWERINGS, "eager", never)
     told = r"RequestedPassError.*Float8Attention.*options\['attention'\]\['kernel'\] names another kernel"
     with pytest.raises(Exception, match=told), torch.no_grad():
         compiled(Wide(), attention={"fp8": True, "kernel": "math"})(**wide_inputs())
@@ -341,7 +346,7 @@ def test_to_ask_for_float8_is_not_to_ask_for_a_mask() -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that could."""
-    monkeypatch.setattr(float8, "reason_unfit", lambda _: "")
+    monkeypatch.setattr(float8_linear, "reason_unfit", lambda _: "")
     trunk = recovered(Wide(), **wide_inputs())
     monkeypatch.setattr(float8_attention, "has_triton", lambda: False)
     assert "pip install triton" in Float8Attention(fp8=True).apply(trunk, Context()).declined[0][1]
@@ -396,7 +401,7 @@ def test_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(reused, quantised(Wide(), later, monkeypatch, blocks={1, 2})) < 2e-2
 
 
-@pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
+@pytest.mark.skipif(not torchao.is_available(), reason="torchao is not installed")
 def test_with_float8_linears() -> None:
     """Both rewrite the same bodies; with the cache, and compiled by Inductor."""
     model, inputs = Wide(), wide_inputs()
@@ -452,7 +457,7 @@ def test_a_hole_is_computed_with_its_mask(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("size", [64, 128, 80])
 def test_the_kernel_on_a_gpu(size: int) -> None:
-    if float8.reason_unfit(torch.device("cuda")) or not float8_attention.has_triton():
+    if float8_linear.reason_unfit(torch.device("cuda")) or not float8_attention.has_triton():
         pytest.skip("float8 attention does not run on this GPU")
     given = drawn("correlated", size=size, keys=1111, queries=777)
     query, key, value = (item.to("cuda", torch.bfloat16) for item in given)

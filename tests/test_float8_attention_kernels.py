@@ -11,7 +11,8 @@ import pytest
 import torch
 import triton_interpreter
 
-from hvcompile.float8_attention import KEY_BLOCK, reference
+from hvcompile.float8.attention import reference
+from hvcompile.float8.format import KEY_BLOCK
 
 REASON = triton_interpreter.reason_unavailable()
 interpreted = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -163,5 +164,5 @@ def test_compiles_for_gpus(tmp_path: Any) -> None:
 
 def test_the_module_of_the_operator_needs_no_triton() -> None:
     """The one with the kernels is imported where one is about to run."""
-    script = "import sys; sys.modules['triton'] = None; import hvcompile.float8_attention, hvcompile.passes"
+    script = "import sys; sys.modules['triton'] = None; import hvcompile.float8.attention, hvcompile.passes"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True)

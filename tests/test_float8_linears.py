@@ -15,23 +15,29 @@ from trunks import recovered
 from wide import TEXT, TOKENS, WIDTH, Wide, wide_inputs
 
 import hvcompile
-from hvcompile import bisect, dumped, float8, pipeline
-from hvcompile.costs import DEVICES
-from hvcompile.nodes import op_name
+from hvcompile import journal, pipeline
+from hvcompile.dump import bisect
+from hvcompile.dump import read as dump_read
+from hvcompile.float8 import format as float8_format
+from hvcompile.float8 import linear as float8_linear
+from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.costs import DEVICES
+from hvcompile.graph.nodes import op_name
+from hvcompile.journal import PassReport
 from hvcompile.options import parse
 from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_linears import Float8Linears
-from hvcompile.pipeline import Context, PassReport
-from hvcompile.quantized_weights import QuantizedWeight
-from hvcompile.trunk import Trunk
+from hvcompile.pipeline import Context
+from hvcompile.torch_private import torchao
+from hvcompile.trunk.trunk import Trunk
 
-pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
+pytestmark = pytest.mark.skipif(not torchao.is_available(), reason="torchao is not installed")
 
 
 def rewritten(model: nn.Module | None = None, **fields: Any) -> tuple[Trunk, PassReport]:
     trunk = recovered(model or Wide(), **wide_inputs())
-    rows: list[pipeline.JournalRow] = []
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(Float8Linears(**{"keep_last_blocks": 0, **fields}), True)], lambda *_: None, rows)
     return trunk, rows[0].report
 
@@ -60,11 +66,11 @@ class Reference(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = float8.quantize(layer.weight), layer.bias
+        self.weight, self.bias = float8_format.quantize(layer.weight), layer.bias
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        product = float8.linear(*float8.quantize(given), *self.weight, self.bias, given.dtype)
-        return float8.shape_like(product, given)
+        product = float8_linear.linear(*float8_format.quantize(given), *self.weight, self.bias, given.dtype)
+        return float8_linear.shape_like(product, given)
 
 
 def reference(model: Wide) -> Wide:
@@ -81,7 +87,7 @@ def test_graph() -> None:
     assert len(trunk.bodies) == 1
     found = counts(trunk.bodies[0].module)
     assert found["quantize"] == 2  # the normed input; what the last layer takes
-    assert sum(node.target is float8.linear for node in trunk.bodies[0].module.graph.nodes) == 2
+    assert sum(node.target is float8_linear.linear for node in trunk.bodies[0].module.graph.nodes) == 2
     assert found["split"] == 1
     assert sum(node.target is torch._C._nn.linear for node in trunk.bodies[0].module.graph.nodes) == 1  # modulation
     assert [len(stored.sources) for stored in trunk.stored] == [4, 1] * 3
@@ -103,7 +109,7 @@ def test_one_scale_in_all_joins_nothing() -> None:
     trunk, _ = rewritten(granularity="tensor")
     found = counts(trunk.bodies[0].module)
     assert found["quantize"] == 2
-    assert sum(node.target is float8.linear for node in trunk.bodies[0].module.graph.nodes) == 5
+    assert sum(node.target is float8_linear.linear for node in trunk.bodies[0].module.graph.nodes) == 5
     assert [len(stored.sources) for stored in trunk.stored] == [1] * 15
 
 
@@ -190,7 +196,7 @@ def test_on_a_cpu_only_where_asked_for() -> None:
 
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(float8, "is_available", lambda: False)
+    monkeypatch.setattr(torchao, "is_available", lambda: False)
     trunk = recovered(Wide(), **wide_inputs())
     report = Float8Linears().apply(trunk, Context(requested=True))
     assert report.declined == (("graph", "torchao can't be imported: pip install 'hvcompile[fp8]'"),)
@@ -326,7 +332,7 @@ def test_dump(tmp_path: Path) -> None:
     model = Wide()
     with torch.no_grad():
         compiled(model, lower="aot", dump=tmp_path, first_block_cache=True)(**wide_inputs())
-    (folder,) = dumped.folders(tmp_path)
+    (folder,) = dump_read.folders(tmp_path)
     assert [file.stem for file in sorted(folder.glob("0*.py"))] == [
         *("00_captured", "01_outlined", "02_unmasked_attention", "03_float8_linears", "04_first_block_cache"),
         "05_sealed",
@@ -338,7 +344,7 @@ def test_dump(tmp_path: Path) -> None:
     assert figures["outlined"] == figures["FirstBlockCache"] == 0
     with torch.no_grad():
         compiled(model, lower="aot", dump=tmp_path / "more", first_block_cache=True)(**wide_inputs(tokens=37))
-    (folder,) = dumped.folders(tmp_path / "more")  # of weights that were in float8 alone before
+    (folder,) = dump_read.folders(tmp_path / "more")  # of weights that were in float8 alone before
     assert bisect.bisect(folder).finding is None
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hvcompile.explain import explain
-from hvcompile.flops import UNKNOWN_TO_TORCH
+from hvcompile.explanation.explain import explain
+from hvcompile.graph.flops import UNKNOWN_TO_TORCH
 
 attend = functional.scaled_dot_product_attention
 OPERATIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {

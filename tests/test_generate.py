@@ -24,9 +24,9 @@ from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
 import hvcompile
-from hvcompile import generate, metrics, pipelines, tiny, video
+from hvcompile.app import generate, metrics, pipelines, tiny, video
+from hvcompile.app.generate import Request
 from hvcompile.errors import InputError, UncompiledModelError
-from hvcompile.generate import Request
 
 SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import fx
 
-from hvcompile.dump import Dump
-from hvcompile.graph_reader import load, read_graph
+from hvcompile.dump.source_reader import load, read_graph
+from hvcompile.dump.write import Dump
 
 
 def written(directory: Path, graph: fx.Graph, **attributes: Any) -> tuple[fx.GraphModule, Path]:

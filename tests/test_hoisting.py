@@ -16,10 +16,10 @@ from toy import WIDTH, Toy, toy_inputs
 from trunks import recovered
 
 import hvcompile
-from hvcompile import pipeline
-from hvcompile.nodes import op_name
+from hvcompile import journal, pipeline
+from hvcompile.graph.nodes import op_name
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
-from hvcompile.trunk import Trunk
+from hvcompile.trunk.trunk import Trunk
 
 FAMILIES = (
     *("hunyuan_video", "hunyuan_video_i2v_replace", "cogvideox", "mochi", "wan_t2v", "wan_i2v", "ltx", "qwen_image"),
@@ -33,8 +33,8 @@ def attention_row(model: Any) -> Any:
     return row
 
 
-def hoisted(trunk: Trunk) -> pipeline.JournalRow:
-    rows: list[pipeline.JournalRow] = []
+def hoisted(trunk: Trunk) -> journal.JournalRow:
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(UnmaskedAttention(), False)], lambda *_: None, rows)
     return rows[0]
 

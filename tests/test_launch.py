@@ -11,8 +11,8 @@ import av
 import pytest
 import torch
 
-from hvcompile import launch
 from hvcompile.errors import InputError
+from hvcompile.ranks import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "examples" / "launch"

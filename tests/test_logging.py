@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from hvcompile import inductor
-from hvcompile.dump import stem_of
+import hvcompile
+from hvcompile.dump.write import stem_of
 from hvcompile.passes import PASSES
+from hvcompile.torch_private import dynamo
 
-ROOT = Path(inductor.__file__).parents[1]
+ROOT = Path(hvcompile.__file__).parents[1]
 RUN = """
 import torch
 from toy import Toy, toy_inputs
@@ -66,14 +67,14 @@ def test_torch_logs_turns_the_log_on(traced: tuple[str, Any]) -> None:
 
 def test_torch_logs_is_understood_where_this_package_is_imported_first() -> None:
     """Torch imports what the variable names while it is itself being imported."""
-    code = "import hvcompile.cli, hvcompile.backend, logging; logging.getLogger('hvcompile.backend').debug('here')"
+    code = "import hvcompile.app.cli, hvcompile.backend, logging; logging.getLogger('hvcompile.backend').debug('here')"
     assert run(code, TORCH_LOGS="+hvcompile").count("here") == 1
 
 
 def test_without_the_switch_nothing_is_logged_and_nothing_traced() -> None:
     assert run(RUN) == ""
-    assert not inductor.is_tracing()
-    inductor.trace_artifact("name", "string", lambda: pytest.fail("asked for"))
+    assert not dynamo.is_tracing()
+    dynamo.trace_artifact("name", "string", lambda: pytest.fail("asked for"))
 
 
 def test_every_pass_and_the_journal_are_artifacts_of_the_trace(traced: tuple[str, Any]) -> None:
@@ -99,6 +100,6 @@ def test_every_pass_and_the_journal_are_artifacts_of_the_trace(traced: tuple[str
 
 def test_a_torch_without_this_trace_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch._logging._internal", None)
-    assert not inductor.is_tracing()
-    inductor.trace_artifact("name", "string", lambda: pytest.fail("asked for"))
+    assert not dynamo.is_tracing()
+    dynamo.trace_artifact("name", "string", lambda: pytest.fail("asked for"))
     assert torch.__version__

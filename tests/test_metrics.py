@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hvcompile import metrics
+from hvcompile.app import metrics
 
 
 def decibels(difference: NDArray[np.float64]) -> float:

@@ -91,12 +91,12 @@ def test_dump_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_error_reaches_the_user_before_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvcompile import inductor
+    from hvcompile.torch_private import lowering
 
     def no_lowering(*_: object) -> Any:
         raise AssertionError("lowered in spite of an invalid option")
 
-    monkeypatch.setitem(inductor.LOWERINGS, "inductor", no_lowering)
+    monkeypatch.setitem(lowering.LOWERINGS, "inductor", no_lowering)
     compiled = hvfast(Toy(), options={"first_block_cache": {"threshold": -1}})
     with torch.no_grad(), pytest.raises(Exception, match=r"first_block_cache\.threshold is -1"):
         compiled(**toy_inputs())

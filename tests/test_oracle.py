@@ -15,7 +15,7 @@ import zoo
 from oracle import STEPS, denoise, diffusers_cached, first, hvfast, relative_error, timesteps
 
 import hvcompile
-from hvcompile import inductor
+from hvcompile.torch_private import lowering
 
 SEEDS = (0, 1, 2)
 
@@ -28,19 +28,19 @@ def last_reused(model: Any) -> bool:
 def lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the calls of Inductor."""
     calls: list[int] = []
-    original = inductor.LOWERINGS["inductor"]
+    original = lowering.LOWERINGS["inductor"]
 
     def counted(module: Any, inputs: Any) -> Any:
         calls.append(len(inputs))
         return original(module, inputs)
 
-    monkeypatch.setitem(inductor.LOWERINGS, "inductor", counted)
+    monkeypatch.setitem(lowering.LOWERINGS, "inductor", counted)
     return calls
 
 
 @pytest.fixture(scope="module")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from hvcompile import pipelines, tiny
+    from hvcompile.app import pipelines, tiny
 
     directory: Path = tmp_path_factory.mktemp("tiny")
     tiny.write(directory)

@@ -11,10 +11,10 @@ from oracle import hvfast, relative_error
 from torch import nn
 from toy import TOKENS, WIDTH, Toy, toy_inputs
 
-from hvcompile.inductor import INVOKE_SUBGRAPH
-from hvcompile.nodes import op_name
-from hvcompile.outline import recover
-from hvcompile.trunk import NoTrunk, Trunk
+from hvcompile.graph.nodes import op_name
+from hvcompile.torch_private.lowering import INVOKE_SUBGRAPH
+from hvcompile.trunk.outline import recover
+from hvcompile.trunk.trunk import NoTrunk, Trunk
 
 
 def outlined(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Trunk | NoTrunk, str]:

@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from hvcompile import contenders
+from hvcompile.app.bench import contenders
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = ("--seeds", "1", "--steps", "4", "--frames", "5", "--height", "32", "--width", "48", "--lower", "eager")

@@ -19,10 +19,10 @@ from torch import nn
 from wide import Wide, wide_inputs
 
 import hvcompile
-from hvcompile import float8
-from hvcompile.quantized_weights import Joined, QuantizedWeight
+from hvcompile.float8.weights import Joined, QuantizedWeight
+from hvcompile.torch_private import torchao
 
-pytestmark = pytest.mark.skipif(not float8.is_available(), reason="torchao is not installed")
+pytestmark = pytest.mark.skipif(not torchao.is_available(), reason="torchao is not installed")
 
 
 @pytest.fixture(scope="module")

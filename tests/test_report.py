@@ -20,13 +20,16 @@ from toy import Toy, toy_inputs
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile import backend, cli, explaining, generate, graph_text, pictures, pipelines, report, tiny
+from hvcompile import backend
+from hvcompile.app import cli, generate, pipelines, tiny
+from hvcompile.app import explain as app_explain
 from hvcompile.errors import InputError, UntraceableModelError
-from hvcompile.explain import Explanation, Stretch, explain
-from hvcompile.graph_text import Line
-from hvcompile.pictures import Generation
-from hvcompile.pipeline import JournalRow, PassReport
-from hvcompile.runtime import Stats, Step
+from hvcompile.explanation import listing, pictures, report
+from hvcompile.explanation.explain import Explanation, Stretch, explain
+from hvcompile.explanation.listing import Line
+from hvcompile.explanation.pictures import Generation
+from hvcompile.journal import JournalRow, PassReport
+from hvcompile.runtime.state import Stats, Step
 
 pytestmark = pytest.mark.xdist_group("report")  # one browser, and one run of the model, for all of them
 
@@ -180,7 +183,7 @@ def test_comparison_says_both_versions() -> None:
         after = [dataclasses.replace(line, text=f"{line.text}'") if draw.random() < 0.2 else line for line in before]
         after = [line for line in after if draw.random() < 0.7]
         after[3:3] = [Line(name=f"new{n}", text=f"new{n}") for n in range(draw.randrange(4))]
-        parts = graph_text.compare(before, after)
+        parts = listing.compare(before, after)
         assert [line for part in parts for line in part.before] == before
         assert [line for part in parts for line in part.after] == after
         for part in parts:
@@ -344,7 +347,7 @@ def test_a_bad_path_is_one_line_before_any_work(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(explaining, "skeleton", never)
+    monkeypatch.setattr(app_explain, "skeleton", never)
     monkeypatch.setattr(pipelines, "load", never)
     for command in (["explain"], ["generate", "a cat", "--output", str(tmp_path / "a.mp4")]):
         done = CliRunner().invoke(cli.app, [*command, "--html", str(path)])

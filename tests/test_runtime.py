@@ -14,8 +14,8 @@ from oracle import hvfast
 from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
-from hvcompile import runtime
-from hvcompile.fingerprints import fingerprint
+from hvcompile.runtime import call, state
+from hvcompile.runtime.fingerprints import fingerprint
 
 SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
 
@@ -204,7 +204,7 @@ def test_stale_slots_are_freed() -> None:
     model = compiled(Toy(), threshold=1e9)
     with torch.no_grad():
         model(**toy_inputs(1))
-        for place in range(runtime.STALE_AFTER_CALLS + 1):
+        for place in range(call.STALE_AFTER_CALLS + 1):
             model(**toy_inputs(0) | {"timestep": torch.full((1,), 900.0 - place)})
     assert hvcompile.stats(model).slots == 1
 
@@ -214,10 +214,10 @@ def test_state_dies_with_the_model() -> None:
     fast = compiled(model)
     with torch.no_grad():
         fast(**toy_inputs())
-    (state,) = runtime._states_of(model)
-    alive = [weakref.ref(tensor) for slot in state.slots.values() for tensor in slot.tensors]
+    (kept,) = state._states_of(model)
+    alive = [weakref.ref(tensor) for slot in kept.slots.values() for tensor in slot.tensors]
     weak_model = weakref.ref(model)
-    del state, fast, model
+    del kept, fast, model
     gc.collect()
     assert weak_model() is None
     assert not [reference for reference in alive if reference() is not None]
@@ -259,22 +259,22 @@ def test_models_that_share_a_block_share_no_state() -> None:
 def test_slots_are_bounded_and_churn_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = compiled(Toy(), threshold=1e9)
     with torch.no_grad():
-        for seed in range(runtime.MOST_SLOTS + 3):
+        for seed in range(call.MOST_SLOTS + 3):
             model(**toy_inputs(seed))
-    assert hvcompile.stats(model).slots == runtime.MOST_SLOTS
+    assert hvcompile.stats(model).slots == call.MOST_SLOTS
     assert caplog.text.count("changes at every step") == 1
 
 
 def test_a_model_that_never_ran() -> None:
-    for call in (hvcompile.stats, hvcompile.reset):
+    for ask in (hvcompile.stats, hvcompile.reset):
         with pytest.raises(hvcompile.UncompiledModelError, match="compile it with"):
-            call(Toy())
+            ask(Toy())
     with pytest.raises(TypeError, match="str"):
         hvcompile.stats("model")  # type: ignore[arg-type]
 
 
 def test_many_steps_are_counted_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "KEPT_STEPS", 5)
+    monkeypatch.setattr(state, "KEPT_STEPS", 5)
     model = compiled(Toy(), threshold=1e9)
     for _ in range(2):
         Generation(model, 0).run()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hvcompile.explain import capture
+from hvcompile.explanation.explain import capture
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "scaling.py"
 HEADS, SIZE, TEXT = 4, 8, 7

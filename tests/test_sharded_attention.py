@@ -20,13 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trunks import recovered
 
-from hvcompile import inductor, pipeline
+from hvcompile import journal, pipeline
 from hvcompile.errors import OptionError
-from hvcompile.inductor import TAG, value
-from hvcompile.key_padding import arguments, is_part
-from hvcompile.nodes import op_name
+from hvcompile.graph.attention import arguments, is_part
+from hvcompile.graph.nodes import op_name
 from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
+from hvcompile.torch_private import lowering
+from hvcompile.torch_private.fakes import TAG, value
 
 SLOW = pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
 RING: dict[str, Any] = {"ring": 2}
@@ -64,7 +65,7 @@ def test_graph(fake_group: Callable[[int, int], None]) -> None:
     """Rank 1 of 2, 13 tokens: 7 each with one of padding; around the attention two redistributions, no more."""
     fake_group(1, 2)
     trunk = recovered(cases.Joint(), **cases.joint_inputs())
-    rows: list[pipeline.JournalRow] = []
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(ShardedAttention(), True)], lambda *_: None, rows)
     lines = text_of(trunk.graph)
     entry = lines.index("pad(contiguous_1, (0, 0, 0, 1)) -> [1, 14, 64]")
@@ -110,7 +111,7 @@ def test_graph_of_a_ring(fake_group: Callable[[int, int], None]) -> None:
     """Rank 3 of 2 x 2, 13 tokens: its own stretch's keys first, then those of the first stretch, with the text."""
     fake_group(3, 4)
     trunk = recovered(cases.Joint(), **cases.joint_inputs())
-    rows: list[pipeline.JournalRow] = []
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(ShardedAttention(ulysses=2), True)], lambda *_: None, rows)
     assert "4 ranks share 13 tokens (4 each, 3 of them padding), and ulysses x ring is 2 x 2" in rows[0].line()
     lines = text_of(trunk.bodies[0].module.graph)
@@ -156,7 +157,7 @@ def test_parts_lose_their_masks_alike_on_all_ranks(fake_group: Callable[[int, in
     for rank in range(3):
         fake_group(rank, 3)
         trunk = recovered(cases.Joint(), **cases.masked_inputs((3, 5)))
-        rows: list[pipeline.JournalRow] = []
+        rows: list[journal.JournalRow] = []
         passes: list[tuple[pipeline.Pass, bool]] = [(ShardedAttention(), True), (UnmaskedAttention(), True)]
         pipeline.run(trunk, passes, lambda *_: None, rows)
         parts = [node for node in trunk.bodies[0].module.graph.nodes if is_part(node)]
@@ -412,7 +413,7 @@ def test_collectives_of_the_compiled_graph(
         aot_module_simplified(module, list(inputs), fw_compiler=count)
         return module.forward
 
-    monkeypatch.setitem(inductor.LOWERINGS, "aot", capture)
+    monkeypatch.setitem(lowering.LOWERINGS, "aot", capture)
     with torch.device(device):
         model = cases.Joint()
     inputs = {name: held.to(device) for name, held in cases.joint_inputs().items()}

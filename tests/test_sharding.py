@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import fx, nn
 
-from hvcompile.explain import capture
-from hvcompile.layouts import Layout, Segment, Split, localise
-from hvcompile.sharding import CannotShard, Resharder, WantsSplit
+from hvcompile.explanation.explain import capture
+from hvcompile.ranks.split import Layout, Segment, Split, localise
+from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, WantsSplit
+from hvcompile.rewriting.sharding.rules import RULES
 
 BATCH, TEXT, WIDTH = 2, 3, 8
 
@@ -38,7 +39,7 @@ def resharded(graph: fx.Graph, split: Split, wanted: dict[int, Layout]) -> tuple
     """Copy a graph for one rank; ``wanted`` says which of its inputs come split, and gains those that turn out to."""
     placeholders = list(graph.find_nodes(op="placeholder"))
     while True:
-        resharder = Resharder(graph, split, "test", "the function", no_attention, frozenset(placeholders))
+        resharder = Resharder(graph, split, "test", "the function", no_attention, RULES, frozenset(placeholders))
         try:
             for place, node in enumerate(placeholders):
                 resharder.placeholder(node, wanted.get(place))

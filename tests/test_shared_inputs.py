@@ -14,8 +14,8 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trunks import recovered
 
-from hvcompile import pipeline
-from hvcompile.nodes import op_name
+from hvcompile import journal, pipeline
+from hvcompile.graph.nodes import op_name
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.sharded_attention import ShardedAttention
 
@@ -32,7 +32,7 @@ def second_of_two() -> Iterator[None]:
 def test_graph() -> None:
     """The sample and the timestep are sent at once; whatever read the rank's own reads those, the cache too."""
     trunk = recovered(cases.Joint(), **cases.joint_inputs())
-    rows: list[pipeline.JournalRow] = []
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(ShardedAttention(), True), (FirstBlockCache(), True)], lambda *_: None, rows)
     work = [node for node in trunk.graph.nodes if node.op not in {"placeholder", "get_attr", "output"}]
     assert [f"{op_name(node)}({', '.join(map(str, node.args))})" for node in work[:2]] == [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvcompile import metrics, sheet
+from hvcompile.app import metrics, sheet
 
 
 def quality(*psnr: float) -> metrics.Quality:

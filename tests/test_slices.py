@@ -11,10 +11,10 @@ from oracle import first, hvfast, relative_error
 from torch import fx, nn
 
 import hvcompile
-from hvcompile import inductor
-from hvcompile.inductor import value
-from hvcompile.nodes import is_tensor
-from hvcompile.slices import count_from_start
+from hvcompile.graph.nodes import is_tensor
+from hvcompile.graph.slices import count_from_start
+from hvcompile.torch_private import dynamo
+from hvcompile.torch_private.fakes import value
 
 
 class Cut(nn.Module):
@@ -33,7 +33,7 @@ def test_invented_symbols_disappear() -> None:
     graphs: list[fx.GraphModule] = []
 
     def backend(module: fx.GraphModule, _: object) -> Any:
-        graphs.append(inductor.clone_graph_module(module))
+        graphs.append(dynamo.clone_graph_module(module))
         counts.append(count_from_start(graphs[-1].graph))
         graphs[-1].graph.lint()
         graphs[-1].recompile()

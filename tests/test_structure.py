@@ -10,7 +10,8 @@ from torch import fx, nn
 from torch._dynamo.exc import Unsupported
 
 import hvcompile
-from hvcompile.structure import describe_lists, find_trunk, module_path
+from hvcompile.graph.paths import module_path
+from hvcompile.trunk.find import describe_lists, find_trunk
 
 # Dynamo itself breaks these into several graphs (a branch or a size that depends on data).
 SEVERAL_GRAPHS = {"hunyuan_video15", "hunyuan_image_glyphs", "hidream", "lumina2", "omnigen"}

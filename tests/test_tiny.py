@@ -14,7 +14,7 @@ from diffusers import FirstBlockCacheConfig, HunyuanVideoPipeline
 from diffusers.hooks import first_block_cache
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
-from hvcompile import tiny
+from hvcompile.app import tiny
 
 PROMPT = "A cat walks on the grass"
 SMALL = {"num_inference_steps": 2, "num_frames": 5, "height": 32, "width": 48}

@@ -16,7 +16,7 @@ import train_transformer
 import train_vae
 from runs import Averaged, Run
 
-from hvcompile import tiny
+from hvcompile.app import tiny
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from diffusers import HunyuanVideoPipeline
 
 import hvcompile
-from hvcompile import pipelines, tiny
+from hvcompile.app import pipelines, tiny
 
 MOST_BYTES = 12 * 2**20
 

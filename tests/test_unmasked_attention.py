@@ -16,16 +16,18 @@ from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 from trunks import recovered
 
 import hvcompile
-from hvcompile import inductor, pipeline
-from hvcompile.attention_kernels import Attention, expected, refusal
+from hvcompile import journal, pipeline
 from hvcompile.errors import OptionError
-from hvcompile.inductor import TAG, value
-from hvcompile.key_padding import DROPPED, arguments, is_attention, read_lengths
-from hvcompile.nodes import op_name
+from hvcompile.graph.attention import arguments, is_attention
+from hvcompile.graph.attention_kernels import Attention, expected, refusal
+from hvcompile.graph.nodes import op_name
 from hvcompile.passes import unmasked_attention
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
-from hvcompile.trunk import Trunk
+from hvcompile.rewriting.key_padding import DROPPED, read_lengths
+from hvcompile.torch_private import fakes, lowering
+from hvcompile.torch_private.fakes import TAG, value
+from hvcompile.trunk.trunk import Trunk
 
 KEYS = TOKENS + TEXT
 NO_CACHE = {"first_block_cache": False}
@@ -90,8 +92,8 @@ def masked_inputs(*valid: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return toy_inputs(seed, batch=len(valid)) | {"keep": keep_first(*valid)}
 
 
-def apply(trunk: Trunk) -> pipeline.JournalRow:
-    rows: list[pipeline.JournalRow] = []
+def apply(trunk: Trunk) -> journal.JournalRow:
+    rows: list[journal.JournalRow] = []
     pipeline.run(trunk, [(UnmaskedAttention(hoist=False), False)], lambda *_: None, rows)
     return rows[0]
 
@@ -521,14 +523,14 @@ def test_what_torch_cannot_trace_is_written_out(
 
     Where torch can trace all, as newer versions, it is made to look as if it could not.
     """
-    traces = inductor.is_traceable
+    traces = fakes.is_traceable
     seen: list[bool] = []
 
     def looked_at(*given: Any, **kwargs: Any) -> bool:
         seen.append(is_traceable and traces(*given, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(inductor, "is_traceable", looked_at)
+    monkeypatch.setattr(fakes, "is_traceable", looked_at)
     model = MaskedToy(sizes=sizes, **how)
     fast = hvfast(model, fullgraph=True, options={"lower": "aot"})
     for valid in ((15, 14), (13, 17)):
@@ -570,7 +572,7 @@ def test_a_kernel_that_cannot_run_is_an_error_up_front(kernel: str, monkeypatch:
     def never(*_: object) -> None:
         raise AssertionError("compile time was spent")
 
-    monkeypatch.setitem(inductor.LOWERINGS, "inductor", never)
+    monkeypatch.setitem(lowering.LOWERINGS, "inductor", never)
     fast = hvfast(MaskedToy(), fullgraph=True, options={"attention": {"kernel": kernel}})
     told = f"RequestedPassError: .*kernel '{kernel}' for .* of block_0: on cpu there are flash and math"
     with pytest.raises(Exception, match=told), torch.no_grad():

@@ -47,6 +47,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
         return convert(given, source, target, rounding)
 
     monkeypatch.setattr(interpreter, "_convert_float", converted)
-    from hvcompile import float8_attention_triton
 
-    return float8_attention_triton
+    from hvcompile.float8 import attention_triton
+
+    return attention_triton

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvcompile.outline import recover
-from hvcompile.trunk import Trunk
+from hvcompile.trunk.outline import recover
+from hvcompile.trunk.trunk import Trunk
 
 
 def recovered(model: nn.Module, **inputs: Any) -> Trunk:

@@ -6,7 +6,7 @@ from typing import Final
 
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 
-from hvcompile import tiny
+from hvcompile.app import tiny
 
 DIRECTORY: Final = tiny.DIRECTORY
 """Where ``publish.py`` writes the trained pipeline, in the layout of diffusers, and ``check.py`` looks for it."""

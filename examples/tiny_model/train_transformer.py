@@ -29,7 +29,7 @@ from runs import Averaged, Run, device
 from torch.nn.functional import mse_loss
 from train_vae import batch_of
 
-from hvcompile import tiny
+from hvcompile.app import tiny
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 """The parts of the pipeline that learn here."""

@@ -1,0 +1,207 @@
+"""Explaining from the command line: a pipeline by its skeleton, or a script by running it up to its transformer."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+
+from hvcompile import backend, outputs
+from hvcompile.app import pipelines, tiny
+from hvcompile.app.skeleton import skeleton, transformer_call
+from hvcompile.errors import InputError
+from hvcompile.explanation import report
+from hvcompile.explanation.explain import Explanation, explain, explain_graph
+from hvcompile.graph.costs import DEVICES
+from hvcompile.options import MODES, Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to explain; None leaves a choice to the pipeline.
+
+    Attributes:
+        model: directory or hub id, or a Python script; None for the embedded tiny pipeline.
+        frames, height, width: the clip, in frames and pixels.
+        prompt: its length counts only where the pipeline does not pad; None for a short one.
+        mode: as for ``torch.compile``.
+        gpu: a key of ``costs.DEVICES``.
+        dtype: a key of ``pipelines.DTYPES``; None for bfloat16.
+        arguments: of the script.
+        json_file: where the explanation goes as JSON, without the text of the graphs.
+        html_file: where it goes as a report.
+
+    """
+
+    model: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    prompt: str | None = None
+    mode: str | None = None
+    gpu: str = "h100"
+    dtype: str | None = None
+    arguments: tuple[str, ...] = ()
+    json_file: Path | None = None
+    html_file: Path | None = None
+
+    def check(self) -> None:
+        """Raise InputError for all that is wrong whatever the model; loads nothing."""
+        for name in ("frames", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}: give 1 or more")
+        if self.gpu not in DEVICES:
+            raise InputError(f"gpu {self.gpu!r} is unknown: give one of {', '.join(DEVICES)}")
+        if self.dtype is not None and self.dtype not in pipelines.DTYPES:
+            raise InputError(f"dtype {self.dtype!r} is unknown: give one of {', '.join(pipelines.DTYPES)}")
+        if self.mode is not None and self.mode not in MODES:
+            raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
+        if self.json_file is not None:
+            outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
+        if self.html_file is not None:
+            report.check(self.html_file)
+        if self.is_script:
+            for name in ("frames", "height", "width", "mode", "dtype", "prompt"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} can't be given with a script, which chooses it itself: leave it out")
+            if not Path(str(self.model)).is_file():
+                raise InputError(f"model {self.model!r}: there is no such script: check its path")
+        elif self.arguments:
+            raise InputError(f"{' '.join(self.arguments)!r} is more than one model: only a script is given arguments")
+        elif self.model is not None:
+            pipelines.check_model(self.model)
+
+    @property
+    def is_script(self) -> bool:
+        """Whether ``model`` names a Python script."""
+        return self.model is not None and self.model.endswith(".py")
+
+
+class _SeenError(BaseException):
+    """Ends a script once its model is explained; no Exception, so that neither Dynamo nor the script holds it up."""
+
+
+def explain_request(request: Request) -> Explanation:
+    """Explain what the request names, and write the JSON file and the report that it asks for.
+
+    Raises:
+        InputError: the request can't be met; the message says why.
+        UntraceableModelError: the transformer does not trace as one graph.
+
+    """
+    request.check()
+    if request.is_script:
+        explanation, facts = explain_script(request), {"script": str(request.model)}
+    else:
+        explanation, facts = explain_pipeline(request)
+    if request.json_file is not None:
+        figures = dataclasses.asdict(dataclasses.replace(explanation, stages=()))
+        del figures["stages"]
+        figures |= {"flops": explanation.flops, "seconds": explanation.seconds}
+        outputs.write_json(figures, request.json_file)
+    if request.html_file is not None:
+        title = "the embedded tiny pipeline" if request.model is None else request.model
+        report.write(request.html_file, explanation=explanation, title=title, facts=facts)
+    return explanation
+
+
+def explain_script(request: Request) -> Explanation:
+    """Run a script up to the first call of a model that it compiles with hvfast, and explain that call.
+
+    Graphs without blocks on the way run as they are. The script's own options and mode are those explained. What was
+    compiled in this process before is compiled anew when it is called again.
+
+    Raises:
+        InputError: the script ends, or fails, before it calls such a model.
+
+    """
+    path = str(request.model)
+    found: list[Explanation] = []
+    met: list[str] = []
+
+    def explain_it(graph: fx.GraphModule, inputs: Any, settings: Options, *_: Any) -> Any:
+        explanation = explain_graph(graph, inputs, settings, DEVICES[request.gpu])
+        if explanation.reason:
+            met.append(explanation.reason)
+            return graph.forward
+        found.append(explanation)
+        raise _SeenError
+
+    arguments, paths = sys.argv, sys.path
+    try:
+        sys.argv = [path, *request.arguments]
+        sys.path = [str(Path(path).resolve().parent), *paths]  # as python itself has it
+        with _instead_of_compiling(explain_it):
+            runpy.run_path(path, run_name="__main__")
+    except _SeenError:
+        return found[0]
+    except SystemExit:
+        pass  # a script may end as it likes
+    except Exception as error:  # whatever the script raises; the cause stays attached
+        raise InputError(
+            f"script {path!r} fails before it calls a model compiled with hvfast: {pipelines.first_line(error)}; "
+            "run it by itself first"
+        ) from error
+    finally:
+        sys.argv, sys.path = arguments, paths
+    if met:
+        counts = collections.Counter(met)
+        reasons = "; ".join(
+            reason if number == 1 else f"{reason} ({number} graphs)" for reason, number in counts.items()
+        )
+        raise InputError(
+            f"script {path!r} ended, and of the {len(met)} graphs that hvfast was given it would have rewritten none: "
+            f"{reasons}"
+        )
+    raise InputError(
+        f'script {path!r} ended and called no model compiled with hvfast: compile one with backend="hvfast" and call it'
+    )
+
+
+@contextlib.contextmanager
+def _instead_of_compiling(explain_it: Callable[..., Any]) -> Iterator[None]:
+    """Within, hvfast hands what Dynamo captures to a function, and Dynamo captures everything anew.
+
+    What hvfast calls is exchanged and not hvfast itself, which Dynamo keeps from when it is first named.
+    """
+    torch.compiler.reset()  # a model that was compiled before would run, and not be handed over
+    try:
+        with mock.patch.object(backend, "_compile", explain_it):
+            yield
+    finally:
+        torch.compiler.reset()  # graphs that were only explained are not to be run for compiled ones
+
+
+def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
+    """Explain the transformer of a pipeline as its first step calls it, and name what was explained.
+
+    Raises:
+        InputError: the request can't be met; the message says why.
+        UntraceableModelError: the transformer does not trace as one graph.
+
+    """
+    dtype = pipelines.DTYPES[request.dtype or "bfloat16"]
+    sizes = {"num_frames": request.frames, "height": request.height, "width": request.width}
+    arguments: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if request.model is None:
+        pipe = skeleton(str(tiny.DIRECTORY), dtype)
+        arguments = {**tiny.DEFAULTS, **arguments}
+    else:
+        pipe = skeleton(request.model, dtype)
+    pipelines.Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
+    args, kwargs = transformer_call(pipe, request.prompt or "a cat walks", arguments)
+    explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
+    facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
+    given = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]
+    return explanation, facts | ({"clip": ", ".join(given)} if given else {})

@@ -1,0 +1,240 @@
+"""Loads a text-to-video pipeline of diffusers, the embedded tiny one or any other, and knows which sizes it takes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
+
+from hvcompile.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Pipelines of diffusers name the same two numbers differently; the first attribute that a pipeline has is the one.
+_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor")
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_scale_factor", "vae_temporal_compression_ratio")
+
+# What a pipeline's call must take for a generation to be asked for, and followed step by step.
+_NEEDED = ("prompt", "num_inference_steps", "generator", "output_type", "callback_on_step_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The sizes a pipeline takes: height and width in steps of ``spatial`` pixels, ``k * temporal + 1`` frames.
+
+    Attributes:
+        spatial: pixels of one transformer token along height and width (VAE scale x patch size), 1 where unknown.
+        temporal: frames of one latent frame, 1 where unknown.
+
+    """
+
+    spatial: int
+    temporal: int
+
+    @classmethod
+    def of(cls, pipe: Any) -> Self:
+        """Read the grid of a loaded pipeline from its VAE's scale factors and its transformer's patch size."""
+        patch = getattr(pipe.transformer.config, "patch_size", 1)
+        patch = patch[-1] if isinstance(patch, list | tuple) else patch
+        return cls(spatial=_first(pipe, _SPATIAL) * (patch or 1), temporal=_first(pipe, _TEMPORAL))
+
+    def check(self, *, height: int | None, width: int | None, frames: int | None) -> None:
+        """Raise InputError where a size given (None: the pipeline's own) is off the grid; names the nearest legal."""
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and value % self.spatial:
+                below = value - value % self.spatial
+                near = " or ".join(str(size) for size in (below, below + self.spatial) if size)
+                raise InputError(f"{name} is {value}, but this pipeline takes multiples of {self.spatial}: give {near}")
+        if frames is not None and (frames - 1) % self.temporal:
+            below = frames - (frames - 1) % self.temporal
+            raise InputError(
+                f"frames is {frames}, but this pipeline takes a multiple of {self.temporal}, plus 1: "
+                f"give {below} or {below + self.temporal}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A pipeline on its device, and what to call it with where the user gives nothing.
+
+    Attributes:
+        pipe: a diffusers pipeline with a ``transformer``, in evaluation mode.
+        defaults: keyword arguments of the call; only those in which we differ from the pipeline's own defaults.
+
+    """
+
+    pipe: Any
+    defaults: Mapping[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the transformer."""
+        return torch.device(self.pipe.transformer.device)
+
+    def accepts(self, argument: str) -> bool:
+        """Whether the pipeline's call has this keyword argument."""
+        return argument in inspect.signature(self.pipe.__call__).parameters
+
+    def default(self, argument: str) -> Any:
+        """Tell what the pipeline uses for ``argument`` where it is not given."""
+        return self.defaults.get(argument, inspect.signature(self.pipe.__call__).parameters[argument].default)
+
+
+def load(model: str | None = None, dtype: str | None = None, device: str | None = None) -> Loaded:
+    """Load a text-to-video pipeline.
+
+    Args:
+        model: a directory in the layout of diffusers, or a hub id; None for the embedded tiny HunyuanVideo.
+        dtype: a key of ``DTYPES``; None for bfloat16 on a GPU and float32 on the CPU.
+        device: as torch writes it ("cpu", "cuda:1"); None for a GPU where there is one.
+
+    Raises:
+        InputError: no such directory, not a pipeline, a hub id that can't be fetched, a pipeline that makes no video
+            from text alone or has no transformer, an unknown dtype or a device that is not there.
+
+    """
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    if model is not None:
+        check_model(model)
+        return _loaded(_from_pretrained(model, precision), model, place, {})
+    from hvcompile.app import tiny
+
+    return _loaded(_from_pretrained(str(tiny.DIRECTORY), precision), "the tiny pipeline", place, tiny.DEFAULTS)
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """Turn the text of a device, or None, into a device that is there; raises InputError otherwise."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+        if place.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} can't be used: {first_line(error)}; give cpu, cuda or cuda:N") from error
+    return place
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """Turn the name of a dtype, or None, into a dtype: None is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown: give one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def check_model(model: str) -> None:
+    """Raise InputError where ``model`` is a path with no pipeline at it; a hub id is only tried by ``load``."""
+    path = Path(model).expanduser()
+    is_path = bool(model.strip())  # nothing at all would be the current directory
+    if is_path and path.is_dir():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise InputError(f"model {model!r} is a directory without model_index.json: give the root of a pipeline")
+        try:
+            is_index = "_class_name" in json.loads(index.read_text())
+        except ValueError:
+            is_index = False
+        if not is_index:
+            raise InputError(f"model {model!r}: its model_index.json is damaged: copy or download the pipeline again")
+    elif is_path and path.exists():
+        raise InputError(f"model {model!r} is a file: give a directory in the layout of diffusers, or a hub id")
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(
+            f"model {model!r} is neither a directory nor a hub id: give a path that is there, or owner/name"
+        )
+
+
+def transformer_config(model: str) -> dict[str, Any]:
+    """Read the configuration of a HunyuanVideo pipeline's transformer, and no weights.
+
+    Raises:
+        InputError: there is no such pipeline, or its transformer is of another kind.
+
+    """
+    check_model(model)
+    kind = HunyuanVideoTransformer3DModel.__name__
+    try:
+        config = dict(HunyuanVideoTransformer3DModel.load_config(_place(model), subfolder="transformer"))
+    except Exception as error:  # every library below raises its own kind; the cause stays attached
+        raise InputError(
+            f"model {model!r} has no transformer that can be read: {first_line(error)}; give the directory or hub id "
+            "of a HunyuanVideo pipeline"
+        ) from error
+    if config.get("_class_name") != kind or config.get("image_condition_type") is not None:
+        wanted = f"a {kind} that makes video from text alone"
+        raise InputError(f"model {model!r} holds a {config.get('_class_name')}: give a pipeline with {wanted}")
+    return config
+
+
+def load_transformer(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load the transformer of a HunyuanVideo pipeline, and its scheduler; raises InputError as ``load`` does."""
+    try:
+        transformer = HunyuanVideoTransformer3DModel.from_pretrained(
+            _place(model), subfolder="transformer", dtype=dtype
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_place(model), subfolder="scheduler")
+    except Exception as error:  # as above
+        raise InputError(f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again") from error
+    return transformer, scheduler
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.is_dir() else model
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
+    is_local = Path(model).expanduser().is_dir()
+    try:
+        return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype)
+    except Exception as error:  # every library below raises its own kind; the cause stays attached
+        if is_local:
+            raise InputError(
+                f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again"
+            ) from error
+        raise InputError(
+            f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check its "
+            "name, the network and, for a gated model, HF_TOKEN, or download it and give its directory"
+        ) from error
+
+
+def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any]) -> Loaded:
+    kind = type(pipe).__name__
+    if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
+        raise InputError(f"model {name!r} is a {kind}, which has no transformer to compile: give a video transformer")
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "num_frames" not in parameters:
+        raise InputError(f"model {name!r} is a {kind}, which makes no video: give a text-to-video pipeline")
+    missing = [key for key in _NEEDED if key not in parameters]
+    if missing:
+        raise InputError(
+            f"model {name!r} is a {kind}, whose call lacks {', '.join(missing)}: it can't be followed here"
+        )
+    others = [key for key, value in parameters.items() if value.default is value.empty and key != "prompt"]
+    if others:
+        raise InputError(f"model {name!r} is a {kind}, which also needs {', '.join(others)}: give a text-to-video one")
+    if hasattr(getattr(pipe, "vae", None), "enable_tiling"):
+        pipe.vae.enable_tiling()  # a full-size clip does not fit in memory decoded whole; small ones are not tiled
+    pipe.set_progress_bar_config(disable=True)
+    return Loaded(pipe=pipe.to(device), defaults=defaults)
+
+
+def _first(pipe: Any, names: tuple[str, ...]) -> int:
+    return next((int(value) for name in names if (value := getattr(pipe, name, None)) is not None), 1)
+
+
+def first_line(error: BaseException) -> str:
+    """Cut an exception's message, which may be a page long, down to a part of a line."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(message, 120, placeholder=" ...").rstrip(".:;")

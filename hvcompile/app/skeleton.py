@@ -1,0 +1,110 @@
+"""A pipeline without its weights: built from its configuration on the meta device, to learn how it calls its model.
+
+A checkpoint's configuration files are a few megabytes; its weights are tens of gigabytes and are neither read nor
+fetched. Tokenizers and schedulers are real, modules are shapes, so a call of the pipeline runs as far as the first
+call of its transformer in a second or two, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+from hvcompile.app.pipelines import check_model, first_line
+from hvcompile.errors import InputError
+
+# Everything of a repository but its weights: configurations, vocabularies and merges of tokenizers.
+_WITHOUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+class _CallSeenError(Exception):
+    """Ends a pipeline's call once its transformer is called."""
+
+
+def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Build a pipeline of diffusers with every module on the meta device.
+
+    Args:
+        model: a directory in the layout of diffusers, or a hub id, of which all but the weights is fetched.
+        dtype: of the modules.
+
+    Raises:
+        InputError: no such directory, not a pipeline, a hub id that can't be fetched, or a part that can't be built.
+
+    """
+    check_model(model)
+    directory = Path(model).expanduser()
+    try:
+        if not directory.is_dir():
+            directory = Path(snapshot_download(model, allow_patterns=_WITHOUT_WEIGHTS))
+        index = DiffusionPipeline.load_config(str(directory))
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple))}
+        parts = {name: _part(directory / name, library, kind, dtype) for name, (library, kind) in entries.items()}
+        pipe = getattr(diffusers, index["_class_name"])(**parts)
+    except Exception as error:  # every library below raises its own kind; the cause stays attached
+        raise InputError(
+            f"model {model!r} can't be built from its configuration: {first_line(error)}; check its name and the "
+            "network, or download it and give its directory"
+        ) from error
+    if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
+        raise InputError(f"model {model!r} is a {type(pipe).__name__}, which has no transformer to explain")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _part(directory: Path, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
+    if library is None or kind is None:
+        return None
+    made = getattr(importlib.import_module(library), kind)
+    if not issubclass(made, torch.nn.Module):
+        return made.from_pretrained(str(directory))
+    if library == "transformers":
+        config = transformers.AutoConfig.from_pretrained(str(directory))
+        config._attn_implementation = "eager"  # the others look at the values of a mask, and there are none
+        with torch.device("meta"):
+            module = made(config)
+    else:
+        with torch.device("meta"):
+            module = made.from_config(made.load_config(str(directory)))
+    return torch.nn.Module.to(module.eval(), dtype)  # diffusers' own warns of what would stay in float32
+
+
+def transformer_call(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the first call of a skeleton's transformer.
+
+    Args:
+        pipe: from ``skeleton``.
+        prompt: its length counts only where the pipeline does not pad.
+        arguments: of the pipeline's call, such as ``num_frames``.
+
+    Raises:
+        InputError: the pipeline does not get that far; the message says why.
+
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _CallSeenError
+
+    handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        pipe(prompt, **arguments)
+    except _CallSeenError:
+        return seen[0]
+    except Exception as error:  # whatever a pipeline makes of these arguments
+        raise InputError(
+            f"{type(pipe).__name__} fails before it calls its transformer: {first_line(error)}; check the sizes given, "
+            "or use hvcompile.explain(model, *args, **kwargs) on inputs of your own"
+        ) from error
+    finally:
+        handle.remove()
+    raise InputError(f"{type(pipe).__name__} never called its transformer: give at least one step")

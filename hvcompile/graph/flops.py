@@ -1,0 +1,164 @@
+"""The floating point operations of nodes: each operation run on the meta device, where torch counts its products.
+
+What an operation is made of is torch's business: a formula of our own for each of ``einsum``, ``baddbmm`` or
+``multi_head_attention_forward`` would be wrong for some way of calling some of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import hvcompile.float8.attention  # noqa: F401 - registers its operator
+from hvcompile.torch_private.fakes import FAKES, numel_hint, size_hint, value
+
+log = logging.getLogger(__name__)
+
+LINEAR, ATTENTION, CONVOLUTION = "linear", "attention", "convolution"
+"""The kinds of products."""
+
+_PLAIN: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter, *FAKES)
+_aten = torch.ops.aten
+# Matrix products within what its name says is attention: with the weights it is mm and addmm, with each other these.
+_BATCHED = {_aten.bmm, _aten.baddbmm}
+
+
+def _of_vector(matrix: Any, *_: Any, **__: Any) -> Any:
+    return 2 * math.prod(matrix)
+
+
+def _of_added_vector(_: Any, matrix: Any, *__: Any, **___: Any) -> Any:
+    return 2 * math.prod(matrix)
+
+
+def _of_added_batch(_: Any, first: Any, second: Any, *__: Any, **___: Any) -> Any:
+    return 2 * math.prod(first) * int(second[-1])
+
+
+def _of_attention(query: Any, key: Any, values: Any, *_: Any, **__: Any) -> Any:
+    return 2 * math.prod(query[:-1]) * int(key[-2]) * int(query[-1] + values[-1])
+
+
+UNKNOWN_TO_TORCH: Mapping[Any, Any] = {
+    _aten.mv: _of_vector,
+    _aten.dot: _of_vector,
+    _aten.vdot: _of_vector,
+    _aten.addmv: _of_added_vector,
+    _aten.addbmm: _of_added_batch,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.hvcompile.float8_attention: _of_attention,
+}
+"""Products that torch's counter counts as nothing, with their operations as functions of the operands' shapes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A tensor as far as a count depends on it."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return repr(self)
+
+
+class _UncountableError(Exception):
+    """An operand is something else than a plain tensor or number."""
+
+
+class FlopCounter:
+    """The operations of a graph's nodes, of which the first alone is run where several call the same on equal shapes.
+
+    A model has many nodes and few such calls: HunyuanVideo's 60 blocks 8,272 and a hundred; counted one by one, its
+    recovery takes 5.9 s, not 0.8. Whoever counts makes a counter, which goes when they are done.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[Any, Mapping[str, int]] = {}
+
+    def by_kind(self, node: fx.Node) -> Mapping[str, int]:
+        """A node's operations by kind of product; empty where it has none, or runs only where there are other ranks.
+
+        A symbolic size counts as in the run that was captured, one that depends on data as ``size_hint`` has it.
+        """
+        if node.op not in {"call_function", "call_method"} or not any(
+            isinstance(value(item), torch.Tensor) for item in node.all_input_nodes
+        ):
+            return {}
+        # Communication computes nothing, and must not be run.
+        if any(name in f"{getattr(node.target, '__module__', '')} {node.target}" for name in ("distributed", "c10d")):
+            return {}
+        if getattr(node.target, "__module__", "").endswith("collectives"):
+            return {}
+        try:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), _described)
+        except _UncountableError:
+            return {}
+        key = (node.op, node.target, repr(args), repr(kwargs))
+        if key not in self._counted:
+            self._counted[key] = _count(node, args, kwargs)
+        return self._counted[key]
+
+    def arithmetic(self, node: fx.Node) -> int:
+        """A node's operations: of matrix products, attention and convolutions, else one an element of its result."""
+        held = value(node)
+        return sum(self.by_kind(node).values()) or (numel_hint(held) if isinstance(held, torch.Tensor) else 0)
+
+
+def _described(node: fx.Node) -> Any:
+    return _describe(value(node))
+
+
+def _describe(held: Any) -> Any:
+    if type(held) in _PLAIN:
+        return _Shape(tuple(map(size_hint, held.shape)), held.dtype)
+    if isinstance(held, torch.SymInt):
+        return size_hint(held)
+    if isinstance(held, (tuple, list)):
+        return tuple(map(_describe, held))
+    if isinstance(held, (int, float, bool)):
+        return held
+    raise _UncountableError
+
+
+def _on_meta(held: Any) -> Any:
+    if isinstance(held, _Shape):
+        return torch.empty(held.sizes, dtype=held.dtype, device="meta")
+    if isinstance(held, slice):
+        return slice(*map(_on_meta, (held.start, held.stop, held.step)))
+    if isinstance(held, (tuple, list)):
+        return type(held)(_on_meta(item) for item in held)
+    if isinstance(held, Mapping):
+        return {name: _on_meta(item) for name, item in held.items()}
+    return held
+
+
+def _count(node: fx.Node, args: Any, kwargs: Any) -> Mapping[str, int]:
+    target: Any = node.target
+    name = target if node.op == "call_method" else getattr(target, "__name__", str(target))
+    counter = FlopCounterMode(display=False, custom_mapping=dict(UNKNOWN_TO_TORCH))
+    try:
+        with torch.no_grad():
+            args, kwargs = _on_meta(tuple(args)), _on_meta(kwargs)
+            with counter:
+                (getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs))
+    except Exception as error:  # of an operation that asks for values, or for another device; neither is a product
+        log.debug("operations of %s are not counted: %s", name, error)
+        return {}
+    found: dict[str, int] = {}
+    for packet, number in counter.get_flop_counts().get("Global", {}).items():
+        kind = LINEAR
+        if "conv" in str(packet):
+            kind = CONVOLUTION
+        elif "attention" in str(packet) or ("attention" in name and packet in _BATCHED):
+            kind = ATTENTION
+        if number:
+            found[kind] = found.get(kind, 0) + int(number)
+    return found

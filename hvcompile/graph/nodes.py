@@ -1,0 +1,182 @@
+"""Questions about single nodes of a captured graph, and walks along its edges."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import types
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hvcompile.torch_private.dynamo import source_name
+from hvcompile.torch_private.fakes import STORED, shape_key, value
+
+_CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+_IN_PLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+    operator.setitem,
+}
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(value(node), torch.Tensor)
+
+
+def tensor_kind(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype]:
+    """Shape and dtype of a tensor: equal for two versions of one stream."""
+    return shape_key(value(node)), value(node).dtype
+
+
+def is_scalar(node: fx.Node) -> bool:
+    """Whether a node's value is a number, plain or symbolic: sizes and the arithmetic on them."""
+    return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node is a placeholder for a parameter of the model."""
+    return node.op == "placeholder" and (
+        "_parameters[" in source_name(node) or isinstance(value(node), torch.nn.Parameter)
+    )
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node is a placeholder for a parameter or buffer of the model, or for what is kept in its place."""
+    return is_parameter(node) or (
+        node.op == "placeholder" and ("_buffers[" in source_name(node) or STORED in node.meta)
+    )
+
+
+def op_name(node: fx.Node) -> str:
+    """A node's operation without its namespace: ``linear``, ``getitem``, ``copy_``."""
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
+
+
+def is_context_switch(node: fx.Node) -> bool:
+    """Whether a node changes how the following ones run (autocast) rather than computing a value."""
+    return node.op == "call_function" and op_name(node) in _CONTEXT_SWITCHES
+
+
+def drop_grad_switches(graph: fx.Graph) -> None:
+    """Erase the switches of grad mode: they change no value, and nothing here is differentiated."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node) == "_set_grad_enabled":
+            graph.erase_node(node)
+
+
+def contexts(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node, the autocast regions that it stands in, outermost first."""
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    entered: tuple[fx.Node, ...] = ()
+    for node in graph.nodes:
+        if is_context_switch(node) and op_name(node) == "_exit_autocast":
+            entered = tuple(region for region in entered if region not in node.all_input_nodes)
+        found[node] = entered
+        if is_context_switch(node) and op_name(node) == "_enter_autocast":
+            entered = (*entered, node)
+    return found
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument of a call by name, however it was passed; None where the function does not declare it."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if not isinstance(node.target, types.FunctionType):
+        return None
+    return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments.get(name)
+
+
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether a node drops out or jitters activations, as in training mode."""
+    arguments = (*node.args[1:], *node.kwargs.values())
+    rates = [argument for argument in arguments if isinstance(argument, float)]
+    if "scaled_dot_product_attention" in op_name(node):
+        rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+        return isinstance(rate, float) and rate > 0
+    if "bernoulli" in op_name(node):
+        return True
+    is_random = "dropout" in op_name(node) or op_name(node) == "rrelu"
+    return is_random and any(argument is True for argument in arguments) and any(rate > 0 for rate in rates)
+
+
+def mutated_operand(node: fx.Node) -> fx.Node | None:
+    """The operand that a node writes into, if it is an in-place operation."""
+    if node.op == "call_function":
+        in_place = node.target in _IN_PLACE_OPERATORS
+        in_place = in_place or _argument(node, "inplace") is True or node.kwargs.get("out") is not None
+        in_place = in_place or (op_name(node).endswith("_") and not op_name(node).endswith("__"))
+    else:
+        in_place = node.op == "call_method" and op_name(node).endswith("_") and not op_name(node).endswith("__")
+    if not in_place or is_context_switch(node) or is_scalar(node):
+        return None
+    return next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)
+
+
+def writers(graph: fx.Graph) -> dict[Hashable, fx.Node]:
+    """What is written to in place, as ``storage`` has it, with the first operation that does."""
+    found: dict[Hashable, fx.Node] = {}
+    for node in graph.nodes:
+        if (mutated := mutated_operand(node)) is not None:
+            found.setdefault(storage(mutated), node)
+    return found
+
+
+def storage(node: fx.Node) -> Hashable:
+    """Tells tensors that share memory from those that don't: equal for a tensor, its views and what wrote into it.
+
+    Read from the fake values, which alias as the real ones do, whatever the operations are called.
+    """
+    while op_name(node) == "dropout":  # hands its input back in evaluation mode, and its fake value does not
+        node = node.all_input_nodes[0]
+    held = value(node)
+    if not isinstance(held, torch.Tensor) or held.layout is not torch.strided:
+        return node
+    return StorageWeakRef(held.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
+
+
+def settle(graph: fx.Graph) -> None:
+    """Move every node that stands before one of its inputs to just after it, keeping the order otherwise."""
+    placed: set[fx.Node] = set()
+    waiting: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if not placed.issuperset(node.all_input_nodes):
+            waiting.append(node)
+            continue
+        placed.add(node)
+        anchor, progress = node, True
+        while progress:
+            progress = False
+            for late in waiting:
+                if placed.issuperset(late.all_input_nodes):
+                    anchor.append(late)
+                    anchor = late
+                    placed.add(late)
+                    waiting.remove(late)
+                    progress = True
+                    break
+
+
+def _closure(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        for reached in step(stack.pop()):
+            if reached not in found:
+                found.add(reached)
+                stack.append(reached)
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that depends on these nodes."""
+    return _closure(nodes, lambda node: node.users)
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that these nodes depend on."""
+    return _closure(nodes, lambda node: node.all_input_nodes)

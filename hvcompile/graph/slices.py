@@ -1,0 +1,94 @@
+"""Slices that count from the end, made to count from the start where the size allows.
+
+``x[:, :-n]`` with a data-dependent ``n`` has a length that Dynamo can't derive, so it invents a new symbol for every
+such slice, and no two blocks of a trunk agree on any shape. Where the sliced size is ``36 + n``, the bound is just 36:
+the invented symbols go away, with the run-time assertions that tied them to each other, and the blocks are alike again.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvcompile.graph.inline import run_on_fakes
+from hvcompile.graph.nodes import is_scalar, is_tensor
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.fakes import value
+
+
+def count_from_start(graph: fx.Graph) -> int:
+    """Rewrite the slices of a captured graph in place, bring all values below them up to date, and count them."""
+    mode = fakes.fake_mode(graph)
+    known: dict[Any, fx.Node] = {}
+    stale: set[fx.Node] = set()
+    count = 0
+    for node in list(graph.nodes):
+        if node.op in {"call_function", "call_method"}:
+            index = _rewritten(node, known)
+            if index is not None:
+                node.args = (node.args[0], index)
+                count += 1
+            if mode is not None and (index is not None or node in stale or stale.intersection(node.all_input_nodes)):
+                with mode, torch.no_grad():
+                    node.meta["example_value"] = run_on_fakes(node)
+                node.meta.pop("unbacked_bindings", None)
+                stale.add(node)
+        if is_scalar(node):
+            stale.update(_share(node, known, node in stale))
+    _drop(graph, stale)
+    return count
+
+
+def _share(node: fx.Node, known: dict[Any, fx.Node], is_stale: bool) -> list[fx.Node]:
+    """Remember a size; where an updated one turns out to be a number or a size known before, use that instead.
+
+    Returns the nodes whose operands changed.
+    """
+    expression = fakes.expression_of(value(node))
+    if expression is None:
+        return []
+    users = list(node.users)
+    replacement = int(expression) if expression.is_number else known.setdefault(expression, node)
+    if not is_stale or replacement is node:
+        return []
+    for user in users:
+        user.args = fx.map_arg(user.args, lambda item: replacement if item is node else item)
+        user.kwargs = fx.map_arg(user.kwargs, lambda item: replacement if item is node else item)
+    return users
+
+
+def _rewritten(node: fx.Node, known: dict[Any, Any]) -> Any:
+    """A slice's index with its symbolic negative bounds counted from the start; None where there is none to rewrite."""
+    if node.target is not operator.getitem or not is_tensor(node.args[0]):  # type: ignore[arg-type]
+        return None
+    tensor: torch.Tensor = value(node.args[0])  # type: ignore[arg-type]
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if not all(isinstance(item, slice) for item in index):
+        return None
+    fresh, rewritten = [], False
+    for item, size in zip(index, tensor.shape, strict=False):
+        start, stop = (_from_start(bound, size, known) for bound in (item.start, item.stop))
+        rewritten |= start is not item.start or stop is not item.stop
+        fresh.append(slice(start, stop, item.step))
+    return tuple(fresh) if rewritten else None
+
+
+def _from_start(bound: Any, size: Any, known: dict[Any, Any]) -> Any:
+    if not isinstance(bound, fx.Node):
+        return bound
+    expression = fakes.expression_of(value(bound))
+    if expression is None or not expression.could_extract_minus_sign():
+        return bound
+    total = expression + fakes.expression_of(size)
+    return int(total) if total.is_integer and total.is_number else known.get(total, bound)
+
+
+def _drop(graph: fx.Graph, stale: set[fx.Node]) -> None:
+    """Erase the assertions about symbols that are gone, and the arithmetic that only they read."""
+    for node in reversed(graph.nodes):
+        is_assertion = node.op == "call_function" and "_assert_scalar" in str(node.target)
+        if (is_assertion and node in stale) or (is_scalar(node) and node.op != "placeholder" and not node.users):
+            graph.erase_node(node)

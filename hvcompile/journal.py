@@ -1,0 +1,51 @@
+"""The journal: what each pass did, what it left alone, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """What a pass did: what it matched, and what it left alone with the reason for each.
+
+    ``unmet`` is what one of its options asks for that can't be had, with the reason: an error where the user asked for
+    the pass. ``noted`` is what else a reader wants to know. ``table`` holds details: rows of equal columns, in order.
+    """
+
+    matched: tuple[str, ...] = ()
+    declined: tuple[tuple[str, str], ...] = ()
+    unmet: tuple[tuple[str, str], ...] = ()
+    noted: tuple[str, ...] = ()
+    table: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the pass changed the graph."""
+        return bool(self.matched)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JournalRow:
+    """One line of the journal: a pass, its report, and how the number of each operation changed.
+
+    ``section`` is the pass's key in ``options``, empty where it has none; ``is_exact`` and ``tolerance`` as in
+    ``Pass``; ``options`` are the pass's fields.
+    """
+
+    name: str
+    report: PassReport
+    op_changes: dict[str, int]
+    section: str = ""
+    is_exact: bool = True
+    tolerance: float = 0.0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def line(self) -> str:
+        """The row in one line, for the log."""
+        done = "; ".join(self.report.matched) or "left the graph as it was"
+        rest = [f"{what}: {why}" for what, why in (*self.report.unmet, *self.report.declined)]
+        reasons = "; ".join([*rest, *self.report.noted])
+        return f"{self.name}: {done}" + (f" ({reasons})" if reasons else "")

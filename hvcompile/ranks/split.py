@@ -1,0 +1,151 @@
+"""How a sequence lies on the ranks of a group, and where it is in a tensor; one rank's part of it, and the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from hvcompile.ranks import collectives
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a sequence lies on the ranks of a group: each holds ``local`` tokens, the last ones perhaps padding.
+
+    Attributes:
+        group: name of the process group.
+        rank: this process's place in it.
+        ranks: its size.
+        length: tokens of the whole sequence.
+        ring: stretches of the sequence, one after the other, between which the keys travel. As many ranks as each has
+            in a row (``ulysses``) share out its heads.
+
+    """
+
+    group: str
+    rank: int
+    ranks: int
+    length: int
+    ring: int = 1
+
+    @property
+    def local(self) -> int:
+        """Tokens a rank, padding included."""
+        return -(-self.length // self.ranks)
+
+    @property
+    def start(self) -> int:
+        """Place of this rank's first token in the whole sequence."""
+        return self.rank * self.local
+
+    @property
+    def ulysses(self) -> int:
+        """Ranks that share out the heads of one stretch."""
+        return self.ranks // self.ring
+
+    @property
+    def stretch(self) -> int:
+        """Tokens of one stretch, padding included."""
+        return self.local * self.ulysses
+
+    @property
+    def place(self) -> int:
+        """Which stretch this rank has a part of."""
+        return self.rank // self.ulysses
+
+    def valid(self, stretch: int) -> int:
+        """Tokens of a stretch that are no padding."""
+        return min(max(self.length - stretch * self.stretch, 0), self.stretch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A stretch of a dimension: tokens ``start`` to ``stop`` of the split sequence, or as many that every rank has.
+
+    A rank holds *all* its tokens of the split sequence even where a segment covers only some of them (a slice): those
+    outside it hold nothing of meaning.
+    """
+
+    start: int
+    stop: int
+    is_split: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the sequence is in a tensor: its dimension, and what lies along it in order."""
+
+    dim: int
+    segments: tuple[Segment, ...]
+
+    def at(self, dim: int) -> Layout:
+        """The same along another dimension."""
+        return dataclasses.replace(self, dim=dim)
+
+    def size(self, split: Split) -> int:
+        """Length of the dimension on one rank."""
+        return sum(split.local if item.is_split else item.stop - item.start for item in self.segments)
+
+    @property
+    def total(self) -> int:
+        """Length of the dimension in the whole tensor."""
+        return sum(item.stop - item.start for item in self.segments)
+
+    @property
+    def num_split(self) -> int:
+        """Stretches that are split."""
+        return sum(item.is_split for item in self.segments)
+
+    def is_complete(self, split: Split) -> bool:
+        """Whether every split segment covers the whole sequence."""
+        return all(not item.is_split or (item.start, item.stop) == (0, split.length) for item in self.segments)
+
+    def offsets(self, split: Split) -> list[tuple[int, int, Segment]]:
+        """Each segment with its place on one rank and its place in the whole tensor."""
+        found, local, whole = [], 0, 0
+        for item in self.segments:
+            found.append((local, whole, item))
+            local += split.local if item.is_split else item.stop - item.start
+            whole += item.stop - item.start
+        return found
+
+    def __str__(self) -> str:
+        parts = (f"{item.stop - item.start} {'split' if item.is_split else 'whole'}" for item in self.segments)
+        return f"dimension {self.dim} [{' | '.join(parts)}]"
+
+
+# An operation's layouts: None for a value that is whole on every rank, a list for a tuple of values.
+Layouts = Layout | None | list["Layout | None"]
+
+
+def take_local(whole: Any, *, split: Split, dim: int, ndim: int, start: int, stop: int) -> Any:
+    """Take this rank's part of tokens ``start`` to ``stop``, zeros where it has none; graph code."""
+    after = split.local * split.ranks - stop
+    if start or after:
+        whole = torch.nn.functional.pad(whole, (0, 0) * (ndim - 1 - dim) + (start, after))
+    return whole.narrow(dim, split.start, split.local)
+
+
+def localise(whole: Any, *, split: Split, layout: Layout, ndim: int) -> Any:
+    """One rank's part of a whole tensor; graph code."""
+    parts = []
+    for _, place, item in layout.offsets(split):
+        part = whole if len(layout.segments) == 1 else whole.narrow(layout.dim, place, item.stop - item.start)
+        if item.is_split:
+            part = take_local(part, split=split, dim=layout.dim, ndim=ndim, start=item.start, stop=item.stop)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.dim)
+
+
+def delocalise(local: Any, *, split: Split, layout: Layout) -> Any:
+    """The whole tensor from one rank's part, with an all-gather for each split segment; graph code."""
+    parts = []
+    for place, _, item in layout.offsets(split):
+        if item.is_split:
+            part = collectives.gather(local.narrow(layout.dim, place, split.local), split.group, layout.dim)
+            parts.append(part.narrow(layout.dim, 0, split.length))
+        else:
+            parts.append(local.narrow(layout.dim, place, item.stop - item.start))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.dim)

@@ -1,0 +1,118 @@
+"""Hoisting: work on conditions, sizes and weights alone is taken out of the step and done once a generation.
+
+Rotary tables, frequencies of sinusoidal embeddings, projections of the pooled text: each becomes a derived input. They
+are computed eagerly, by the operations that were captured: once a generation is too seldom to compile for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvcompile.graph.inline import run_on_fakes
+from hvcompile.graph.nodes import ancestors, is_tensor, is_weight, op_name
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.invariants import copied_out, drop_dead, invariants
+from hvcompile.trunk.roles import classify
+from hvcompile.trunk.trunk import Trunk, contiguous_like
+
+# What moves nothing; done in the step, on what was hoisted.
+_VIEWS = {
+    *("view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose", "getitem", "flatten"),
+    *("unflatten", "chunk", "split", "unbind", "narrow", "select", "t", "movedim", "swapaxes"),
+}
+# What is no reason to hoist, and is taken along where there is one.
+_CHEAP = _VIEWS | {
+    *("to", "type", "type_as", "float", "half", "bfloat16", "double", "bool", "int", "long", "contiguous", "clone"),
+    *("arange", "ones", "zeros", "full", "empty", "tensor", "ones_like", "zeros_like", "full_like", "getattr", "size"),
+}
+
+
+def hoist(trunk: Trunk, tag: str) -> list[str]:
+    """Take what does not change from step to step out of the top-level graph; returns a line for each group.
+
+    What depends on sizes and weights alone is a group of its own, which the halves of classifier-free guidance and
+    prompts one after the other share.
+    """
+    same = invariants(trunk)
+    cuts: dict[fx.Node, None] = {}
+    for node in trunk.graph.nodes:
+        if node in same and is_tensor(node) and any(user not in same for user in node.users):
+            base = _base(node, same)
+            if base is not None and _pays(base):
+                cuts[base] = None
+    told = []
+    # Those that follow from conditions first: taken out, the others would be inputs that these can't be copied with.
+    groups: dict[bool, list[fx.Node]] = {True: [], False: []}
+    for node in cuts:
+        sources = [item for item in ancestors([node]) if item.op == "placeholder"]
+        groups[any(is_tensor(item) and not is_weight(item) for item in sources)].append(node)
+    roles = classify(trunk)
+    # Else what changes in every step may pass for a condition.
+    is_known = roles.sample is not None and bool(roles.clocks)
+    for is_conditioned, nodes in groups.items():
+        if nodes and (is_known or not is_conditioned):
+            _take_out(trunk, nodes, tag)
+            kind = "conditions" if is_conditioned else "sizes and weights"
+            told.append(f"{len(nodes)} values that follow from {kind} are computed once, not once a step")
+    return told[::-1]
+
+
+def _base(node: fx.Node, same: set[fx.Node]) -> fx.Node | None:
+    """What a view is a view of; None where that is an input, or no tensor."""
+    while node.op != "placeholder" and op_name(node) in {*_VIEWS, "contiguous"}:  # what is hoisted is contiguous
+        tensors = [item for item in node.all_input_nodes if item in same and not _is_number(item)]
+        if len(tensors) != 1:
+            break
+        node = tensors[0]
+    return node if is_tensor(node) and node.op in {"call_function", "call_method"} else None
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat))
+
+
+def _pays(node: fx.Node) -> bool:
+    """Whether something is computed on the way to a node, rather than cast or laid out anew."""
+    work = [
+        item
+        for item in {node, *ancestors([node])}
+        if item.op in {"call_function", "call_method"} and not _is_number(item)
+    ]
+    return any(op_name(item) not in _CHEAP for item in work)
+
+
+def _take_out(trunk: Trunk, nodes: list[fx.Node], tag: str) -> None:
+    graph, env, sources = copied_out(trunk, nodes)
+    how: Any = {"memory_format": torch.contiguous_format}
+    results = [graph.call_function(torch.clone, (env[node],), how) for node in nodes]
+    graph.output(tuple(results))
+    examples = [contiguous_like(value(node)) for node in nodes]
+    derived = trunk.add_derived(
+        [f"hoisted_{node.name}" for node in nodes],
+        examples,
+        made_by=tag,
+        module=fx.GraphModule(trunk.module, graph),
+        sources=sources,
+    )
+    for node, placeholder in zip(nodes, derived.placeholders, strict=True):
+        node.replace_all_uses_with(placeholder)
+        for user in [user for user in placeholder.users if op_name(user) == "contiguous"]:
+            user.replace_all_uses_with(placeholder)  # one operand of all blocks, not one a kind of block
+            trunk.graph.erase_node(user)
+    drop_dead(trunk.graph, nodes)
+    _refresh(trunk, set(derived.placeholders))
+
+
+def _refresh(trunk: Trunk, stale: set[fx.Node]) -> None:
+    """Bring the fake values of views up to date, which tell what shares memory with what."""
+    mode = fakes.fake_mode(trunk.graph)
+    assert mode is not None
+    with mode, torch.no_grad():
+        for node in trunk.graph.nodes:
+            if op_name(node) in _CHEAP and stale.intersection(node.all_input_nodes):
+                node.meta["example_value"] = run_on_fakes(node)
+                stale.add(node)

@@ -1,0 +1,1 @@
+"""Splitting the sequence of a trunk over ranks."""

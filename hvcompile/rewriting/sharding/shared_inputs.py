@@ -1,0 +1,98 @@
+"""The first rank's sample and timestep on every rank, and how far each rank's own are from them.
+
+Ranks that share a sequence compute one video, each from inputs that its own script made. Conditions are compared on the
+host before every call (``agreement``). The sample and the timestep are new in every step, so that is done in the
+graph: all take the first rank's, so that parts of one sequence never come from different samples and rounding that
+differs from device to device does not add up; and the difference is an output, read when it costs no waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from hvcompile.graph.inline import inline
+from hvcompile.graph.nodes import storage, writers
+from hvcompile.ranks import collectives
+from hvcompile.torch_private import dynamo
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.roles import classify
+from hvcompile.trunk.trunk import Group, SharedInputs, Trunk, restore_order
+
+
+def refusal(trunk: Trunk) -> str:
+    """Why the ranks can't be given one sample; empty where they can."""
+    written = writers(trunk.graph)
+    for place in classify(trunk).changing:
+        if (node := written.get(storage(place))) is not None:
+            name = dynamo.source_name(place) or place.name
+            return f"{node.format_node()} writes into {name}, of which the ranks get copies of the first one's"
+    return ""
+
+
+def share(trunk: Trunk, group: Group, tag: str) -> None:
+    """Put the first rank's sample and timestep in place of each rank's own.
+
+    Args:
+        trunk: gains ``shared``.
+        group: the ranks.
+        tag: the pass's name, put into the new nodes' meta.
+
+    Before::
+
+        hidden = embed(sample) ...
+
+    After::
+
+        sample_0 = broadcast(sample)
+        apart = gather(|sample - sample_0|.sum() / |sample_0|.sum())   [ranks, 1]
+        hidden = embed(sample_0) ...
+
+    """
+    places = classify(trunk).changing
+    if not places:
+        return
+    graph, device = trunk.graph, next(value(node).device for node in trunk.blocks[0].outputs.values())
+    collectives.mesh_of(group.name, device.type)  # it can't be made while the graph is traced
+    before = next(node for node in graph.nodes if node.op != "placeholder")
+
+    def of_first(**own: Any) -> dict[str, Any]:
+        made = {}
+        for (name, given), place in zip(own.items(), places, strict=True):
+            here = value(place).device  # the host, maybe, from which the ranks' devices can't send
+            sent = collectives.broadcast(_moved(given, here, device), group.name)
+            made[name] = _moved(sent, device, here)
+        return made
+
+    def apart(**given: Any) -> dict[str, Any]:
+        found = []
+        for place in range(len(places)):
+            own, first = given[f"own_{place}"], given[f"first_{place}"]
+            change = torch.where(_is_same(own, first), torch.zeros_like(first), (own - first).abs())
+            change, extent = (item.to(torch.float32).sum() for item in (change, first.abs()))
+            relative = torch.where(change == 0, torch.zeros_like(change), change / extent)
+            found.append(_moved(relative, value(places[place]).device, device))
+        return {"apart": collectives.gather(torch.stack(found)[None], group.name, 0)}
+
+    operands = {f"own_{place}": node for place, node in enumerate(places)}
+    made = list(inline(graph, of_first, operands, before=before, tag=tag).values())
+    operands |= {f"first_{place}": node for place, node in enumerate(made)}
+    differences = inline(graph, apart, operands, before=before, tag=tag)["apart"]
+    nodes = {place: restore_order(graph, first, value(place)) for place, first in zip(places, made, strict=True)}
+    own = set(itertools.takewhile(lambda node: node is not before, graph.nodes))
+    for place, first in nodes.items():
+        for user in list(place.users):
+            if user not in own:
+                user.replace_input_with(place, first)
+    trunk.shared = SharedInputs(nodes=nodes, apart=differences)
+
+
+def _moved(tensor: Any, here: torch.device, there: torch.device) -> Any:
+    return tensor if here == there else tensor.to(there)
+
+
+def _is_same(own: Any, first: Any) -> Any:
+    """Element by element; what is not a number is the same as what is not a number."""
+    return (own == first) | ((own != own) & (first != first))  # noqa: PLR0124

@@ -1,0 +1,188 @@
+"""Skipping blocks 2..N: what moves into a branch, what leaves it, and what stands in for that on a skip."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+from torch import fx
+
+from hvcompile.graph.inline import run_on_fakes
+from hvcompile.graph.nodes import (
+    ancestors,
+    contexts,
+    descendants,
+    is_context_switch,
+    is_scalar,
+    is_tensor,
+    mutated_operand,
+    op_name,
+    storage,
+    tensor_kind,
+    writers,
+)
+from hvcompile.torch_private.fakes import is_data_dependent, numel_hint, provenance, value
+from hvcompile.trunk.roles import classify
+from hvcompile.trunk.streams import is_residual
+from hvcompile.trunk.trunk import BlockCall, Trunk
+
+# Operations that only rearrange or cast tokens; replayed on block 1's outputs to find what a skipped trunk hands on.
+_REARRANGING = {
+    *("getitem", "cat", "concat", "chunk", "split", "reshape", "view", "flatten", "unflatten", "contiguous", "to"),
+    *("transpose", "permute", "squeeze", "unsqueeze", "clone", "narrow", "unbind", "stack"),
+    *("type", "type_as", "float", "double", "half", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SkipPlan:
+    """What moves into the branch, what it hands on, and the inputs by which the graph follows a generation.
+
+    On several ranks the latter are what stands for the inputs: the first rank's.
+    """
+
+    first: BlockCall
+    stream_in: fx.Node
+    stream_out: fx.Node
+    moved: tuple[fx.Node, ...]
+    leaving: tuple[fx.Node, ...]
+    sample: fx.Node
+    clocks: tuple[fx.Node, ...]
+
+
+def plan_skip(trunk: Trunk) -> SkipPlan | str:
+    """Match the trunk, or the reason why it can't be cached."""
+    if trunk.is_branched:
+        return "the blocks already stand in a branch"
+    if len(trunk.blocks) < 2:
+        return "a trunk of one block has nothing to skip"
+    first, calls = trunk.blocks[0], [block.call for block in trunk.blocks[1:]]
+    after, needed = descendants(calls), ancestors(calls)
+    if first.call in after:
+        return f"{first.path} reads the result of a later block"
+    core = set(calls) | {user for call in calls for user in call.users} | (after & needed)
+    leaving = [node for node in trunk.graph.nodes if node in core and any(user not in core for user in node.users)]
+    if not leaving:
+        return "nothing that the blocks compute is read after them"
+    if any(not is_tensor(node) for node in leaving):
+        return f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
+
+    if any(is_data_dependent(value(node)) for node in leaving):
+        return "what leaves the blocks has a length that depends on data, so no state can be made for it"
+
+    roles = classify(trunk)
+    if not roles.weights:
+        return "the graph takes no parameters as inputs, so its state can't be tied to a model"
+    if roles.sample is None:
+        return "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
+    if roles.python_time is not None:
+        return f"{roles.python_time} is a Python number; pass the timestep as a tensor"
+    if not roles.clocks:
+        return "no input is a timestep, so one generation can't be told from the next"
+    stream = _main_stream(first, roles.sample)
+    if stream is None:
+        return f"no output of {first.path} is one of its inputs plus something, so it has no residual"
+    outside = {first.call, *first.outputs.values()}
+    for node in leaving:
+        if not _reaches_back(trunk, node, core, outside):
+            return f"{node.name} leaves the blocks and continues no stream of {first.path}"
+    moved = _with_private_work(trunk.graph, core, outside)
+    within = contexts(trunk.graph)
+    if len({within[node] for node in moved}) > 1:
+        return "some of the blocks, but not all, stand in an autocast region"
+    for node in moved:
+        if is_context_switch(node) or mutated_operand(node) is not None:
+            return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
+    stands_for = trunk.shared.nodes if trunk.shared is not None else {}
+    return SkipPlan(
+        first=first,
+        stream_in=stream[0],
+        stream_out=stream[1],
+        moved=moved,
+        leaving=tuple(leaving),
+        sample=stands_for.get(roles.sample, roles.sample),
+        clocks=tuple(stands_for.get(clock, clock) for clock in roles.clocks),
+    )
+
+
+def _main_stream(first: BlockCall, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Block 1's input and output of the residual stream that carries the sample; of several, the largest."""
+    from_sample = descendants([sample])
+    streams = [item for item in first.body.streams.items() if is_residual(first.body, item[0])]
+    pairs = [(first.operands[source], first.outputs.get(output)) for output, source in streams]
+    found = [(entered, left) for entered, left in pairs if left is not None]
+    found.sort(key=lambda pair: (pair[0] in from_sample, numel_hint(value(pair[0]))))
+    return found[-1] if found else None
+
+
+def _rewritten_source(trunk: Trunk, node: fx.Node) -> fx.Node | None:
+    """For a block's output: the operand of which it is the next version; None for any other node."""
+    for block in trunk.blocks:
+        if node.target is operator.getitem and node.args[0] is block.call:
+            source = block.body.streams.get(node.args[1])  # type: ignore[arg-type]
+            return None if source is None else block.operands[source]
+    return None
+
+
+def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """The core in graph order, with the work before it whose results only it reads."""
+    private: set[fx.Node] = set()
+    within = contexts(graph)
+    context = within[next(node for node in graph.nodes if node in core)]
+    written = writers(graph).keys()
+    for node in reversed(graph.nodes):
+        is_work = node.op in {"call_function", "call_method"} and not is_scalar(node) and node not in core | outside
+        is_work = is_work and within[node] == context
+        is_work = is_work and written.isdisjoint(storage(item) for item in (node, *node.all_input_nodes))
+        if is_work and node.users and (core | private).issuperset(node.users):
+            private.add(node)
+    for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch
+        operands = [item for item in node.all_input_nodes if item not in private and item.op != "get_attr"]
+        if node in private and any(not is_tensor(item) and not is_scalar(item) for item in operands):
+            private.remove(node)
+    return tuple(node for node in graph.nodes if node in core or node in private)
+
+
+def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], outside: set[fx.Node]) -> bool:
+    """Whether a value has a counterpart where blocks 2..N hand their streams on unchanged.
+
+    Adds to ``outside`` the nodes that the counterpart is made of.
+    """
+    if node not in core:
+        outside.add(node)
+        return True
+    source = _rewritten_source(trunk, node)
+    if source is not None:
+        return _reaches_back(trunk, source, core, outside)
+    if op_name(node) == "invoke_subgraph":
+        return False
+    if op_name(node) in _REARRANGING:
+        return all(_reaches_back(trunk, item, core, outside) for item in node.all_input_nodes)
+    return any(_reaches_back(trunk, item, core, outside) for item in _alike(node))
+
+
+def _alike(node: fx.Node) -> list[fx.Node]:
+    """The operands of work between the blocks that are tensors like its result: the streams that it changes."""
+    if not is_tensor(node):
+        return []
+    return [item for item in node.all_input_nodes if is_tensor(item) and tensor_kind(item) == tensor_kind(node)]
+
+
+def counterpart(
+    trunk: Trunk, node: fx.Node, core: set[fx.Node], before: fx.Node, made: dict[fx.Node, fx.Node], tag: str
+) -> fx.Node:
+    """Build the value that a node would have if blocks 2..N handed their streams on unchanged."""
+    if node not in core or node in made:
+        return made.get(node, node)
+    source = _rewritten_source(trunk, node)
+    if source is None and op_name(node) not in _REARRANGING:
+        source = next(item for item in _alike(node) if _reaches_back(trunk, item, core, set()))
+    if source is not None:
+        made[node] = counterpart(trunk, source, core, before, made, tag)
+        return made[node]
+    replaced = {item: counterpart(trunk, item, core, before, made, tag) for item in node.all_input_nodes}
+    with trunk.graph.inserting_before(before):
+        copied = trunk.graph.node_copy(node, lambda item: replaced[item])
+    copied.meta = provenance(node, tag, run_on_fakes(copied))  # not the node's own value: this one may be a view
+    made[node] = copied
+    return copied

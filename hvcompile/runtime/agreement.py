@@ -1,0 +1,354 @@
+"""Ranks that run one graph together compare what they are about to do, and stop where they differ.
+
+A collective that one rank enters and another does not, or enters with another shape, hangs or corrupts. So before a
+graph is compiled, and before every call, every rank puts the facts that matter into the key-value store through
+which the ranks met, and reads those of the others. That needs no collective and no device, says who is missing, and
+comes back on every rank within a stated time. What is new in every step is compared in the graph (``shared_inputs``),
+and what came of it is read here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from hvcompile.errors import DisagreementError
+from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.nodes import is_tensor, is_weight, op_name
+from hvcompile.journal import JournalRow
+from hvcompile.ranks import collectives
+from hvcompile.ranks.store import take_turn, turns_taken
+from hvcompile.runtime.fingerprints import fingerprint, sketch
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.dynamo import source_name
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.trunk import Group, Trunk
+
+log = logging.getLogger(__name__)
+
+DOING = "what it does now"
+SHOWN = 4
+"""Differences named in a message at most."""
+ADVICE = (
+    'Give all of them the same model, options, inputs and seed; options={"context_parallel": False} lets each run alone'
+)
+
+
+def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
+    """Wait for all ranks of a group and return where their facts are equal.
+
+    Args:
+        group: the ranks, and how long to wait for them.
+        doing: what comes next, in a few words; ranks about to do different things differ.
+        facts: what must be equal, the most telling first.
+
+    Raises:
+        DisagreementError: a rank differs (the message names it, what differs and how), or did not come in time.
+
+    """
+    process_group = collectives.process_group(group.name)
+    if dist.get_backend(process_group) == "fake":
+        return  # ranks that don't exist agree
+    rank, names = process_group.rank(), _ranks_of(process_group)
+    try:
+        theirs = take_turn(process_group, _series(group), {DOING: doing, **facts}, group.timeout_seconds)
+    except RuntimeError as error:
+        raise DisagreementError(
+            f"rank {names[rank]} was {doing}, and {_missing(process_group, group, names)} did not come within "
+            f"{group.timeout_seconds:g} s (context_parallel.timeout_seconds): it has ended, is late, or runs something "
+            "else (another model, or context_parallel switched off). All ranks that share a sequence make the same "
+            'calls; options={"context_parallel": False} lets each run alone'
+        ) from error
+    if any(held != theirs[0] for held in theirs):
+        differences = _differences(dict(zip(names, theirs, strict=True)))
+        raise DisagreementError(f"ranks that share a sequence differ: {differences}. {ADVICE}")
+
+
+def _series(group: Group) -> str:
+    return f"hvcompile/{group.name}"
+
+
+def _ranks_of(process_group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Which rank of all each of a group's ranks is."""
+    return tuple(dist.get_global_rank(process_group, place) for place in range(process_group.size()))
+
+
+def _missing(process_group: dist.ProcessGroup, group: Group, names: Sequence[int]) -> str:
+    """The ranks that have not come as often as this one."""
+    try:
+        turns = turns_taken(process_group, _series(group))
+    except RuntimeError:
+        return "the rank that keeps the store of the process group"
+    mine = turns[process_group.rank()]
+    late = [str(name) for name, turn in zip(names, turns, strict=True) if turn < mine]
+    return f"rank {', '.join(late)}" if late else "some rank"
+
+
+def _differences(facts: Mapping[int, Mapping[str, str]]) -> str:
+    """What differs from the first rank, given each rank's facts."""
+    (reference, first), *others = facts.items()
+    said = []
+    for rank, held in others:
+        keys = [key for key in dict.fromkeys([*first, *held]) if first.get(key) != held.get(key)]
+        keys = [DOING] if DOING in keys else keys  # the rest can't be compared
+        for key in keys:
+            found, wanted = (item.get(key, "absent") for item in (held, first))
+            said.append(f"{key} is {found} on rank {rank}, {wanted} on rank {reference}")
+    return _some(said)
+
+
+def _some(said: Sequence[str]) -> str:
+    rest = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
+    return "; ".join(said[:SHOWN]) + rest
+
+
+def before_compiling(
+    trunk: Trunk,
+    journal: Sequence[JournalRow],
+    captured: fx.GraphModule,
+    given: Mapping[fx.Node, Any],
+    failure: str,
+) -> None:
+    """Compare all that shapes a graph: versions, options, inputs, blocks, operations, and what the passes did.
+
+    Weights by a few elements each: another seed, checkpoint or fused LoRA is seen, a single changed number need not be.
+
+    Args:
+        trunk: as the passes left it.
+        journal: what they did.
+        captured: the graph before them.
+        given: the inputs, by the trunk's placeholders.
+        failure: what a pass or a check raised; empty where all is well.
+
+    """
+    if trunk.group is not None:
+        facts = {**_graph_facts(trunk, journal, captured), **_weight_facts(given), "failure": failure or "none"}
+        compare(trunk.group, "compiling", facts)
+
+
+def _weight_facts(given: Mapping[fx.Node, Any]) -> dict[str, str]:
+    """A hash of some of each weight's elements; of what is kept in float8 there is none to take."""
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for node, tensor in given.items():
+        is_plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedWeight)
+        if is_weight(node) and is_plain and tensor.layout is torch.strided and not tensor.is_meta:
+            name = source_name(node) or node.name
+            by_device.setdefault(tensor.device, {})[f"the content of {name}"] = sketch(tensor)
+    found: dict[str, str] = {}
+    for sketches in by_device.values():  # one transfer each
+        contents = torch.stack(list(sketches.values())).tolist()
+        found |= dict(zip(sketches, map(_hexadecimal, contents), strict=True))
+    return found
+
+
+def after_compiling(trunk: Trunk, seconds: float) -> None:
+    """Wait until all ranks have compiled, which takes one longer than the other.
+
+    A step's first collective would else be late, and its time-out is the process group's. A rank waits for the others
+    as long as it took itself, and ``timeout_seconds`` beyond.
+    """
+    if trunk.group is not None:
+        patient = dataclasses.replace(trunk.group, timeout_seconds=trunk.group.timeout_seconds + seconds)
+        compare(patient, "done compiling", {})
+
+
+def _graph_facts(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.GraphModule) -> dict[str, str]:
+    facts = {"torch": torch.__version__, "the trunk": trunk.lists}
+    for row in journal:
+        facts |= {f"{row.section}.{name}": repr(held) for name, held in row.options.items() if row.section}
+    described = {}
+    for node in captured.graph.find_nodes(op="placeholder"):
+        described[source_name(node) or node.name] = (is_weight(node), _describe(node))
+    facts |= {f"the input {name}": text for name, (of_model, text) in described.items() if not of_model}
+    facts["the weights' shapes"] = _digest(
+        sorted((name, text) for name, (of_model, text) in described.items() if of_model)
+    )
+    operations = [
+        (op_name(node), repr(node.args), repr(node.kwargs)) for node in captured.graph.nodes if node.op != "placeholder"
+    ]
+    facts |= {f"what {row.name} did": row.line() for row in journal}
+    facts["the operations"] = _digest(_without_addresses(operations))
+    return facts
+
+
+def _without_addresses(operations: list[tuple[str, str, str]]) -> list[str]:
+    return [re.sub(r"0x[0-9a-f]+|(cuda|xpu|hpu)(:|', index=)\d+", "", " ".join(item)) for item in operations]
+
+
+def _describe(node: fx.Node) -> str:
+    held = value(node)
+    if is_tensor(node):
+        return f"{held.dtype} {[fakes.size_hint(size) for size in held.shape]} on {held.device.type}"
+    return str(fakes.size_hint(held) if isinstance(held, torch.SymInt) else held)
+
+
+def _hexadecimal(content: int) -> str:
+    return f"{content % 2**64:016x}"
+
+
+def _digest(items: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(list(items)).encode()).hexdigest()[:12]
+
+
+class _Reading:
+    """A small tensor on its way to the host; it is waited for only where it is read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor.detach().to("cpu", non_blocking=True)
+        # An event by itself records on the current device, which need not be this one.
+        is_there = tensor.device.type == "cpu"
+        self._done = None if is_there else torch.accelerator.current_stream(tensor.device).record_event()
+
+    def read(self) -> list[list[float]]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallInputs:
+    """A compiled graph's inputs that are no weights, by place, and what each is called.
+
+    ``numbers`` are no tensors; ``conditions`` stay the same for a generation; ``shared`` ones, the sample and the
+    timesteps, are compared in the graph as well.
+    """
+
+    numbers: Mapping[int, str]
+    conditions: Mapping[int, str]
+    shared: Mapping[int, str]
+
+
+class Agreement:
+    """Whether the ranks that run a graph together are given the same inputs.
+
+    Before every call numbers, shapes and conditions are compared through the store, on the host: ranks whose inputs
+    differ there may be about to run collectives that don't fit each other. With the first call under some conditions
+    the content of the sample and the timesteps is too. For those of later calls that would wait for the device; they
+    are compared in the graph, where all ranks compute with the first one's. What came of that is read ``LAG`` calls
+    later, when it is long done.
+
+    Args:
+        group: the ranks.
+        inputs: of the graph.
+        limits: how far the shared inputs may be apart, relatively.
+
+    """
+
+    LAG = 2
+
+    def __init__(self, group: Group, inputs: CallInputs, limits: Sequence[float]) -> None:
+        self._group, self._inputs = group, inputs
+        self._limits = list(zip(inputs.shared.values(), limits, strict=True))
+        self._standing = self._stand()
+        self._known: collections.OrderedDict[Any, None] = collections.OrderedDict()
+        self._saw: collections.deque[_Reading] = collections.deque()
+        self._has_warned = False
+
+    @property
+    def is_in_graph(self) -> bool:
+        """Whether the graph compares inputs, and its last output is for ``saw``."""
+        return bool(self._limits)
+
+    def before(self, numbers: Sequence[Any], conditions: Sequence[int], args: Sequence[Any]) -> None:
+        """Compare what is due before a call.
+
+        Args:
+            numbers: of the call, as ``CallInputs.numbers`` has them.
+            conditions: fingerprints, as ``CallInputs.conditions`` has them.
+            args: the compiled graph's inputs.
+
+        Raises:
+            DisagreementError: see ``compare``; or inputs of an earlier call differed.
+            RuntimeError: the process group is not the one that the graph was compiled for.
+
+        """
+        standing = self._stand()
+        if standing != self._standing:
+            raise RuntimeError(
+                "this graph was compiled for rank {} of {}, and this process is rank {} of {} now: call "
+                "torch.compiler.reset(), and compile again".format(*self._standing[:2], *standing[:2])
+            )
+        inputs, key = self._inputs, (tuple(numbers), tuple(conditions))
+        is_new = key not in self._known
+        try:
+            while len(self._saw) >= (1 if is_new else self.LAG):
+                self._judge(self._saw[0], len(self._saw))
+                self._saw.popleft()
+        except DisagreementError:
+            self._saw.clear()  # as all ranks do now
+            raise
+        facts = {
+            f"the shape of {name}": str(list(args[place].shape))
+            for place, name in {**inputs.shared, **inputs.conditions}.items()
+        }
+        facts |= {name: repr(number) for name, number in zip(inputs.numbers.values(), numbers, strict=True)}
+        for name, content in zip(inputs.conditions.values(), conditions, strict=True):
+            facts[f"the content of {name}"] = _hexadecimal(content)
+        if is_new:
+            for place, name in inputs.shared.items():
+                facts[f"the content of {name}"] = _hexadecimal(fingerprint(args[place]))
+        compare(self._group, "calling the model", facts)
+        self._known[key] = None
+        self._known.move_to_end(key)
+        while len(self._known) > 64:
+            self._known.popitem(last=False)
+
+    def _stand(self) -> tuple[int, int, tuple[int, ...]]:
+        """Where this process stands: its rank and the number of ranks, in the group, and what rank each is of all."""
+        process_group = collectives.process_group(self._group.name)
+        is_fake = dist.get_backend(process_group) == "fake"
+        return process_group.rank(), process_group.size(), () if is_fake else _ranks_of(process_group)
+
+    def forget(self) -> None:
+        """Let go of what has not been read yet."""
+        self._saw.clear()
+
+    def saw(self, apart: torch.Tensor) -> None:
+        """Take how far the inputs of a call were apart: ``[ranks, inputs]``, see ``trunk.SharedInputs``."""
+        self._saw.append(_Reading(apart))
+
+    def look(self) -> None:
+        """Compare what has not been read yet, and wait for the device; the next call looks at the same again.
+
+        Raises:
+            DisagreementError: inputs of one of the last calls differed.
+
+        """
+        for place, reading in enumerate(self._saw):
+            self._judge(reading, len(self._saw) - place)
+
+    def _judge(self, reading: _Reading, calls_ago: int) -> None:
+        _, _, names = self._standing
+        if not names:
+            return  # ranks that don't exist have no inputs
+        beyond, within = [], []
+        for rank, row in zip(names, reading.read(), strict=True):
+            for (name, limit), relative in zip(self._limits, row, strict=True):
+                said = f"{name} on rank {rank} is off by {relative:.3g} (relative)"
+                if not relative <= limit:  # what is not a number is beyond
+                    beyond.append(f"{said}, allowed is {limit:g}")
+                elif relative:
+                    within.append(said)
+        if beyond:
+            when = f"{calls_ago} call{'s' if calls_ago > 1 else ''} ago"
+            raise DisagreementError(
+                f"ranks that share a sequence differ from rank {names[0]}, {when}: {_some(beyond)}. "
+                f"All have computed with what rank {names[0]} was given. {ADVICE}"
+            )
+        if within and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "ranks that share a sequence differ from rank %d no more than rounding does, and compute with its "
+                "inputs: %s",
+                names[0],
+                _some(within),
+            )

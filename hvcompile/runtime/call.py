@@ -1,0 +1,221 @@
+"""The callable that Dynamo gets: what a call's graph takes beside its inputs, and what is taken from its outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hvcompile.journal import JournalRow
+from hvcompile.runtime.agreement import Agreement
+from hvcompile.runtime.derived import DerivedCall
+from hvcompile.runtime.fingerprints import Fingerprints
+from hvcompile.runtime.state import ModelState, Slot, model_state
+from hvcompile.runtime.weights import StoredFloat8, WeightLayout, picker
+from hvcompile.torch_private import fakes
+
+log = logging.getLogger(__name__)
+
+# A slot that was not used in this many calls of its model belongs to a generation that is over.
+STALE_AFTER_CALLS = 32
+# Generations (or guidance halves) that run at the same time in one model at most; each holds two or more activations.
+MOST_SLOTS = 8
+
+
+# A call's numbers, and the fingerprints of its conditions: what tells its generation from others.
+_Generation = tuple[tuple[Any, ...], tuple[int, ...]]
+
+# Tells compiled graphs apart.
+_NUMBERS = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateLayout:
+    """How to make a fresh state tensor; ``shape`` may be symbolic."""
+
+    shape: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calling:
+    """Positions of the inputs that the runtime looks at, and what the graph takes and returns beyond its own.
+
+    ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
+    inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
+    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state. ``agreement`` is
+    there where several ranks run the graph together; the last output may be for it.
+    """
+
+    anchor: int | None
+    weights: tuple[int, ...]
+    conditions: tuple[int, ...]
+    numbers: tuple[int, ...]
+    symbols: Mapping[int, Any]
+    num_outputs: int
+    states: tuple[StateLayout, ...]
+    has_record: bool
+    passed: tuple[int, ...] | None = None
+    stored: tuple[WeightLayout, ...] = ()
+    derived: tuple[DerivedCall, ...] = ()
+    agreement: Agreement | None = None
+
+
+class CompiledTrunk:
+    """The callable that Dynamo gets: adds weights and a slot's state to the inputs, takes the next from the outputs."""
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        calling: Calling,
+        journal: list[JournalRow],
+        compile_id: tuple[int, int],
+        compile_instead: Callable[[Sequence[Any], str, str], Callable[..., Any]] | None = None,
+    ) -> None:
+        self._compiled, self._calling, self._journal, self._compile_id = compiled, calling, journal, compile_id
+        self._weights, self._numbers = picker(calling.weights), picker(calling.numbers)
+        # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
+        self._number = next(_NUMBERS)
+        self._fingerprints = Fingerprints()
+        self._passed = picker(calling.passed) if calling.passed is not None else None
+        self._lock = threading.Lock()
+        self._has_warned = False
+        # Takes the inputs of a call, the pass whose derived inputs refuse them, and why.
+        self._compile_instead = compile_instead
+        self._instead: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run one step: the captured graph's inputs in, its outputs out."""
+        calling = self._calling
+        if calling.agreement is None:
+            return self._step(args)
+        generation = self._generation(args)
+        calling.agreement.before(*generation, args)
+        try:
+            return self._step(args, generation)
+        except RuntimeError as error:
+            error.add_note(
+                "This step runs on several ranks. Where the error speaks of a connection, a peer or a timeout, another "
+                "rank has ended or hangs: look at what that one printed."
+            )
+            raise
+
+    def _step(self, args: Sequence[Any], generation: _Generation | None = None) -> Sequence[Any]:
+        calling = self._calling
+        if calling.anchor is None:
+            return self._run(args)
+        model = model_state(args[calling.anchor])
+        if self._number not in model.graphs:
+            with model.lock:
+                model.graphs[self._number] = (self._compile_id, self._journal)
+                if calling.agreement is not None:
+                    model.agreements.add(calling.agreement)
+        added: list[Any] = []
+        for item, made in self._derive(model, args):
+            if isinstance(made, str):
+                with model.lock:
+                    model.unfit += 1
+                return self._run_instead(args, item.made_by, made)
+            added += made
+        stored, revision = self._stored_weights(model, args) if calling.stored else ([], 0)
+        added += stored
+        passed = self._passed(args) if self._passed is not None else args
+        if not calling.states:
+            return self._run([*passed, *added])
+        slot = self._slot(model, args, revision, generation or self._generation(args))
+        results = self._run([*passed, *added, *slot.tensors])
+        end = calling.num_outputs + len(calling.states)
+        slot.tensors = list(results[calling.num_outputs : end])
+        if calling.has_record:
+            model.add_pending(slot.number, results[end])
+        return results[: calling.num_outputs]
+
+    def _run(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        results: Sequence[Any] = self._compiled(*inputs)
+        agreement = self._calling.agreement
+        if agreement is None or not agreement.is_in_graph:
+            return results
+        agreement.saw(results[-1])
+        return results[:-1]
+
+    def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | str]]:
+        for place, item in enumerate(self._calling.derived):
+            yield item, model.kept[self._number, place].of(item, args)
+
+    def derived_inputs(self, args: Sequence[Any]) -> dict[str, Any] | str:
+        """What a call with these inputs adds to them, by the placeholder's name; or why another graph runs it."""
+        anchor = self._calling.anchor
+        found: dict[str, Any] = {}
+        for item, made in self._derive(model_state(args[anchor]), args) if anchor is not None else ():
+            if isinstance(made, str):
+                return made
+            found |= dict(zip(item.names, made, strict=True))
+        return found
+
+    def _run_instead(self, args: Sequence[Any], made_by: str, reason: str) -> Sequence[Any]:
+        """Run the graph that computes what this one can't; compiled once for each set of sizes."""
+        key = (made_by, *self._numbers(args))
+        with self._lock:
+            if key not in self._instead:
+                assert self._compile_instead is not None
+                self._instead[key] = self._compile_instead(args, made_by, reason)
+        return self._instead[key](*args)  # type: ignore[no-any-return]
+
+    def _stored_weights(self, model: ModelState, args: Sequence[Any]) -> tuple[list[torch.Tensor], int]:
+        """The float8 weights to pass, and their revision."""
+        with model.lock:
+            stored = model.stored.setdefault(self._number, StoredFloat8(self._calling.stored))
+            return stored.of(args), stored.revision
+
+    def _generation(self, args: Sequence[Any]) -> _Generation:
+        with self._lock:
+            conditions = tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
+        return self._numbers(args), conditions
+
+    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation) -> Slot:
+        with model.lock:
+            weights = model.weights[self._number].look(self._weights(args))
+            thread = weakref.ref(threading.current_thread())
+            key = (thread, self._number, weights, stored_revision, *generation)
+            model.calls += 1
+            for other, slot in list(model.slots.items()):
+                owner = other[0]()
+                if owner is None or not owner.is_alive() or model.calls - slot.last_call > STALE_AFTER_CALLS:
+                    del model.slots[other]
+            found = model.slots.get(key)
+            if found is None:
+                if len(model.slots) >= MOST_SLOTS:
+                    oldest = min(model.slots, key=lambda other: model.slots[other].last_call)
+                    del model.slots[oldest]
+                    self._warn_of_churn()
+                found = model.slots[key] = Slot(next(model.numbers), self._fresh(args), 0)
+            found.last_call = model.calls
+            return found
+
+    def _warn_of_churn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "hvfast keeps state for %d sets of conditions at most and has dropped the oldest: an input beside the "
+                "sample and the timestep changes at every step, or more generations than that run at once. Steps whose "
+                "state was dropped are computed",
+                MOST_SLOTS,
+            )
+
+    def _fresh(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        symbols = {symbol: args[place] for place, symbol in self._calling.symbols.items()}
+        return [
+            torch.zeros(
+                [fakes.evaluate_size(size, symbols) for size in layout.shape],
+                dtype=layout.dtype,
+                device=layout.device,
+            )
+            for layout in self._calling.states
+        ]

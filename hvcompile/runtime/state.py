@@ -1,0 +1,246 @@
+"""State between calls of a compiled graph: whose it is, which generation's, and when it goes.
+
+A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledTrunk`` owns
+the exchange. State is kept in slots. A slot belongs to one model with its weights as they are, one thread, one compiled
+graph, one set of shapes and one set of conditions (text embeddings, masks ...), so the two halves of classifier-free
+guidance, two prompts, two pipelines and two threads each have their own. Nothing is read back from the device to find a
+slot as long as a pipeline hands in the same, unmodified condition tensors step after step; for a new tensor, one number
+is.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hvcompile.errors import UncompiledModelError
+from hvcompile.float8.weights import Restored, restore_weights
+from hvcompile.journal import JournalRow
+from hvcompile.runtime.agreement import Agreement
+from hvcompile.runtime.derived import Kept
+from hvcompile.runtime.weights import StoredFloat8, WeightRevisions
+
+# Steps whose decision is kept for ``stats``; counts go on beyond it.
+KEPT_STEPS = 10_000
+
+
+class Step(NamedTuple):
+    """One call's decision: its slot, whether blocks 2..N were reused, and block 1's relative difference.
+
+    ``difference`` is infinite where there was nothing to compare with.
+    """
+
+    slot: int
+    reused: bool
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a compiled model did so far.
+
+    Attributes:
+        graphs: distinct graphs that Dynamo captured for this model; more than one means graph breaks.
+        recompiles: further captures of those graphs (a new shape, another dtype, other guards).
+        hits: steps that reused the cached residuals.
+        misses: steps that computed all blocks.
+        slots: slots that hold state now.
+        bytes: bytes that the slots and derived inputs hold.
+        steps: the last decisions, oldest first, at most ``KEPT_STEPS`` of them.
+        journal: for each captured graph, what every pass did.
+        unfit: calls that ran a graph compiled for what the first one is not fit for, such as a mask with a hole in it;
+            its journal says why.
+
+    """
+
+    graphs: int
+    recompiles: int
+    hits: int
+    misses: int
+    slots: int
+    bytes: int
+    steps: list[Step]
+    journal: list[list[JournalRow]]
+    unfit: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """The state of one generation, and when it was last used."""
+
+    number: int
+    tensors: list[torch.Tensor]
+    last_call: int
+
+
+@dataclasses.dataclass(eq=False)
+class ModelState:
+    """Everything that is kept for one model; dies with the model."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
+    # Weakly: they go with the compiled graphs.
+    agreements: weakref.WeakSet[Agreement] = dataclasses.field(default_factory=weakref.WeakSet)
+    slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
+    weights: dict[int, WeightRevisions] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(WeightRevisions)
+    )
+    stored: dict[int, StoredFloat8] = dataclasses.field(default_factory=dict)
+    numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
+    kept: dict[tuple[int, int], Kept] = dataclasses.field(default_factory=lambda: collections.defaultdict(Kept))
+    unfit: int = 0
+    calls: int = 0
+    hits: int = 0
+    misses: int = 0
+    pending: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
+    steps: collections.deque[Step] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=KEPT_STEPS))
+
+    def add_pending(self, slot: int, record: torch.Tensor) -> None:
+        """Take a decision that lies on the device; nothing waits for it until a great many do."""
+        with self.lock:
+            self.pending.append((slot, record))
+        if len(self.pending) >= KEPT_STEPS:
+            self.read_pending()
+
+    def read_pending(self) -> None:
+        """Fetch the decisions that still lie on the device."""
+        with self.lock:
+            pending, self.pending = self.pending, []
+            for slot, record in pending:
+                reused, difference = record.tolist()
+                self.steps.append(Step(slot, bool(reused), difference))
+                self.hits += int(reused)
+                self.misses += int(not reused)
+
+
+# An index, not a store: it maps a parameter of a model to what is kept for it, and lets go when the model does.
+_MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_MODELS_LOCK = threading.Lock()
+
+
+def model_state(anchor: torch.Tensor) -> ModelState:
+    """What is kept for the model that this parameter belongs to."""
+    with _MODELS_LOCK:
+        if anchor not in _MODELS:
+            _MODELS[anchor] = ModelState()
+        state = _MODELS[anchor]
+        return state  # type: ignore[no-any-return]
+
+
+def _kept_of(module: torch.nn.Module) -> list[ModelState]:
+    with _MODELS_LOCK:
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        return [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
+
+
+def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
+    module = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps; model.compile() does not
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"expected the compiled torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}: "
+            "give the module, also where only its forward was compiled"
+        )
+    states = _kept_of(module)
+    if not states:
+        raise UncompiledModelError(
+            f"this {type(module).__name__} has not run under hvfast yet: compile it with "
+            f'model.compile(backend="hvfast") and call it once'
+        )
+    return states
+
+
+def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
+    """What a compiled model did so far; waits for the device.
+
+    Args:
+        model: the module given to ``torch.compile``, or what that returned.
+
+    Raises:
+        UncompiledModelError: the model has not run under this backend.
+        DisagreementError: ranks that share a sequence were given different inputs in one of the last steps.
+
+    """
+    states = _states_of(model)
+    for state in states:
+        state.read_pending()
+        for agreement in list(state.agreements):
+            agreement.look()
+    captured, slots, steps, tensors = [], [], [], []
+    for state in states:
+        with state.lock:
+            captured += list(state.graphs.values())
+            slots += list(state.slots.values())
+            steps += list(state.steps)
+            tensors += [tensor for kept in list(state.kept.values()) for tensor in kept.tensors()]
+    graphs = len({frame for (frame, _), _ in captured})
+    return Stats(
+        graphs=graphs,
+        recompiles=len(captured) - graphs,
+        hits=sum(state.hits for state in states),
+        misses=sum(state.misses for state in states),
+        slots=len(slots),
+        bytes=sum(
+            tensor.untyped_storage().nbytes() for tensor in [*(t for slot in slots for t in slot.tensors), *tensors]
+        ),
+        steps=steps,
+        journal=[journal for _, journal in captured],
+        unfit=sum(state.unfit for state in states),
+    )
+
+
+def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
+    """Forget all cached state and statistics of a model, so that its next step is computed.
+
+    Not needed for a new prompt, shape or schedule: those are found from the inputs. It is needed where the inputs
+    can't tell: before a generation with the same conditions as one that was broken off at a *later* timestep than the
+    new one begins at, between generations with the same conditions that run step by step in turn in one thread, and
+    after conditions or weights were written through ``.data`` or another view that PyTorch does not track.
+
+    Raises:
+        UncompiledModelError: the model has not run under this backend.
+
+    """
+    for state in _states_of(model):
+        with state.lock:
+            state.slots.clear()
+            state.kept.clear()
+            state.unfit = 0
+            state.pending.clear()
+            state.steps.clear()
+            state.hits = state.misses = 0
+            for agreement in state.agreements:
+                agreement.forget()
+
+
+def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
+    """Bring back the weights that hvfast keeps in float8, so that the model can be saved, moved, changed or run.
+
+    Exactly where the model was compiled with ``options={"fp8": {"keep_original": "cpu"}}``; else to within float8's
+    precision (half a step of three mantissa bits; what is far below the largest value of its row may become 0), which
+    a warning says. The next call of the compiled model compiles again and quantises them anew, with what was changed
+    in between.
+
+    Args:
+        model: the module, or what ``torch.compile`` made of it.
+
+    Raises:
+        TypeError: ``model`` is neither.
+
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
+    restored = restore_weights(module)
+    for state in _kept_of(module):
+        with state.lock:
+            for stored in state.stored.values():
+                stored.forget()
+    return restored

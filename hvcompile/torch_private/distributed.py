@@ -1,0 +1,49 @@
+"""Process groups by name, their stores, and functional collectives that are not waited for at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of this process that goes by a name."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)  # type: ignore[no-any-return]
+
+
+def store_of(group: dist.ProcessGroup) -> Any:
+    """The key-value store through which a group's ranks met."""
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
+def all_to_all(tensor: torch.Tensor, taken: Sequence[int], given: Sequence[int], group: str) -> torch.Tensor:
+    """Send so many rows to each rank and take so many from each; still on its way when it returns (see ``wait``).
+
+    Args:
+        tensor: contiguous; its rows lie in the order of the ranks that they go to.
+        taken: rows from each rank.
+        given: rows for each rank.
+        group: name of the process group.
+
+    """
+    return torch.ops._c10d_functional.all_to_all_single(tensor, list(taken), list(given), group)  # type: ignore[no-any-return]
+
+
+def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """The first rank's tensor; still on its way when it returns (see ``wait``).
+
+    Args:
+        tensor: contiguous, of the same shape and dtype on all ranks.
+        group: name of the process group.
+
+    """
+    return torch.ops._c10d_functional.broadcast(tensor, 0, group)  # type: ignore[no-any-return]
+
+
+def wait(moving: torch.Tensor) -> torch.Tensor:
+    """What ``all_to_all`` or ``broadcast`` gave, once it is there."""
+    return torch.ops._c10d_functional.wait_tensor(moving)  # type: ignore[no-any-return]

@@ -1,0 +1,196 @@
+"""Dynamo: what it recorded of a graph, which frame it compiles and for whom, and copies of its graphs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from hvcompile.torch_private.fakes import value
+
+UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
+
+
+def carry_over(old: fx.GraphModule, new: fx.GraphModule) -> fx.GraphModule:
+    """Copy onto ``new`` what the stages below Dynamo read from ``old``; returns ``new``."""
+    new.meta = dict(old.meta)
+    for name in ("_param_name_to_source",):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    return new
+
+
+def copy_placeholder(graph: fx.Graph, old: fx.Node) -> fx.Node:
+    """Copy a placeholder of Dynamo's graph with the source that AOTAutograd looks for."""
+    new: Any = graph.node_copy(old)
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source
+    return new  # type: ignore[no-any-return]
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Dynamo's expression for a placeholder, such as ``L['kwargs']['timestep']``; empty where it has none."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name  # a property from torch 2.12 on, a method before
+    return str(name() if callable(name) else name)
+
+
+def autocast_of(region: fx.Node) -> torch.autocast:
+    """The context of an autocast region, given the node that enters it."""
+    device_type, dtype, enabled, cache_enabled = region.args
+    return torch.autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[arg-type]
+
+
+def compile_id() -> tuple[int, int]:
+    """The frame that Dynamo is compiling, and how many times it was compiled before."""
+    current = CompileContext.current_compile_id()
+    if current is None:
+        return (-1, 0)
+    return (int(current.frame_id or 0), int(current.frame_compile_id or 0))
+
+
+def num_captured() -> int:
+    """How many graphs Dynamo has captured in this process so far, by whatever backend they were compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+# What waits for the frame that Dynamo is compiling, by compile id. Dynamo runs through its hooks while one runs, so
+# that none may take itself out: one stays and hands out.
+_AWAITING: dict[tuple[int, int], Callable[[CodeType, CodeType], None]] = {}
+
+
+@functools.cache
+def _watch_bytecode() -> None:
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    def hand_out(code: CodeType, new_code: CodeType) -> None:
+        tell = _AWAITING.pop(compile_id(), None)
+        if tell is not None:
+            tell(code, new_code)
+
+    register_bytecode_hook(hand_out)
+
+
+def on_bytecode(tell: Callable[[CodeType, CodeType], None]) -> None:
+    """Have ``tell`` called once with the frame that Dynamo is compiling and what it makes of it."""
+    if compile_id()[0] >= 0:
+        _watch_bytecode()
+        _AWAITING[compile_id()] = tell
+
+
+def is_tracing() -> bool:
+    """Whether torch writes a structured trace (``TORCH_TRACE``)."""
+    try:
+        from torch._logging._internal import trace_log
+    except ImportError:
+        return False
+    # That there is a handler says nothing: without TORCH_TRACE one waits, without a directory, for the first record.
+    return any(getattr(handler, "root_dir", None) is not None for handler in trace_log.handlers)
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace, which tlparse shows; nothing is asked of ``payload`` where there is none.
+
+    Args:
+        name: of the file that tlparse makes.
+        encoding: "string" or "json".
+        payload: gives the text.
+
+    """
+    if is_tracing():
+        from torch._logging._internal import trace_structured
+
+        trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def clone_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph can be edited without touching the original, which Dynamo still reads."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        env[node] = (
+            copy_placeholder(graph, node) if node.op == "placeholder" else graph.node_copy(node, env.__getitem__)
+        )
+        env[node].meta = copy.copy(node.meta)
+    return carry_over(module, fx.GraphModule(module, graph))
+
+
+class _Propagate(fx.Interpreter):
+    """Runs a graph and records each node's value."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta.pop("unbacked_bindings", None)
+        n.meta["example_value"] = result = super().run_node(n)
+        return result
+
+
+def _number_or_node(node: fx.Node) -> Any:
+    return value(node) if isinstance(value(node), int | float) else node
+
+
+def specialise(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of a captured graph for inputs of these sizes alone, with fake inputs for it; computes nothing.
+
+    Dynamo checks the assumptions that are made while it compiles. What is compiled later may make none about a symbolic
+    size, so it is given none.
+    """
+    module = clone_graph_module(captured)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    sizes = [size for node in placeholders for size in (getattr(value(node), "shape", None) or [value(node)])]
+    if not any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes):
+        return module, [value(node) for node in placeholders]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(item, static_shapes=True) if isinstance(item, torch.Tensor) else item for item in inputs]
+    with mode, torch.no_grad():
+        _Propagate(module).run(*fakes)
+    for node in module.graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _number_or_node)
+        node.args, node.kwargs = args, kwargs
+    module.graph.lint()
+    module.recompile()
+    return module, fakes
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:
+    """Put the arguments of the next call of a module that was compiled in place into ``calls``.
+
+    A hook would do so too, but Dynamo traces hooks, and the graph would be another one.
+    """
+    compiled: Any = module._compiled_call_impl
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        module._compiled_call_impl = compiled
+        return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = keep
+
+
+def tracing_backend() -> Callable[..., Any] | None:
+    """The backend that Dynamo is capturing a graph for, in this thread; None where it captures none."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:
+        return None
+    for wrapping in ("_torchdynamo_orig_backend", "compiler_fn", "func"):  # debugging aids, then options, then partial
+        backend = getattr(backend, wrapping, backend)
+    return backend  # type: ignore[no-any-return]

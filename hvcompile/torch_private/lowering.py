@@ -1,0 +1,98 @@
+"""Lowering: a rewritten graph handed to Inductor, to AOTAutograd, or run as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InductorError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from hvcompile.errors import LoweringError
+
+Compiled = Callable[..., Any]
+COND = torch.ops.higher_order.cond
+INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
+
+
+def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule):
+            for node in child.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH):
+                body = getattr(child, node.args[0].target)
+                if isinstance(body, fx.GraphModule):
+                    yield body
+
+
+def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple.
+
+    Raises:
+        LoweringError: Inductor asks for a size that depends on data.
+
+    """
+    table = select_decomp_table()
+    for body in _outlined_bodies(module):
+        body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
+    # Dynamo's guards hold every input's strides already. To check them again, one by one in Python, takes a tenth of a
+    # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
+    is_ahead = any(isinstance(given, torch.Tensor) and given.device.type != "cpu" for given in inputs)
+    try:
+        compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
+    except InductorError as error:
+        _, found, asked = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
+        if not found:
+            raise
+        raise LoweringError(
+            f"Inductor of torch {torch.__version__} asks for a length that depends on data, which is known when the "
+            f"graph runs alone ({asked.splitlines()[0]}). Torch 2.13 asks for fewer than 2.11 and 2.12 do, with any "
+            "backend that lowers by Inductor. options={'lower': 'aot'} runs the graph without it"
+        ) from error
+    return compiled  # type: ignore[no-any-return]
+
+
+def to_aot(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Trace with AOTAutograd (functionalised ATen) and run the traced graph eagerly."""
+    from functorch.compile import aot_module_simplified, nop
+
+    return aot_module_simplified(module, list(inputs), fw_compiler=nop)  # type: ignore[no-any-return]
+
+
+def to_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """Run the rewritten graph as it is."""
+    del inputs  # nothing is specialised
+    return module.forward
+
+
+LOWERINGS: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
+    "inductor": to_inductor,
+    "aot": to_aot,
+    "eager": to_eager,
+}
+
+
+@contextlib.contextmanager
+def output_code(tell: Callable[[str], object]) -> Iterator[None]:
+    """Have ``tell`` called with the code that Inductor generates, or finds in its cache, in this thread."""
+    from torch._inductor.graph import GraphLowering
+
+    before, thread = getattr(GraphLowering, "save_output_code", None), threading.get_ident()
+
+    def hand_out(code: str) -> None:
+        if threading.get_ident() == thread:
+            tell(code)
+        if before is not None:
+            before(code)
+
+    GraphLowering.save_output_code = staticmethod(hand_out)
+    try:
+        yield
+    finally:
+        GraphLowering.save_output_code = before

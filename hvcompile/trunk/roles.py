@@ -1,0 +1,101 @@
+"""What each input of a captured graph is for: weights, the sample being denoised, clocks, and conditions.
+
+A step of one generation changes the sample and the clocks (the timestep) and leaves the conditions (text embeddings,
+masks, rotary tables) alone. So equal conditions are how the runtime tells one generation from another, and a clock
+that turns back is how the graph tells that a new one has begun. All of it is read from data flow, never from names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from hvcompile.graph.nodes import is_scalar, is_tensor, is_weight, op_name
+from hvcompile.torch_private.dynamo import source_name
+from hvcompile.torch_private.fakes import numel_hint, size_hint, value
+from hvcompile.trunk.trunk import Trunk
+
+# Operations that mix channels or tokens, or take a number for a size: past one of these a value is no longer a time.
+_MIXING = {
+    *("arange", "linspace", "full", "ones", "zeros", "linear", "matmul", "bmm", "addmm", "layer_norm", "embedding"),
+    *("scaled_dot_product_attention", "einsum"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputRoles:
+    """Placeholders of a captured graph by role; ``sample`` is None where no input has the rank of the output.
+
+    ``python_time`` names a timestep that came as a Python number, which the graph can't keep state of.
+    """
+
+    weights: tuple[fx.Node, ...]
+    sample: fx.Node | None
+    clocks: tuple[fx.Node, ...]
+    conditions: tuple[fx.Node, ...]
+    python_time: str | None
+
+    @property
+    def changing(self) -> tuple[fx.Node, ...]:
+        """What is new in every step: the sample, if there is one, and the clocks."""
+        return (*([] if self.sample is None else [self.sample]), *self.clocks)
+
+
+def _is_time_like(placeholder: fx.Node) -> bool:
+    """Whether an input becomes a sinusoidal embedding: it reaches ``sin`` or ``cos`` before anything mixes it."""
+    seen: set[fx.Node] = set()
+    stack = [placeholder]
+    while stack:
+        node = stack.pop()
+        if node in seen or op_name(node) in _MIXING or op_name(node).startswith("conv"):
+            continue
+        if op_name(node) in {"sin", "cos", "polar"}:
+            return True
+        seen.add(node)
+        stack.extend(node.users)
+    return False
+
+
+def _likeness(placeholder: fx.Node, output: torch.Tensor) -> tuple[int, int]:
+    """How much an input looks like the model's output: dimensions of equal size, then size."""
+    tensor: torch.Tensor = value(placeholder)
+    equal = sum(size_hint(a) == size_hint(b) for a, b in zip(tensor.shape, output.shape, strict=True))
+    return equal, numel_hint(tensor)
+
+
+def classify(trunk: Trunk) -> InputRoles:
+    """Give every tensor placeholder of the trunk's graph its role."""
+    weights = [node for node in trunk.inputs if is_tensor(node) and is_weight(node)]
+    inputs = [node for node in trunk.inputs if is_tensor(node) and not is_weight(node)]
+    results = trunk.output.args[0]
+    outputs = [value(node) for node in results if isinstance(node, fx.Node) and is_tensor(node)]  # type: ignore[union-attr]
+    sample = None
+    if outputs:
+        output = outputs[0]
+        alike = [node for node in inputs if value(node).ndim == output.ndim and value(node).is_floating_point()]
+        alike = [node for node in alike if output.ndim > 1 and not _is_time_like(node)]
+        sample = max(alike, key=lambda node: _likeness(node, output), default=None)
+    batch = size_hint(value(sample).shape[0]) if sample is not None else 1
+
+    def is_small(node: fx.Node) -> bool:
+        tensor: torch.Tensor = value(node)
+        if "_modules" in source_name(node):  # a Python number that is an attribute of the model
+            return False
+        return tensor.is_floating_point() and tensor.ndim <= 1 and numel_hint(tensor) <= max(1, batch)
+
+    others = [node for node in inputs if node is not sample and value(node).dtype != torch.bool]
+    others = [node for node in others if not value(node).is_complex()]
+    # A timestep that is embedded by other means than sines is at least a number for each sample.
+    clocks = [node for node in others if _is_time_like(node)] or [node for node in others if is_small(node)]
+    numbers = [node for node in trunk.inputs if is_scalar(node) and ".size()" not in source_name(node)]
+    python_time = next((source_name(node) or node.name for node in numbers if _is_time_like(node)), None)
+    conditions = [node for node in inputs if node is not sample and node not in clocks]
+    return InputRoles(
+        weights=tuple(weights),
+        sample=sample,
+        clocks=tuple(clocks),
+        python_time=python_time,
+        conditions=tuple(conditions),
+    )

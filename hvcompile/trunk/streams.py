@@ -1,0 +1,95 @@
+"""Which output of a block is the next version of which operand: the residual streams that run through the trunk."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from hvcompile.graph.nodes import is_tensor, op_name, tensor_kind
+from hvcompile.trunk.find import Block
+from hvcompile.trunk.trunk import Body
+
+# Operations whose result is a tuple of parts of a tensor.
+_SPLITTING = {"split", "chunk", "unbind", "tensor_split"}
+
+# Operations through which a residual stream passes unchanged but for what is added to it, and for a scale.
+_CARRIERS = {
+    "add",
+    "sub",
+    "mul",
+    "permute",
+    "getitem",
+    "cat",
+    "clone",
+    "contiguous",
+    "to",
+    "type_as",
+    "dropout",
+    "where",
+    "concat",
+    *_SPLITTING,
+} | {f"{kind}{name}" for kind in ("", "un") for name in ("squeeze", "flatten")}
+
+
+def find_streams(
+    found: Sequence[Block],
+    operands: Sequence[Sequence[fx.Node]],
+    bodies: dict[int, Body],
+    outputs: dict[int, list[fx.Node | None]],
+) -> None:
+    """Fill in each body's streams: from what consecutive calls of it hand on, else from inside the body."""
+    likely: dict[Body, set[int]] = {body: set() for body in bodies.values()}
+    for place in range(1, len(found)):
+        before = {node: number for number, node in enumerate(outputs[place - 1]) if node is not None}
+        for position, operand in enumerate(operands[place]):
+            if operand in before and is_tensor(operand):
+                likely[bodies[place]].add(position)
+                if bodies[place] is bodies[place - 1]:
+                    bodies[place].streams[before[operand]] = position
+    for place, body in bodies.items():
+        for number in range(len(outputs[place])):
+            if number not in body.streams:
+                source = _stream_of(body.module, number, likely[body])
+                if source is not None and source not in body.streams.values():
+                    body.streams[number] = source
+
+
+def is_residual(body: Body, position: int) -> bool:
+    """Whether an output is the operand that it continues plus something, rather than something new in its place."""
+    placeholders = list(body.module.graph.find_nodes(op="placeholder"))
+    results: Any = body.module.graph.output_node().args[0]
+    return placeholders[body.streams[position]] in residual_sources(results[position])
+
+
+def residual_sources(output: fx.Node) -> set[fx.Node]:
+    """The placeholders whose value reaches a node through additions, slices and concatenations alone."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [output]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            found.add(node)
+        elif op_name(node).rstrip("_") in _CARRIERS or node.target is operator.iadd:
+            stack.extend(item for item in node.all_input_nodes if is_tensor(item) or op_name(item) in _SPLITTING)
+    return found
+
+
+def _stream_of(body: fx.GraphModule, position: int, likely: set[int]) -> int | None:
+    """The operand that an output continues, found inside the body: by its residual path, else by its shape alone."""
+    placeholders = list(body.graph.find_nodes(op="placeholder"))
+    results: Any = body.graph.output_node().args[0]
+    kind = tensor_kind(results[position])
+    carried = residual_sources(results[position])
+    alike = [place for place, node in enumerate(placeholders) if is_tensor(node) and tensor_kind(node) == kind]
+    by_residual = [place for place in alike if placeholders[place] in carried]
+    for candidates in (by_residual, [p for p in by_residual if p in likely], [p for p in alike if p in likely]):
+        if len(candidates) == 1:
+            return candidates[0]
+    return None
