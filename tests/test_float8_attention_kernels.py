@@ -107,7 +107,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hvcompile import float8_attention_triton as kernels
+from hvcompile.float8 import attention_triton as kernels
 
 kernel = kernels._attend
 pointers = {"query": "*fp8e4nv", "key": "*fp8e4nv", "value": "*fp8e4nv", "out": "*bf16"}
