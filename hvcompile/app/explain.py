@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import runpy
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import fx
 
 from hvcompile import backend, outputs
@@ -130,7 +126,7 @@ def explain_script(request: Request) -> Explanation:
     found: list[Explanation] = []
     met: list[str] = []
 
-    def explain_it(graph: fx.GraphModule, inputs: Any, settings: Options, *_: Any) -> Any:
+    def explain_it(graph: fx.GraphModule, inputs: Any, settings: Options) -> Any:
         explanation = explain_graph(graph, inputs, settings, DEVICES[request.gpu])
         if explanation.reason:
             met.append(explanation.reason)
@@ -142,7 +138,7 @@ def explain_script(request: Request) -> Explanation:
     try:
         sys.argv = [path, *request.arguments]
         sys.path = [str(Path(path).resolve().parent), *paths]  # as python itself has it
-        with _instead_of_compiling(explain_it):
+        with backend.instead_of_compiling(explain_it):
             runpy.run_path(path, run_name="__main__")
     except _SeenError:
         return found[0]
@@ -167,20 +163,6 @@ def explain_script(request: Request) -> Explanation:
     raise InputError(
         f'script {path!r} ended and called no model compiled with hvfast: compile one with backend="hvfast" and call it'
     )
-
-
-@contextlib.contextmanager
-def _instead_of_compiling(explain_it: Callable[..., Any]) -> Iterator[None]:
-    """Within, hvfast hands what Dynamo captures to a function, and Dynamo captures everything anew.
-
-    What hvfast calls is exchanged and not hvfast itself, which Dynamo keeps from when it is first named.
-    """
-    torch.compiler.reset()  # a model that was compiled before would run, and not be handed over
-    try:
-        with mock.patch.object(backend, "_compile", explain_it):
-            yield
-    finally:
-        torch.compiler.reset()  # graphs that were only explained are not to be run for compiled ones
 
 
 def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
