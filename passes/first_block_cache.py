@@ -77,6 +77,7 @@ class FirstBlockCache(Pass):
     last_steps_computed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.threshold <= MOST:
             raise OptionError(
                 f"first_block_cache.threshold is {self.threshold}; allowed is a number from 0 to {MOST:g}"

@@ -63,6 +63,7 @@ class Float8Attention(Pass):
     fp8_keep_blocks: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.fp8_keep_blocks < 0:
             raise OptionError(
                 f"attention.fp8_keep_blocks is {self.fp8_keep_blocks}; allowed is a whole number, 0 or more"

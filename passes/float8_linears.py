@@ -86,6 +86,7 @@ class Float8Linears(Pass):
     audit: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (("granularity", float8_format.GRANULARITIES), ("keep_original", KEEPS)):
             if getattr(self, name) not in allowed:
                 raise OptionError(

@@ -89,6 +89,7 @@ class ShardedAttention(Pass):
     timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.cfg not in {1, 2}:
             raise OptionError(f"context_parallel.cfg is {self.cfg}; allowed is 1 or 2")
         for name in ("ulysses", "ring"):

@@ -72,6 +72,7 @@ class UnmaskedAttention(Pass):
     hoist: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kernel not in KERNELS:
             allowed = ", ".join(map(repr, KERNELS))
             raise OptionError(f"attention.kernel is {self.kernel!r}; allowed is one of {allowed}")
