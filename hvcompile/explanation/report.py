@@ -76,7 +76,7 @@ def write(
     if explanation is None and stats is None:
         raise InputError("a report needs something to show: give explanation, stats or both")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hvcompile"),
+        loader=jinja2.PackageLoader("hvcompile.explanation"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
