@@ -62,8 +62,9 @@ class Pass:
 
     def __post_init__(self) -> None:
         """Check the fields' types; a subclass goes on with their values."""
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
+        fields = dataclasses.fields(self)
+        hints = typing.get_type_hints(type(self)) if fields else {}
+        for field in fields:
             setting = getattr(self, field.name)
             require_type(setting, hints[field.name], f"{self.section}.{field.name}")
             if isinstance(setting, list):
