@@ -18,7 +18,7 @@ from hvcompile.errors import QuantizedWeightError, RequestedPassError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor
-from hvcompile.journal import JournalRow, PassReport
+from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
@@ -29,7 +29,7 @@ from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.lowering import LOWERINGS
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
-from hvcompile.trunk.trunk import NoTrunk, Trunk
+from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def compile_graph(
     observer = Observers(dump, CompilingTogether(captured, args))
 
     trunk = rewrite(captured, settings, rows, observer, args=dict(enumerate(args)))
-    if isinstance(trunk, NoTrunk):
+    if isinstance(trunk, Declined):
         leave_as_captured(trunk.reason, settings, rows, observer, args)
         compiled = lower(captured, example_inputs, settings, observer)
         run = CompiledTrunk(compiled, seal_as_captured(captured), rows, compile_id)
@@ -119,7 +119,7 @@ def rewrite(
     *,
     args: Mapping[int, Any],
     planned_for: Device | None = None,
-) -> Trunk | NoTrunk:
+) -> Trunk | Declined:
     """Find the trunk of a captured graph and run the passes on it. ``hvcompile.explain`` goes no further than this.
 
     Args:
@@ -140,8 +140,8 @@ def rewrite(
     """
     observer.on_stage(CAPTURED, captured, None)
     reason = needs_gradients(captured)
-    trunk = NoTrunk(reason) if reason else recover(captured)
-    if isinstance(trunk, NoTrunk):
+    trunk = Declined(reason) if reason else recover(captured)
+    if isinstance(trunk, Declined):
         return trunk
     journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     observer.on_stage(OUTLINED, trunk.module, trunk)

@@ -18,7 +18,7 @@ from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.inline import run_on_fakes
 from hvcompile.graph.nodes import is_tensor, op_name
-from hvcompile.journal import PassReport
+from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting.float8_audit import measure_errors
 from hvcompile.rewriting.float8_plan import Plan, groups_of, placeholder_names
@@ -98,53 +98,60 @@ class Float8Linears(Pass):
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the bodies; see the class."""
-        unfit = self._unfit(trunk, context)
-        if unfit:
-            return PassReport(declined=(("graph", unfit),))
-        granularity = cast("Granularity", self.granularity)
-        plan = Plan(
+        declined = _check_device(trunk, context)
+        if declined is not None:
+            return declined.report("graph")
+        plan = self._match(trunk, context)
+        if plan.is_empty:
+            return PassReport(declined=plan.declined(), table=plan.table())
+        return self._rewrite(trunk, plan, context)
+
+    def _match(self, trunk: Trunk, context: Context) -> Plan:
+        return Plan(
             trunk,
             context,
-            granularity=granularity,
+            granularity=cast("Granularity", self.granularity),
             skip=self.skip,
             keep_blocks=self.keep_blocks,
             keep_last_blocks=self.keep_last_blocks,
         )
-        if plan.is_empty:
-            return PassReport(declined=plan.declined(), table=plan.table())
+
+    def _rewrite(self, trunk: Trunk, plan: Plan, context: Context) -> PassReport:
         if self.audit:
-            plan.errors = measure_errors(trunk, plan.done(), granularity, context)
+            plan.errors = measure_errors(trunk, plan.done(), plan.granularity, context)
         # What the report says is found before the graph is another.
         report = PassReport(matched=plan.matched(), declined=plan.declined(), table=plan.table())
         for (body, names), blocks in plan.variants().items():
             if names:
-                _rewrite(trunk, body, names, blocks, granularity, keep_original=self.keep_original == "cpu")
+                keep_original = self.keep_original == "cpu"
+                _rewrite_body(trunk, body, names, blocks, plan.granularity, keep_original=keep_original)
         return report
 
-    def _unfit(self, trunk: Trunk, context: Context) -> str:
-        """Why this device or installation can't; empty if it can."""
-        device = next(
-            (value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None
-        )
-        if device is None:
-            return "the blocks take no tensor"
-        if any(isinstance(item, QuantizedWeight) for item in context.given.values()):
-            return ""  # it did apply, and there is no way back but to restore
-        unfit = float8_linear.reason_unfit(device)
-        if device.type == "meta":
-            planned = context.planned_for
-            is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
-            unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
-        elif device.type == "cpu" and context.requested:
-            unfit = ""
-        if unfit or torchao.is_available():  # importing torchao takes a second, where it is of any use
-            return unfit
-        missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
-        log.warning("float8 products would run on %s, but %s", device, missing)
-        return missing
+
+def _check_device(trunk: Trunk, context: Context) -> Declined | None:
+    """Why this device or installation can't."""
+    device = next((value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None)
+    if device is None:
+        return Declined("the blocks take no tensor")
+    if any(isinstance(item, QuantizedWeight) for item in context.given.values()):
+        return None  # it did apply, and there is no way back but to restore
+    unfit = float8_linear.reason_unfit(device)
+    if device.type == "meta":
+        planned = context.planned_for
+        is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
+        unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
+    elif device.type == "cpu" and context.requested:
+        unfit = ""
+    if unfit:
+        return Declined(unfit)
+    if torchao.is_available():  # importing it takes a second, where it is of any use
+        return None
+    missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
+    log.warning("float8 products would run on %s, but %s", device, missing)
+    return Declined(missing)
 
 
-def _rewrite(
+def _rewrite_body(
     trunk: Trunk,
     body: Body,
     names: frozenset[str],

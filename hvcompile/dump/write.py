@@ -21,7 +21,7 @@ from hvcompile.errors import OptionError
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_weight
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.options import DUMP_LIMIT_GIB
 from hvcompile.ranks import launch
 from hvcompile.torch_private import dynamo, lowering
@@ -131,7 +131,7 @@ class Dump(Observer):
         self._lower, self._limit_gib = lower, limit_gib
         self._count = 0
         self._fixed: dict[str, float] = {}
-        self._derived: Callable[[Sequence[Any]], Mapping[str, Any] | str] = lambda _: {}
+        self._derived: Callable[[Sequence[Any]], Mapping[str, Any] | Declined] = lambda _: {}
         self._inputs: list[tuple[str, bool]] = []  # of the captured graph: its name, and whether it is a weight
         self._passes: list[dict[str, Any]] = []
         self._notes: list[str] = []
@@ -284,8 +284,8 @@ class Dump(Observer):
                 f"than the {self._limit_gib:g} of options['dump_limit_gib']"
             )
         derived, is_whole = self._derived(given), len(wanted) == len(given)
-        if isinstance(derived, str):
-            self._note(f"the first call is computed by the graph of another folder, since in this one {derived}")
+        if isinstance(derived, Declined):
+            self._note(f"the first call is computed by the graph of another folder, since in this one {derived.reason}")
             is_whole = False
         kept = wanted | (self._stored if weights <= set(wanted) else {})
         with _writing(self._folder):

@@ -21,14 +21,14 @@ from hvcompile.explanation.listing import Stage, stage
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.costs import DEVICES, Cost, Device, costs
 from hvcompile.graph.nodes import is_tensor, is_weight
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks import collectives
 from hvcompile.torch_private import dynamo, lowering
 from hvcompile.torch_private.fakes import is_data_dependent, num_bytes, size_hint, value
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, Observer
-from hvcompile.trunk.trunk import BlockCall, NoTrunk, Trunk
+from hvcompile.trunk.trunk import BlockCall, Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ def explain_graph(
     optional = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
     trunk = rewrite(captured, optional, journal, witness, args=freed, planned_for=device)
     common = _common(captured, inputs, device)
-    if isinstance(trunk, NoTrunk):
+    if isinstance(trunk, Declined):
         return _explain_captured(trunk.reason, captured, common)
     computed, reused = _after(trunk)
     return Explanation(
