@@ -53,17 +53,54 @@ class FirstBlockCache(Pass):
     decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses and that means are taken there
     in the model's dtype.
 
-    Before::
+    Given::
 
-        a = invoke_subgraph(block_0, streams); b = invoke_subgraph(block_0, a); c = invoke_subgraph(block_1, b)
-        return epilogue(c)
+        root:
+            ...
+            invoke_subgraph = block_0(contiguous, ..., 6 weights of blocks.0)
+            getitem_2: f32[1, 12, 16] = invoke_subgraph[0]
+            ...
+            invoke_subgraph_1 = block_0(getitem_2, ..., 6 weights of blocks.1)
+            getitem_3: f32[1, 12, 16] = invoke_subgraph_1[0]
+            invoke_subgraph_2 = block_0(getitem_3, ..., 6 weights of blocks.2)
+            getitem_4: f32[1, 12, 16] = invoke_subgraph_2[0]
+            linear: f32[1, 12, 16] = linear(getitem_4, head.weight, head.bias)
 
-    After::
+    Result::
 
-        a = invoke_subgraph(block_0, streams)
-        reused = (|a - streams - first|.mean() / |first|.mean() <= threshold) & ...
-        c, residual', first' = cond(reused, a + residual, [b = block_0(a); c = block_1(b)], ...)
-        return epilogue(c), residual', first', counters', ...
+        root:
+            ...
+            state_first_residual: f32[1, 12, 16]
+            state_residual: f32[1, 12, 16]
+            ...
+            invoke_subgraph = block_0(contiguous, ..., 6 weights of blocks.0)
+            getitem_2: f32[1, 12, 16] = invoke_subgraph[0]
+            ...
+            sub: f32[1, 12, 16] = sub(getitem_2, contiguous)
+            ...
+            truediv_1: f32[] = truediv(mean, mean_1)
+            ...
+            le: bool[] = le(where_3, 0.06)
+            and__5: bool[] = and_(isfinite, le)
+            and__6: bool[] = and_(and__5, and__4)
+            ...
+            cond = cond(and__6, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
+            getitem_5: f32[1, 12, 16] = cond[0]
+            ...
+            linear: f32[1, 12, 16] = linear(getitem_5, head.weight, head.bias)
+        ...
+        cache_hit:
+            ...
+            add: f32[1, 12, 16] = add(getitem, contiguous_3)
+            ...
+        cache_miss:
+            ...
+            invoke_subgraph = block_0(getitem, ..., 6 weights of blocks.1)
+            getitem_1: f32[1, 12, 16] = invoke_subgraph[0]
+            invoke_subgraph_1 = block_0(getitem_1, ..., 6 weights of blocks.2)
+            getitem_2: f32[1, 12, 16] = invoke_subgraph_1[0]
+            sub: f32[1, 12, 16] = sub(getitem_2, getitem)
+            sub_1: f32[1, 12, 16] = sub(getitem, contiguous_2)
 
     """
 

@@ -43,13 +43,19 @@ class Float8Attention(Pass):
 
     Source: Zhang et al., SageAttention2 (arXiv:2411.10958).
 
-    Before::
+    Given::
 
-        out = scaled_dot_product_attention(query, key, value)
+        block_0:
+            ...
+            scaled_dot_product_attention: f32[1, 2, 41, 32] = scaled_dot_product_attention(query, key, value)
+            transpose: f32[1, 41, 2, 32] = scaled_dot_product_attention.transpose(1, 2)
 
-    After::
+    Result::
 
-        out = scaled_dot_product_float8_attention(query, key, value, scale)
+        block_0:
+            ...
+            scaled_dot_product_float8_attention: f32[1, 2, 41, 32] = scaled_dot_product_float8_attention(query, key, ...)
+            transpose: f32[1, 41, 2, 32] = scaled_dot_product_float8_attention.transpose(1, 2)
 
     """
 

@@ -63,14 +63,40 @@ class Float8Linears(Pass):
     Source: dynamic scaling as in torchao's ``Float8DynamicActivationFloat8WeightConfig(PerRow())``; Micikevicius et
     al., FP8 Formats for Deep Learning (arXiv:2209.05433).
 
-    Before::
+    Given::
 
-        q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv, bv)
+        block_0:
+            ...
+            up_weight: f32[128, 64]
+            ...
+            normed: f32[1, 41, 64] = add(mul, getitem_1)
+            linear_1: f32[1, 41, 128] = linear(normed, up_weight, up_bias)
+            mlp: f32[1, 41, 128] = gelu(linear_1)
+            ...
+            linear_2: f32[1, 41, 64] = linear(cat, to_q_weight, to_q_bias)
+            ...
+            linear_3: f32[1, 41, 64] = linear(cat, to_k_weight, to_k_bias)
+            ...
+            linear_4: f32[1, 41, 64] = linear(cat, to_v_weight, to_v_bias)
 
-    After::
+    Result::
 
-        data, scale = quantize(x)
-        q, k, v = linear(data, scale, w_float8, w_scale, cat(bq, bk, bv)).split(...)
+        block_0:
+            ...
+            up_weight_and_3_float8: f8_e4m3fn[320, 64]
+            up_weight_and_3_scale: f32[320, 1]
+            ...
+            normed: f32[1, 41, 64] = add(mul, getitem_1)
+            quantize = quantize(normed, 'row')
+            getitem_2: f8_e4m3fn[41, 64] = quantize[0]
+            getitem_3: f32[41, 1] = quantize[1]
+            cat: f32[320] = cat([up_bias, to_q_bias, to_k_bias, to_v_bias])
+            linear_1: f32[41, 320] = linear(getitem_2, getitem_3, up_weight_and_3_float8, ...)
+            shape_like: f32[1, 41, 320] = shape_like(linear_1, normed)
+            split = split(shape_like, [128, 64, 64, 64], -1)
+            getitem_4: f32[1, 41, 128] = split[0]
+            ...
+            mlp: f32[1, 41, 128] = gelu(getitem_4)
 
     """
 

@@ -48,26 +48,65 @@ class ShardedAttention(Pass):
     Source: DeepSpeed Ulysses (arXiv:2309.14509), Ring Attention (arXiv:2310.01889), both as in USP (arXiv:2405.07719);
     text kept whole as in xDiT's and ParaAttention's HunyuanVideo.
 
-    Before::
+    Given::
 
-        a = invoke_subgraph(block_0, video [B, V, C], text, cos [V, D])
-        block_0: attended = scaled_dot_product_attention(q, k, v [B, H, V + T, D], mask)
+        root:
+            ...
+            hidden: f32[1, 13, 64] = linear(sample, embed.weight, embed.bias)
+            ...
+            invoke_subgraph = block_0(contiguous, contiguous_1, ..., 10 weights of blocks.0)
+            ...
+            getitem_3: f32[1, 13, 64] = invoke_subgraph_2[0]
+            linear: f32[1, 13, 64] = linear(getitem_3, head.weight, head.bias)
+            ...
+        block_0:
+            ...
+            mixed: f32[1, 4, 13, 16] = scaled_dot_product_attention(transpose, transpose_1, transpose_2, None)
 
-    After, with Ulysses over N ranks::
+    Result, with Ulysses on rank 1 of 2::
 
-        local = pad(video).narrow(1, rank * L, L)
-        a = invoke_subgraph(block_0, local [B, L, C], text, pad(cos).narrow(0, rank * L, L)); ... ; gather(...)
-        block_0: q, k, v = reshard(stack(video part), sequence -> heads)[:V] | text[this rank's heads]
-                 attended = scaled_dot_product_attention(q, k, v [B, H / N, V + T, D], mask)
-                 attended = reshard([part of rank 0 | text | part of rank 1 | text ...], heads -> sequence)
+        root:
+            ...
+            broadcast: f32[1, 13, 64] = broadcast(sample, ...)
+            ...
+            hidden: f32[1, 13, 64] = linear(broadcast, embed.weight, embed.bias)
+            ...
+            pad: f32[1, 14, 64] = pad(contiguous_1, (0, 0, 0, 1), ...)
+            narrow: f32[1, 7, 64] = pad.narrow(1, 7, 7)
+            clone: f32[1, 7, 64] = clone(narrow, memory_format=contiguous_format)
+            ...
+            invoke_subgraph = block_0(contiguous, clone, ..., 10 weights of blocks.0)
+            ...
+            getitem_4: f32[1, 7, 64] = invoke_subgraph_2[0]
+            narrow_3: f32[1, 7, 64] = getitem_4.narrow(1, 0, 7)
+            gather_1: f32[1, 14, 64] = gather(narrow_3, ..., 1)
+            narrow_4: f32[1, 13, 64] = gather_1.narrow(1, 0, 13)
+            linear: f32[1, 13, 64] = linear(narrow_4, head.weight, head.bias)
+            ...
+        block_0:
+            ...
+            stack: f32[3, 1, 4, 7, 16] = stack([getitem, getitem_1, getitem_2])
+            reshard: f32[3, 1, 2, 14, 16] = reshard(stack, ..., 3, 2)
+            ...
+            mixed: f32[1, 2, 13, 16] = scaled_dot_product_attention(getitem_6, cat, cat_1, None)
+            ...
+            reshard_1: f32[1, 4, 7, 16] = reshard(flatten, ..., 1, 2)
 
-    After, with a ring of 2, on the ranks of the first stretch::
+    Result, with a ring on rank 1 of 2::
 
-        block_0: coming = pass_on(stack(k, v of this stretch))
-                 part_0 = scaled_dot_product_attention_with_lse(q, k | text, v | text, mask of both)
-                 k, v = arrived(coming)
-                 part_1 = scaled_dot_product_attention_with_lse(q, k[:valid], v[:valid], mask of these)
-                 attended = sum(part * exp(lse - max)) / sum(exp(lse - max))
+        ...
+        block_0:
+            ...
+            stack: f32[2, 1, 4, 7, 16] = stack([getitem_1, getitem_2])
+            pass_on: f32[2, 1, 4, 7, 16] = pass_on(stack, ..., 2)
+            ...
+            attended = scaled_dot_product_attention_with_lse(getitem, getitem_5, getitem_6)
+            ...
+            arrived: f32[2, 1, 4, 7, 16] = arrived(pass_on)
+            ...
+            attended_1 = scaled_dot_product_attention_with_lse(getitem, cat, cat_1)
+            ...
+            truediv: f32[1, 4, 7, 16] = truediv(add_3, unsqueeze_2)
 
     """
 

@@ -54,13 +54,31 @@ class UnmaskedAttention(Pass):
         kernel: "auto" for torch's own choice; "cudnn", "flash", "efficient" or "math" for that one in all blocks, an
             error where it can't compute one of them.
 
-    Before::
+    Given::
 
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        root:
+            ...
+            keep: bool[1, 1, 1, 17]
+            ...
+            invoke_subgraph = block_0(..., contiguous_3, 8 weights of masked_blocks.0)
+            ...
+        block_0:
+            ...
+            mixed: f32[1, 2, 17, 8] = scaled_dot_product_attention(query, key, held, attn_mask=keep)
 
-    After::
+    Result::
 
-        out = scaled_dot_product_attention(query, key.narrow(2, 0, valid_keys), value.narrow(2, 0, valid_keys))
+        root:
+            ...
+            valid_keys
+            ...
+            invoke_subgraph = block_0(..., valid_keys, 8 weights of masked_blocks.0)
+            ...
+        block_0:
+            ...
+            narrow: f32[1, 2, u0, 8] = key.narrow(2, 0, valid_keys)
+            narrow_1: f32[1, 2, u0, 8] = held.narrow(2, 0, valid_keys)
+            scaled_dot_product_attention: f32[1, 2, 17, 8] = scaled_dot_product_attention(query, narrow, narrow_1)
 
     """
 
