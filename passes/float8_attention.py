@@ -54,7 +54,7 @@ class Float8Attention(Pass):
 
         block_0:
             ...
-            scaled_dot_product_float8_attention: f32[1, 2, 41, 32] = scaled_dot_product_float8_attention(query, key, ...)
+            scaled_dot_product_float8_attention: f32[1, 2, 41, 32] = scaled_dot_product_float8_attention(query, ...)
             transpose: f32[1, 41, 2, 32] = scaled_dot_product_float8_attention.transpose(1, 2)
 
     """
