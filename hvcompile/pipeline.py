@@ -19,7 +19,8 @@ from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor, op_name
 from hvcompile.journal import JournalRow, PassReport
 from hvcompile.torch_private.fakes import layout_key, shape_key, value
-from hvcompile.trunk.trunk import Trunk, stride_order
+from hvcompile.trunk.operands import stride_order
+from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from hvcompile.ranks import collectives
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
-from hvcompile.trunk.trunk import Sharding, State, Trunk, as_operands, symbolic_sizes
+from hvcompile.trunk.operands import as_operands, symbolic_sizes
+from hvcompile.trunk.trunk import Sharding, State, Trunk
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9

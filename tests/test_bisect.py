@@ -27,7 +27,8 @@ from hvcompile import backend
 from hvcompile.app import cli, tables
 from hvcompile.dump import bisect
 from hvcompile.dump import read as dump_read
-from hvcompile.dump.bisect import Bisection
+from hvcompile.dump.bisect import Bisection, Stage
+from hvcompile.dump.figures import Figure
 from hvcompile.errors import InputError, InvalidRewriteError
 from hvcompile.passes import PASSES
 from hvcompile.torch_private import fakes, lowering
@@ -376,10 +377,10 @@ def test_a_json_file_that_cannot_be_written_is_said_before_anything_runs(
 
 
 def test_a_bisection_is_json_even_where_a_figure_is_infinite() -> None:
-    figure = bisect.Figure(
+    figure = Figure(
         output=0, shape=(1,), dtype="float32", largest=math.inf, relative=math.nan, not_finite=1, newly_not_finite=1
     )
-    stage = bisect.Stage(name="captured", what="", figures=(figure,), tolerance=1e-4)
+    stage = Stage(name="captured", what="", figures=(figure,), tolerance=1e-4)
     result = Bisection(folder=Path("a"), tolerance=1e-4, stages=(stage,), finding=None, notes=())
     assert json.loads(json.dumps(result.record(), allow_nan=False))["stages"][0]["figures"][0]["largest"] == "inf"
     with pytest.raises(InputError):

@@ -14,12 +14,14 @@ import torch
 
 from hvcompile.dump.source_reader import load
 from hvcompile.errors import InputError
+from hvcompile.ranks import collectives
 
 LOWERINGS = ("eager", "aot", "inductor")
 """From the least to the most that is done to a graph."""
 
-# As ``GraphSource`` writes a call of ``hvcompile.collectives``; the group's name is its only text.
-_COLLECTIVE = re.compile(r"\bhvcompile_collectives_\w+\([^'\"\n]*(['\"])(.*?)\1")
+# As ``GraphSource`` writes a call of a collective; the group's name is its only text.
+_PREFIX = collectives.__name__.replace(".", "_")
+_COLLECTIVE = re.compile(rf"\b{_PREFIX}_\w+\([^'\"\n]*(['\"])(.*?)\1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

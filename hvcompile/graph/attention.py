@@ -1,4 +1,4 @@
-"""Attention in a graph: which nodes are one, and their arguments by name."""
+"""Attention in a graph: which nodes compute it, and their arguments by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an attention (see ``is_attention``) by name, those that were left out not among them."""
+    """The arguments of an attention (see ``is_attention``) by name, without those that were left out."""
     return dict(zip(_PARAMETERS, node.args, strict=False)) | node.kwargs
 
 
@@ -23,10 +23,10 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def is_part(node: fx.Node) -> bool:
-    """Whether a node is attention to a part of the keys, which gives its log-sum-exp as well."""
+    """Whether a node is attention to a part of the keys, which also returns its log-sum-exp."""
     return node.target is scaled_dot_product_attention_with_lse
 
 
 def attentions(graph: fx.Graph) -> list[fx.Node]:
-    """The attentions of a graph by their names: the parts of one stand in another order on each rank."""
+    """The attentions of a graph, sorted by name: the order of one's parts in the graph differs from rank to rank."""
     return sorted(filter(is_attention, graph.nodes), key=lambda node: node.name)

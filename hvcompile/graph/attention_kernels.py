@@ -1,9 +1,9 @@
-"""Which kernel computes an attention: what each can run, what torch takes by itself, and how to pin one.
+"""Which kernel computes an attention: what each can run, which one torch picks by itself, and how to pin one.
 
-``torch.nn.attention.sdpa_kernel`` sets flags of the whole process that are read while a graph is traced, so that it
-would act on other threads and on attention that it is not meant for. A kernel is pinned here by calling its operator in
-place of ``scaled_dot_product_attention``: what the graph says is what runs, whatever lowers it. Which implementation
-stands behind flash (FA2, FA3, FA4) stays torch's own switch, ``torch.nn.attention.activate_flash_attention_impl``.
+``torch.nn.attention.sdpa_kernel`` sets flags of the whole process, which are read while a graph is traced. It would act
+on other threads, and on attention that it is not meant for. So a kernel is pinned here by calling its operator in place
+of ``scaled_dot_product_attention``: the graph says what runs, whatever lowers it. Which implementation stands behind
+flash (FA2, FA3, FA4) stays torch's own switch, ``torch.nn.attention.activate_flash_attention_impl``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """What of an attention the choice of a kernel depends on.
+    """The properties of an attention that the choice of a kernel depends on.
 
-    ``head_sizes`` are those of query and value, ``capability`` is the device's compute capability, (0, 0) where that is
-    not known.
+    Attributes:
+        device: its type, such as "cuda".
+        dtype: of query, key and value.
+        head_sizes: of query and of value.
+        has_mask: whether there is an ``attn_mask``.
+        is_grouped: whether several heads of queries share one of keys.
+        capability: the device's compute capability; (0, 0) where that is not known.
+
     """
 
     device: str
@@ -53,15 +59,15 @@ class Attention:
 
 
 def describe(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, has_mask: bool) -> Attention:
-    """Describe an attention from its operands, ``[batch, heads, tokens, head size]``; fake tensors will do."""
-    is_here = query.device.type == "cuda" and torch.cuda.is_available()
+    """Describe an attention by its operands, ``[batch, heads, tokens, head size]``; fake tensors will do."""
+    has_gpu = query.device.type == "cuda" and torch.cuda.is_available()
     return Attention(
         device=query.device.type,
         dtype=query.dtype,
         head_sizes=(int(query.shape[-1]), int(value.shape[-1])),
         has_mask=has_mask,
         is_grouped=str(query.shape[1]) != str(key.shape[1]),
-        capability=torch.cuda.get_device_capability(query.device) if is_here else (0, 0),
+        capability=torch.cuda.get_device_capability(query.device) if has_gpu else (0, 0),
     )
 
 
@@ -104,32 +110,36 @@ def refusal(kernel: str, attention: Attention) -> str:
 
 
 def expected(attention: Attention) -> str:
-    """The kernel that torch takes by itself, by its documented order; cuDNN leads it on Hopper and newer.
+    """The kernel that torch picks by itself, in its documented order; on Hopper and newer cuDNN comes first.
 
-    Those that ``torch.nn.attention.sdpa_kernel`` or ``torch.backends.cuda`` rule out at the time are not taken.
+    Kernels are left out that ``torch.nn.attention.sdpa_kernel`` or ``torch.backends.cuda`` rule out at the time.
     """
     order = (
         ["cudnn", "flash", "efficient", "math"] if attention.capability >= (9, 0) else ["flash", "efficient", "math"]
     )
     order = [kernel for kernel in order if _IS_ENABLED[kernel]()]
     if attention.has_mask and attention.device != "cpu":
-        is_fit = "efficient" in order and attention.dtype in (*_HALF, torch.float32)
-        return "efficient" if is_fit else "math"
+        takes_mask = "efficient" in order and attention.dtype in (*_HALF, torch.float32)
+        return "efficient" if takes_mask else "math"
     return next((kernel for kernel in order if not refusal(kernel, attention)), "math")
 
 
 def written_out(query: Any, key: Any, value: Any, *, dtype: torch.dtype, scale: Any, repeats: int = 1) -> Any:
     """What the math kernel computes with no mask, in plain operations that don't ask for the number of keys.
 
-    That may be known at run time alone, and before 2.13 torch can't trace the kernel's own operator then, nor matmul.
+    That number may be known at run time alone. Before 2.13, torch can then trace neither the kernel's operator nor
+    matmul.
 
     Args:
-        query: ``[B, H, Q, E]``; graph code may give proxies for all three.
+        query: ``[B, H, Q, E]``; in graph code all three may be proxies.
         key: ``[B, H / repeats, K, E]``.
         value: ``[B, H / repeats, K, F]``.
         dtype: theirs, and that of the result.
         scale: of the scores.
         repeats: how many heads of queries share one of keys.
+
+    Returns:
+        ``[B, H, Q, F]``, in ``dtype``.
 
     """
     query, key, value = (item.to(torch.promote_types(dtype, torch.float32)) for item in (query, key, value))
@@ -179,30 +189,30 @@ def scaled_dot_product_attention_with_lse(
     kernel: str = AUTO,
     name: str | None = None,
 ) -> Any:
-    """Attention to some of the keys, and by how much it counts beside attention to others; graph code.
+    """Attention to some of the keys, with the log-sum-exp that ``merge`` weighs it by; graph code.
 
     Args:
         query: ``[B, H, Q, E]``, floating point.
         key: ``[B, H, K, E]``, same dtype.
         value: ``[B, H, K, F]``, same dtype.
-        attn_mask: bool (True keeps) or what is added to the scores; broadcasts to ``[B, H, Q, K]``; or None.
+        attn_mask: bool (True keeps) or additive; broadcasts to ``[B, H, Q, K]``; or None.
         scale: of the scores; None for ``E ** -0.5``.
-        kernel: one of ``KERNELS``; "auto" takes what ``scaled_dot_product_attention`` takes by itself.
-        name: for the node, where this is written into a graph.
+        kernel: one of ``KERNELS``; "auto" is the one that ``scaled_dot_product_attention`` picks by itself.
+        name: of the node, where this is written into a graph.
 
     Returns:
         The attention ``[B, H, Q, F]`` in the query's dtype, and the log-sum-exp of its scores, ``[B, H, Q]`` in fp32
-        (fp64 for fp64). For a query that a mask keeps from all keys they are 0 and minus infinity.
+        (fp64 for fp64). For a query that the mask keeps from all keys they are 0 and minus infinity.
 
     """
     if isinstance(query, fx.Proxy):
-        given = {"attn_mask": attn_mask, "scale": scale, "kernel": None if kernel == AUTO else kernel}
-        kwargs = {name: held for name, held in given.items() if held is not None}
+        options = {"attn_mask": attn_mask, "scale": scale, "kernel": None if kernel == AUTO else kernel}
+        kwargs = {key: option for key, option in options.items() if option is not None}
         return query.tracer.create_proxy(
             "call_function", scaled_dot_product_attention_with_lse, (query, key, value), kwargs, name
         )
-    kind = describe(query, key, value, has_mask=attn_mask is not None)
-    kernel = expected(kind) if kernel == AUTO else kernel
+    if kernel == AUTO:
+        kernel = expected(describe(query, key, value, has_mask=attn_mask is not None))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     bias, sees = None, None
     if attn_mask is not None:
@@ -233,8 +243,8 @@ def merge(parts: Sequence[tuple[Any, Any]], dtype: torch.dtype) -> Any:
 
     Args:
         parts: of each part the attention ``[B, H, Q, F]`` and the log-sum-exp ``[B, H, Q]``, as
-            ``scaled_dot_product_attention_with_lse`` gives them.
-        dtype: of the result; what is summed is in that of the log-sum-exp.
+            ``scaled_dot_product_attention_with_lse`` returns them.
+        dtype: of the result; the sums are in the dtype of the log-sum-exp.
 
     Returns:
         ``[B, H, Q, F]``; 0 for a query that sees no key of any part.

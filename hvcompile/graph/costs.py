@@ -1,8 +1,8 @@
 """What a captured graph computes and moves: operations and bytes by part, and the least time that a device takes.
 
-Operations are those of matrix products, attention and convolutions, counted exactly. Bytes are counted as after
-fusion: a product reads its operands and writes its result; everything else runs in regions between products, and a
-region reads each tensor that it needs once and writes each tensor that is read outside it.
+Operations are those of matrix products, attention and convolutions, counted exactly. Bytes are counted as if all else
+were fused. A product reads its operands and writes its result. Everything else runs in regions between products: a
+region reads each tensor that it needs once, and writes each tensor that is read outside it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from hvcompile.torch_private.fakes import num_bytes, value
 from hvcompile.torch_private.lowering import COND, INVOKE_SUBGRAPH
 
 REST = "rest"
-"""All that is no product (``flops.py`` has the kinds of these): norms, modulation, activations, rotary embedding."""
+"""Everything but products (``flops.py`` has their kinds): norms, modulation, activations, rotary embedding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """The peaks that a vendor states for a device: dense operations a second by dtype, and bytes a second of memory."""
+    """The peaks that a vendor states for a device.
+
+    Attributes:
+        name: as the vendor writes it.
+        flops: dense operations a second, by the dtype of the operands.
+        bandwidth: of its memory, in bytes a second.
+
+    """
 
     name: str
     flops: Mapping[torch.dtype, float]
@@ -32,7 +39,10 @@ class Device:
 
 
 def _gpu(name: str, half: float, single: float, bandwidth: float, *, has_float8: bool = True) -> Device:
-    """Peaks in TFLOP/s (16-bit tensor cores, of which float8 gives twice as much; fp32 without them) and TB/s."""
+    """A device by its peaks in TFLOP/s (``half`` is 16-bit on tensor cores, ``single`` fp32 without them) and TB/s.
+
+    Float8 reaches twice as much as 16 bits.
+    """
     flops = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
     if has_float8:
         flops[torch.float8_e4m3fn] = 2 * half * 1e12
@@ -54,7 +64,15 @@ DEVICES: Mapping[str, Device] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One operation, or all that is no product: operations, bytes moved, and the dtype that it computes in."""
+    """What one product costs, or all the rest.
+
+    Attributes:
+        part: a kind of product, see ``flops.py``, or ``REST``.
+        flops: floating point operations.
+        bytes: moved from and to memory.
+        dtype: that it computes in.
+
+    """
 
     part: str
     flops: int
@@ -62,7 +80,7 @@ class Cost:
     dtype: torch.dtype
 
     def seconds(self, device: Device) -> float:
-        """The least time on a device: the longer of computing at peak and moving at peak (the roofline model).
+        """The least time on a device, in seconds: the longer of computing and moving, at the peak of each (roofline).
 
         Source: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009.
         """
@@ -71,29 +89,29 @@ class Cost:
 
 
 def costs(graph: fx.Graph) -> list[Cost]:
-    """Every product of a graph with what it costs, and the rest as one.
+    """The cost of each product of a graph, in order, and of the rest as one.
 
-    A call of another graph (a block's body, a branch) costs nothing here: its products are those of that graph. An
-    operation that holds products of several kinds moves its bytes with the first of them.
+    A call of another graph (a block's body, a branch) costs nothing here: its products belong to that graph. Of an
+    operation that holds products of several kinds, the first kind moves all the bytes.
     """
     counter = FlopCounter()
-    products = {node: found for node in graph.nodes if (found := counter.by_kind(node))}
-    spent = []
-    for node, found in products.items():
+    products = {node: flops for node in graph.nodes if (flops := counter.by_kind(node))}
+    of_products = []
+    for node, flops in products.items():
         moved = _bytes(node) + sum(_bytes(item) for item in dict.fromkeys(node.all_input_nodes))
-        for place, (part, number) in enumerate(found.items()):
-            spent.append(Cost(part=part, flops=number, bytes=0 if place else moved, dtype=_dtype(node)))
-    dtypes = [cost.dtype for cost in spent]
+        for index, (part, number) in enumerate(flops.items()):
+            of_products.append(Cost(part=part, flops=number, bytes=0 if index else moved, dtype=_dtype(node)))
+    dtypes = [cost.dtype for cost in of_products]
     dtype = max(dtypes, key=dtypes.count, default=torch.float32)
-    return [*spent, Cost(part=REST, flops=0, bytes=_bytes_of_rest(graph, set(products)), dtype=dtype)]
+    return [*of_products, Cost(part=REST, flops=0, bytes=_bytes_of_rest(graph, set(products)), dtype=dtype)]
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    """What a product computes in: float8 operands have a wider result."""
+    """The dtype that a product computes in; where operands are float8, its result is wider."""
     operands = [value(item).dtype for item in node.all_input_nodes if is_tensor(item)]
     narrow = [dtype for dtype in operands if dtype.is_floating_point and dtype.itemsize == 1]
-    held: torch.dtype = (narrow or [value(node).dtype if is_tensor(node) else operands[0]])[0]
-    return held
+    dtype: torch.dtype = (narrow or [value(node).dtype if is_tensor(node) else operands[0]])[0]
+    return dtype
 
 
 def _bytes(node: fx.Node) -> int:
@@ -108,9 +126,9 @@ def _is_call(node: fx.Node) -> bool:
 
 
 def _bytes_of_rest(graph: fx.Graph, products: set[fx.Node]) -> int:
-    """Bytes that the regions between products read and write; of a table, what is gathered from it."""
-    given = {node for node in graph.nodes if node.op in {"placeholder", "get_attr"} or _is_call(node)}
-    outside = products | given  # what is no part of any region
+    """Bytes that the regions between products read and write; of a table, only the rows that are gathered from it."""
+    inputs = {node for node in graph.nodes if node.op in {"placeholder", "get_attr"} or _is_call(node)}
+    outside = products | inputs  # in no region
     depth: dict[fx.Node, int] = {}
     for node in graph.nodes:
         depth[node] = max(
@@ -123,7 +141,7 @@ def _bytes_of_rest(graph: fx.Graph, products: set[fx.Node]) -> int:
     read: set[tuple[fx.Node, int]] = set()
     written: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in given and not _is_call(node):
+        if node in inputs and not _is_call(node):
             continue
         if owner.get(storage(node), node) is not node:
             continue  # a view, which moves nothing
@@ -136,14 +154,14 @@ def _bytes_of_rest(graph: fx.Graph, products: set[fx.Node]) -> int:
                     continue  # another reader may want all of it
                 read.add((source, depth[node]))
                 total += _bytes(source)
-            is_made_here = source not in outside
+            is_computed_here = source not in outside
             leaves = node.op == "output" or node in outside or depth[source] < depth[node]
-            if is_made_here and leaves and source not in written:
+            if is_computed_here and leaves and source not in written:
                 written.add(source)
                 total += _bytes(source)
     return total
 
 
 def _is_gathered(node: fx.Node, table: fx.Node) -> bool:
-    """Whether an operation reads only those rows of a table that others of its operands name."""
+    """Whether an operation reads only those rows of a table that another operand names."""
     return op_name(node) in {"embedding", "index_select", "gather"} and _bytes(table) > _bytes(node)

@@ -1,7 +1,7 @@
-"""The floating point operations of nodes: each operation run on the meta device, where torch counts its products.
+"""The floating point operations of nodes: each operation runs on the meta device, where torch counts its products.
 
-What an operation is made of is torch's business: a formula of our own for each of ``einsum``, ``baddbmm`` or
-``multi_head_attention_forward`` would be wrong for some way of calling some of them.
+Torch decides what an operation is made of. A formula of our own for each of ``einsum``, ``baddbmm`` and
+``multi_head_attention_forward`` would be wrong for some way of calling them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LINEAR, ATTENTION, CONVOLUTION = "linear", "attention", "convolution"
 
 _PLAIN: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter, *FAKES)
 _aten = torch.ops.aten
-# Matrix products within what its name says is attention: with the weights it is mm and addmm, with each other these.
+# Matrix products of queries, keys and values with each other; within an operation whose name says attention, mm and
+# addmm are the projections.
 _BATCHED = {_aten.bmm, _aten.baddbmm}
 
 
@@ -55,7 +56,7 @@ UNKNOWN_TO_TORCH: Mapping[Any, Any] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
     torch.ops.hvcompile.float8_attention: _of_attention,
 }
-"""Products that torch's counter counts as nothing, with their operations as functions of the operands' shapes."""
+"""Products that torch's counter does not count, with formulas that take the operands' shapes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,9 @@ class FlopCounter:
         self._counted: dict[Any, Mapping[str, int]] = {}
 
     def by_kind(self, node: fx.Node) -> Mapping[str, int]:
-        """A node's operations by kind of product; empty where it has none, or runs only where there are other ranks.
+        """A node's floating point operations by kind of product; empty for communication, and where it has none.
 
-        A symbolic size counts as in the run that was captured, one that depends on data as ``size_hint`` has it.
+        A symbolic size counts as in the captured run, and one that depends on data as ``size_hint`` has it.
         """
         if node.op not in {"call_function", "call_method"} or not any(
             isinstance(value(item), torch.Tensor) for item in node.all_input_nodes
@@ -107,37 +108,38 @@ class FlopCounter:
         return self._counted[key]
 
     def arithmetic(self, node: fx.Node) -> int:
-        """A node's operations: of matrix products, attention and convolutions, else one an element of its result."""
-        held = value(node)
-        return sum(self.by_kind(node).values()) or (numel_hint(held) if isinstance(held, torch.Tensor) else 0)
+        """A node's floating point operations: those of its products, else one for each element of its result."""
+        result = value(node)
+        return sum(self.by_kind(node).values()) or (numel_hint(result) if isinstance(result, torch.Tensor) else 0)
 
 
 def _described(node: fx.Node) -> Any:
     return _describe(value(node))
 
 
-def _describe(held: Any) -> Any:
-    if type(held) in _PLAIN:
-        return _Shape(tuple(map(size_hint, held.shape)), held.dtype)
-    if isinstance(held, torch.SymInt):
-        return size_hint(held)
-    if isinstance(held, (tuple, list)):
-        return tuple(map(_describe, held))
-    if isinstance(held, (int, float, bool)):
-        return held
+def _describe(argument: Any) -> Any:
+    if type(argument) in _PLAIN:
+        return _Shape(tuple(map(size_hint, argument.shape)), argument.dtype)
+    if isinstance(argument, torch.SymInt):
+        return size_hint(argument)
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_describe, argument))
+    if isinstance(argument, (int, float, bool)):
+        return argument
     raise _UncountableError
 
 
-def _on_meta(held: Any) -> Any:
-    if isinstance(held, _Shape):
-        return torch.empty(held.sizes, dtype=held.dtype, device="meta")
-    if isinstance(held, slice):
-        return slice(*map(_on_meta, (held.start, held.stop, held.step)))
-    if isinstance(held, (tuple, list)):
-        return type(held)(_on_meta(item) for item in held)
-    if isinstance(held, Mapping):
-        return {name: _on_meta(item) for name, item in held.items()}
-    return held
+def _on_meta(argument: Any) -> Any:
+    """An argument of ``_describe``'s as a call takes it: shapes become tensors on the meta device."""
+    if isinstance(argument, _Shape):
+        return torch.empty(argument.sizes, dtype=argument.dtype, device="meta")
+    if isinstance(argument, slice):
+        return slice(*map(_on_meta, (argument.start, argument.stop, argument.step)))
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(_on_meta(item) for item in argument)
+    if isinstance(argument, Mapping):
+        return {name: _on_meta(item) for name, item in argument.items()}
+    return argument
 
 
 def _count(node: fx.Node, args: Any, kwargs: Any) -> Mapping[str, int]:
@@ -149,10 +151,10 @@ def _count(node: fx.Node, args: Any, kwargs: Any) -> Mapping[str, int]:
             args, kwargs = _on_meta(tuple(args)), _on_meta(kwargs)
             with counter:
                 (getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs))
-    except Exception as error:  # of an operation that asks for values, or for another device; neither is a product
+    except Exception as error:  # the operation asks for values, or for another device: it is no product
         log.debug("operations of %s are not counted: %s", name, error)
         return {}
-    found: dict[str, int] = {}
+    flops: dict[str, int] = {}
     for packet, number in counter.get_flop_counts().get("Global", {}).items():
         kind = LINEAR
         if "conv" in str(packet):
@@ -160,5 +162,5 @@ def _count(node: fx.Node, args: Any, kwargs: Any) -> Mapping[str, int]:
         elif "attention" in str(packet) or ("attention" in name and packet in _BATCHED):
             kind = ATTENTION
         if number:
-            found[kind] = found.get(kind, 0) + int(number)
-    return found
+            flops[kind] = flops.get(kind, 0) + int(number)
+    return flops

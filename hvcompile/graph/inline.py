@@ -24,14 +24,17 @@ def inline(
 
     Args:
         graph: the graph that gains the nodes.
-        function: takes tensors by keyword and returns a dict of tensors. It runs once, on proxies: a branch on an
-            option is resolved here, a branch on a tensor raises ``torch.fx.proxy.TraceError``.
+        function: takes tensors by keyword and returns a dict of tensors. It runs once, on proxies, so a branch on an
+            option is resolved here.
         operands: the node for each keyword.
-        before: the node before which the new ones stand.
-        tag: the pass's name, put into the new nodes' meta.
+        before: the node before which the new ones are inserted.
+        tag: the pass's name, for the meta of the new nodes.
 
     Returns:
         The node of each entry of the returned dict.
+
+    Raises:
+        torch.fx.proxy.TraceError: the function branches on a tensor.
 
     """
     mode = fakes.fake_mode(graph)
@@ -50,13 +53,13 @@ def inline(
 def run_on_fakes(node: fx.Node) -> Any:
     """Run a node's operation on the fake values of its inputs.
 
-    The graph's fake mode must be active where an operation makes a tensor from none.
+    The graph's fake mode must be active if the operation makes a tensor from none.
     """
     return run_on(node, value)
 
 
 def run_on(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
-    """Run a node's operation on the values that its inputs are given."""
+    """Run a node's operation on the values that ``values`` has for its inputs."""
     args: Any = fx.map_arg(node.args, values)
     kwargs: Any = fx.map_arg(node.kwargs, values)
     target: Any = node.target

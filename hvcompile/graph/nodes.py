@@ -29,7 +29,7 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def tensor_kind(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype]:
-    """Shape and dtype of a tensor: equal for two versions of one stream."""
+    """Shape and dtype of a tensor: two versions of one stream have the same."""
     return shape_key(value(node)), value(node).dtype
 
 
@@ -46,7 +46,7 @@ def is_parameter(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Whether a node is a placeholder for a parameter or buffer of the model, or for what is kept in its place."""
+    """Whether a node is a placeholder for a parameter or buffer of the model, or for a tensor stored in its place."""
     return is_parameter(node) or (
         node.op == "placeholder" and ("_buffers[" in source_name(node) or STORED in node.meta)
     )
@@ -70,16 +70,16 @@ def drop_grad_switches(graph: fx.Graph) -> None:
 
 
 def contexts(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """For each node, the autocast regions that it stands in, outermost first."""
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    """For each node, the autocast regions around it, outermost first."""
+    regions: dict[fx.Node, tuple[fx.Node, ...]] = {}
     entered: tuple[fx.Node, ...] = ()
     for node in graph.nodes:
         if is_context_switch(node) and op_name(node) == "_exit_autocast":
             entered = tuple(region for region in entered if region not in node.all_input_nodes)
-        found[node] = entered
+        regions[node] = entered
         if is_context_switch(node) and op_name(node) == "_enter_autocast":
             entered = (*entered, node)
-    return found
+    return regions
 
 
 def _argument(node: fx.Node, name: str) -> Any:
@@ -118,25 +118,25 @@ def mutated_operand(node: fx.Node) -> fx.Node | None:
 
 
 def writers(graph: fx.Graph) -> dict[Hashable, fx.Node]:
-    """What is written to in place, as ``storage`` has it, with the first operation that does."""
-    found: dict[Hashable, fx.Node] = {}
+    """Each storage that a graph writes to in place (see ``storage``), with the first operation that writes to it."""
+    first: dict[Hashable, fx.Node] = {}
     for node in graph.nodes:
         if (mutated := mutated_operand(node)) is not None:
-            found.setdefault(storage(mutated), node)
-    return found
+            first.setdefault(storage(mutated), node)
+    return first
 
 
 def storage(node: fx.Node) -> Hashable:
-    """Tells tensors that share memory from those that don't: equal for a tensor, its views and what wrote into it.
+    """A key of the memory that a node's value is in: equal for a tensor, its views, and what writes to it in place.
 
-    Read from the fake values, which alias as the real ones do, whatever the operations are called.
+    It is read from the fake values, which alias as the real ones do, whatever the operations are called.
     """
-    while op_name(node) == "dropout":  # hands its input back in evaluation mode, and its fake value does not
+    while op_name(node) == "dropout":  # in evaluation mode it returns its input, though its fake value is another
         node = node.all_input_nodes[0]
-    held = value(node)
-    if not isinstance(held, torch.Tensor) or held.layout is not torch.strided:
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
         return node
-    return StorageWeakRef(held.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
+    return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
 
 
 def settle(graph: fx.Graph) -> None:
@@ -162,14 +162,14 @@ def settle(graph: fx.Graph) -> None:
 
 
 def _closure(nodes: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
-        for reached in step(stack.pop()):
-            if reached not in found:
-                found.add(reached)
-                stack.append(reached)
-    return found
+        for node in step(stack.pop()):
+            if node not in reached:
+                reached.add(node)
+                stack.append(node)
+    return reached
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -1,4 +1,4 @@
-"""Where in the model a node or a parameter comes from: Dynamo's expressions as dotted paths."""
+"""Where in the model a node or parameter comes from: Dynamo's expressions as dotted paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers"}
 
 
 def module_path(expression: str) -> tuple[str, ...]:
-    """Split Dynamo's module expression into attribute names, dropping the local variable that it starts from.
+    """Split Dynamo's expression for a module into attribute names, without the local variable that it starts from.
 
     Torch 2.13 writes ``L['self'].__dict__['_modules']['blocks'].0.norm``, 2.11 ``L['self'].blocks.0.norm``; both give
     ``("blocks", "0", "norm")``.

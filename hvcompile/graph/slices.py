@@ -1,8 +1,8 @@
 """Slices that count from the end, made to count from the start where the size allows.
 
-``x[:, :-n]`` with a data-dependent ``n`` has a length that Dynamo can't derive, so it invents a new symbol for every
-such slice, and no two blocks of a trunk agree on any shape. Where the sliced size is ``36 + n``, the bound is just 36:
-the invented symbols go away, with the run-time assertions that tied them to each other, and the blocks are alike again.
+Dynamo can't derive the length of ``x[:, :-n]`` with a data-dependent ``n``. So it invents a symbol for every such
+slice, and no two blocks of a trunk agree on any shape. Where the sliced size is ``36 + n``, the bound is just 36. Then
+the invented symbols go away, with the run-time assertions that tied them together, and the blocks are alike again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from hvcompile.torch_private.fakes import value
 
 
 def count_from_start(graph: fx.Graph) -> int:
-    """Rewrite the slices of a captured graph in place, bring all values below them up to date, and count them."""
+    """Rewrite the slices of a captured graph in place, and update the fake values of all nodes that follow from them.
+
+    Returns:
+        How many slices were rewritten.
+
+    """
     mode = fakes.fake_mode(graph)
     known: dict[Any, fx.Node] = {}
     stale: set[fx.Node] = set()
     count = 0
     for node in list(graph.nodes):
         if node.op in {"call_function", "call_method"}:
-            index = _rewritten(node, known)
+            index = _index_from_start(node, known)
             if index is not None:
                 node.args = (node.args[0], index)
                 count += 1
@@ -43,9 +48,11 @@ def count_from_start(graph: fx.Graph) -> int:
 
 
 def _share(node: fx.Node, known: dict[Any, fx.Node], is_stale: bool) -> list[fx.Node]:
-    """Remember a size; where an updated one turns out to be a number or a size known before, use that instead.
+    """Remember a size. If an updated one turns out to be a number or a known size, use that in its place.
 
-    Returns the nodes whose operands changed.
+    Returns:
+        The nodes whose operands changed.
+
     """
     expression = fakes.expression_of(value(node))
     if expression is None:
@@ -60,20 +67,20 @@ def _share(node: fx.Node, known: dict[Any, fx.Node], is_stale: bool) -> list[fx.
     return users
 
 
-def _rewritten(node: fx.Node, known: dict[Any, Any]) -> Any:
-    """A slice's index with its symbolic negative bounds counted from the start; None where there is none to rewrite."""
+def _index_from_start(node: fx.Node, known: dict[Any, Any]) -> Any:
+    """A slice's index, its negative symbolic bounds counted from the start; None where there is nothing to rewrite."""
     if node.target is not operator.getitem or not is_tensor(node.args[0]):  # type: ignore[arg-type]
         return None
     tensor: torch.Tensor = value(node.args[0])  # type: ignore[arg-type]
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if not all(isinstance(item, slice) for item in index):
         return None
-    fresh, rewritten = [], False
+    slices, is_rewritten = [], False
     for item, size in zip(index, tensor.shape, strict=False):
         start, stop = (_from_start(bound, size, known) for bound in (item.start, item.stop))
-        rewritten |= start is not item.start or stop is not item.stop
-        fresh.append(slice(start, stop, item.step))
-    return tuple(fresh) if rewritten else None
+        is_rewritten |= start is not item.start or stop is not item.stop
+        slices.append(slice(start, stop, item.step))
+    return tuple(slices) if is_rewritten else None
 
 
 def _from_start(bound: Any, size: Any, known: dict[Any, Any]) -> Any:

@@ -1,16 +1,19 @@
-"""Collectives as operations of a captured graph: DTensor redistributions that trace away into functional collectives.
+"""Collectives as operations of a captured graph.
 
-What moves between some ranks of a group alone, its rows and columns, is one all-to-all of the group in which the others
-get nothing: no other process group has to be made, by ranks that might not all come to make it.
+Most are DTensor redistributions, which trace away into functional collectives. Traffic between some ranks of a group
+(its rows or columns) is one all-to-all of the whole group, in which the other ranks get nothing. So no further process
+group has to be made, by ranks that might not all come to make it.
 
-Each is a plain function of a tensor and literals (the group goes by its name), so that a graph which calls it can be
-printed, dumped and copied; called on an ``fx.Proxy`` it becomes one node.
+Each collective is a plain function of a tensor and literals; the process group goes by its name. So a graph that calls
+one can be printed, dumped and copied. Called on an ``fx.Proxy``, a collective becomes one node.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -22,16 +25,18 @@ from hvcompile.torch_private import distributed
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
+_Parameters = ParamSpec("_Parameters")
+
 # By group name and device type. A mesh can't be made while a graph is traced: its table of ranks would become a fake
-# tensor. An entry is used only as long as its process group is the one that goes by the name.
+# tensor. An entry is used only while its process group is the one of that name.
 _MESHES: dict[tuple[str, str], DeviceMesh] = {}
 
 
 def process_group(name: str) -> dist.ProcessGroup:
-    """The process group of this process that goes by a name.
+    """The process group of this process that has a name.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: no group has it.
 
     """
     if dist.is_available():
@@ -44,6 +49,18 @@ def process_group(name: str) -> dist.ProcessGroup:
     )
 
 
+def _one_node(function: Callable[_Parameters, Any]) -> Callable[_Parameters, Any]:
+    """Make a function of a tensor into graph code: called on an ``fx.Proxy``, it becomes one node."""
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Any:
+        if isinstance(args[0], fx.Proxy):
+            return args[0].tracer.create_proxy("call_function", call, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def mesh_of(group: str, device_type: str) -> DeviceMesh:
     """The one-dimensional mesh of a process group's ranks.
 
@@ -53,14 +70,15 @@ def mesh_of(group: str, device_type: str) -> DeviceMesh:
 
     """
     own = process_group(group)
-    known = _MESHES.get((group, device_type))
+    mesh = _MESHES.get((group, device_type))
     # A mesh holds its group by name alone: of a group that was made anew under that name it gives the new one.
-    is_same = known is not None and known.get_group() is own and known.size() == own.size()
-    if known is None or not is_same:
-        known = _MESHES[group, device_type] = DeviceMesh.from_group(own, device_type)
-    return known
+    is_same = mesh is not None and mesh.get_group() is own and mesh.size() == own.size()
+    if mesh is None or not is_same:
+        mesh = _MESHES[group, device_type] = DeviceMesh.from_group(own, device_type)
+    return mesh
 
 
+@_one_node
 def reshard(local: Any, group: str, source: int, target: int) -> Any:
     """Split another dimension over the ranks: an all-to-all.
 
@@ -74,17 +92,14 @@ def reshard(local: Any, group: str, source: int, target: int) -> Any:
         This rank's part along ``target``, whole along ``source``; contiguous.
 
     """
-    if isinstance(local, fx.Proxy):
-        return local.tracer.create_proxy("call_function", reshard, (local, group, source, target), {})
     from torch.distributed.tensor import Shard
 
     return _redistribute(local, group, Shard(source), Shard(target))
 
 
+@_one_node
 def reshard_row(local: Any, group: str, source: int, target: int, rows: int) -> Any:
-    """As ``reshard``, among the ranks of each of ``rows`` equally many that follow each other."""
-    if isinstance(local, fx.Proxy):
-        return local.tracer.create_proxy("call_function", reshard_row, (local, group, source, target, rows), {})
+    """As ``reshard``, within each row: the group is cut into ``rows`` equal parts of consecutive ranks."""
     own = process_group(group)
     size, rank = own.size(), own.rank()
     columns = size // rows
@@ -94,56 +109,51 @@ def reshard_row(local: Any, group: str, source: int, target: int, rows: int) -> 
     return moved.movedim(0, source).flatten(source, source + 1)
 
 
+@_one_node
 def pass_on(local: Any, group: str, rows: int) -> Any:
-    """Hand a tensor to the rank below, in the next of ``rows`` rows, and get that of the rank above; a ring.
+    """Send a tensor to the same column of the next row, and receive that of the row before; a ring.
 
     Args:
-        local: a tensor of the same shape on all ranks.
+        local: a tensor of the same shape on all ranks. It must not change until ``arrived`` has returned.
         group: the process group's name.
-        rows: as many equal parts of the group, of ranks that follow each other.
+        rows: into how many equal parts of consecutive ranks the group is cut.
 
     Returns:
-        What the rank above had, once ``arrived`` has waited for it; until then ``local`` must stay as it is.
+        The other rank's tensor, still on its way; ``arrived`` waits for it.
 
     """
-    if isinstance(local, fx.Proxy):
-        return local.tracer.create_proxy("call_function", pass_on, (local, group, rows), {})
     own = process_group(group)
     size, rank = own.size(), own.rank()
     columns, length = size // rows, local.shape[0]
-    to, of = (rank + columns) % size, (rank - columns) % size
-    given = [length * (other == to) for other in range(size)]
-    taken = [length * (other == of) for other in range(size)]
-    return distributed.all_to_all(local.contiguous(), taken, given, group)
+    receiver, sender = (rank + columns) % size, (rank - columns) % size
+    rows_out = [length * (other == receiver) for other in range(size)]
+    rows_in = [length * (other == sender) for other in range(size)]
+    return distributed.all_to_all(local.contiguous(), rows_in, rows_out, group)
 
 
+@_one_node
 def arrived(moving: Any) -> Any:
-    """Wait for what ``pass_on`` gave."""
-    if isinstance(moving, fx.Proxy):
-        return moving.tracer.create_proxy("call_function", arrived, (moving,), {})
+    """Wait for a tensor that ``pass_on`` returned, and return it."""
     return distributed.wait(moving)
 
 
+@_one_node
 def gather(local: Any, group: str, dim: int) -> Any:
     """Every rank's part of a tensor that is split evenly along ``dim``, joined in the order of the ranks."""
-    if isinstance(local, fx.Proxy):
-        return local.tracer.create_proxy("call_function", gather, (local, group, dim), {})
     from torch.distributed.tensor import Replicate, Shard
 
     return _redistribute(local, group, Shard(dim), Replicate())
 
 
+@_one_node
 def broadcast(local: Any, group: str) -> Any:
-    """The first rank's tensor, bit for bit, in place of each rank's own; contiguous."""
-    if isinstance(local, fx.Proxy):
-        return local.tracer.create_proxy("call_function", broadcast, (local, group), {})
+    """Rank 0's tensor on every rank, bit for bit; contiguous."""
     return distributed.wait(distributed.broadcast(local.contiguous(), group))
 
 
+@_one_node
 def total(local: Any, group: str) -> Any:
     """The sum of a tensor over the ranks; the same bits on each."""
-    if isinstance(local, fx.Proxy):
-        return local.tracer.create_proxy("call_function", total, (local, group), {})
     from torch.distributed.tensor import Partial, Replicate
 
     return _redistribute(local, group, Partial(), Replicate())

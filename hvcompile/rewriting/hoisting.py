@@ -16,8 +16,9 @@ from hvcompile.graph.nodes import ancestors, is_tensor, is_weight, op_name
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.invariants import copied_out, drop_dead, invariants
+from hvcompile.trunk.operands import contiguous_like
 from hvcompile.trunk.roles import classify
-from hvcompile.trunk.trunk import Trunk, contiguous_like
+from hvcompile.trunk.trunk import Trunk
 
 # What moves nothing; done in the step, on what was hoisted.
 _VIEWS = {

@@ -12,7 +12,7 @@ from torch import fx
 from hvcompile.graph.nodes import is_tensor
 from hvcompile.torch_private.fakes import TAG, is_data_dependent, value
 from hvcompile.torch_private.lowering import COND
-from hvcompile.trunk.trunk import contiguous_like
+from hvcompile.trunk.operands import contiguous_like
 
 
 class Branch:
@@ -27,7 +27,7 @@ class Branch:
 
         Args:
             root: the module whose submodules (bodies) the branch may call.
-            passed: for each outer node, the node to pass for it (see ``trunk.as_operands``).
+            passed: for each outer node, the node to pass for it (see ``operands.as_operands``).
             tag: the pass's name.
 
         """

@@ -16,7 +16,7 @@ from hvcompile.graph.flops import FlopCounter
 from hvcompile.graph.nodes import is_context_switch, mutated_operand, op_name
 from hvcompile.torch_private.fakes import layout_key, shape_key, value
 from hvcompile.trunk.find import Block
-from hvcompile.trunk.trunk import is_activation, stride_order
+from hvcompile.trunk.operands import is_activation, stride_order
 
 # Of a block's arithmetic, what its body may compute beyond it so that no body of its own is needed.
 MOST_WASTE = 0.1

@@ -33,17 +33,9 @@ from hvcompile.torch_private.fakes import TAG, provenance, value
 from hvcompile.torch_private.lowering import INVOKE_SUBGRAPH
 from hvcompile.trunk.find import Block, describe_lists, entering, find_trunk, leaving
 from hvcompile.trunk.match import families_of, viewed_operands
+from hvcompile.trunk.operands import as_operands, contiguous_like, is_activation, restore_order, symbolic_sizes
 from hvcompile.trunk.streams import find_streams
-from hvcompile.trunk.trunk import (
-    BlockCall,
-    Body,
-    Trunk,
-    as_operands,
-    contiguous_like,
-    is_activation,
-    restore_order,
-    symbolic_sizes,
-)
+from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
 
 def recover(captured: fx.GraphModule) -> Trunk | Declined:

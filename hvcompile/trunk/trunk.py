@@ -12,10 +12,9 @@ from torch import fx
 
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.format import Granularity
-from hvcompile.graph.nodes import is_tensor, is_weight, storage
 from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
-from hvcompile.torch_private.fakes import STORED, TAG, provenance, value
+from hvcompile.torch_private.fakes import STORED, TAG, value
 
 if TYPE_CHECKING:
     from hvcompile.ranks.split import Layout, Split
@@ -298,81 +297,3 @@ class Trunk:
         placeholder._dynamo_source = None  # AOTAutograd reads it of every placeholder
         placeholder.meta["example_value"] = fakes.fake_like(mode, tuple(shape), dtype, device)
         return placeholder
-
-
-def is_activation(node: fx.Node) -> bool:
-    """Whether a node is a tensor that each step brings anew: an input or computed from inputs."""
-    return is_tensor(node) and node.op != "get_attr" and not is_weight(node)
-
-
-def contiguous_like(fake: torch.Tensor) -> torch.Tensor:
-    """The fake value of a contiguous copy."""
-    return torch.clone(fake, memory_format=torch.contiguous_format)
-
-
-def stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from the largest stride to the smallest; in their own order where the tensor is contiguous."""
-    order = range(tensor.ndim)
-    if tensor.layout is not torch.strided or tensor.is_contiguous():
-        return tuple(order)
-    strides = [fakes.size_hint(stride) for stride in tensor.stride()]
-    return tuple(sorted(order, key=lambda dim: -strides[dim]))
-
-
-def restore_order(graph: fx.Graph, node: fx.Node, original: torch.Tensor) -> fx.Node:
-    """Give a contiguous tensor the stride order that it had before outlining, where a ``view`` may rely on it.
-
-    Stands after the node; returns the last node made, or the node itself where the order is the usual one.
-    """
-    order = stride_order(original)
-    if order == tuple(range(original.ndim)):
-        return node
-    inverse = tuple(order.index(dim) for dim in range(len(order)))
-    made = node
-    steps: list[tuple[str, tuple[Any, ...]]] = [("permute", order), ("contiguous", ()), ("permute", inverse)]
-    fake = value(node)
-    for method, arguments in steps:
-        fake = getattr(fake, method)(*arguments)
-        after = made
-        with graph.inserting_after(after):
-            made = graph.call_method(method, (after, *arguments))
-        made.meta = provenance(node, "outline", fake)
-    return made
-
-
-def as_operands(
-    graph: fx.Graph, nodes: Iterable[fx.Node], tag: str, ready: Iterable[fx.Node] = ()
-) -> dict[fx.Node, fx.Node]:
-    """Prepare nodes as operands of a subgraph, at the graph's insertion point; returns what to pass for each.
-
-    Activations are made contiguous: Inductor fails on a stride assertion at run time where an operand has a layout of
-    its caller's choosing. Those that may share storage with another operand are copied, since operands of ``cond`` may
-    not alias. Weights, numbers, constants and ``ready`` nodes (contiguous and unshared) pass as they are.
-    """
-    as_is, ordered = set(ready), list(dict.fromkeys(nodes))
-    passed = {node: node for node in ordered if node in as_is or not is_activation(node)}
-    taken = {storage(node) for node in passed}
-    for node in ordered:
-        if node in passed:
-            continue
-        if storage(node) in taken:
-            made = graph.call_function(torch.clone, (node,), {"memory_format": torch.contiguous_format})
-            made.meta = provenance(node, tag, contiguous_like(value(node)))
-        else:
-            made = graph.call_method("contiguous", (node,))
-            made.meta = provenance(node, tag, value(node).contiguous())
-        taken.add(storage(node))
-        passed[node] = made
-    return {node: passed[node] for node in ordered}
-
-
-def symbolic_sizes(graph: fx.Graph, before: fx.Node) -> list[fx.Node]:
-    """One node for each symbol of the shapes that are known before a node: inputs, and sizes that depend on data."""
-    found: dict[Any, fx.Node] = {}
-    for node in graph.nodes:
-        if node is before:
-            break
-        symbol = fakes.symbol_of(node)
-        if symbol is not None:
-            found.setdefault(symbol, node)
-    return list(found.values())

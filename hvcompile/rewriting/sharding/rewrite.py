@@ -19,8 +19,9 @@ from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, Wants
 from hvcompile.rewriting.sharding.rules import RULES
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.operands import is_activation
 from hvcompile.trunk.roles import classify
-from hvcompile.trunk.trunk import BlockCall, Body, Sharding, Trunk, is_activation
+from hvcompile.trunk.trunk import BlockCall, Body, Sharding, Trunk
 
 Layouts = dict[int, Layout]
 """Of a call's operands that come split, by place."""

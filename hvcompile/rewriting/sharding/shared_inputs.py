@@ -19,8 +19,9 @@ from hvcompile.journal import Declined
 from hvcompile.ranks import collectives
 from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.operands import restore_order
 from hvcompile.trunk.roles import classify
-from hvcompile.trunk.trunk import Group, SharedInputs, Trunk, restore_order
+from hvcompile.trunk.trunk import Group, SharedInputs, Trunk
 
 
 def refusal(trunk: Trunk) -> Declined | None:
