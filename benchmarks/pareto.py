@@ -444,7 +444,7 @@ def main(
     chosen = read_prompts(prompts) if prompts is not None else PROMPTS
     import torch
 
-    from hvcompile.app.pipelines import Grid
+    from hvcompile.app.grid import Grid
     from hvcompile.errors import InputError
 
     check_settings(wanted)

@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from hvcompile.app import cli, tables
+from hvcompile.app import tables
+from hvcompile.app.cli.console import out
 from hvcompile.dump import bisect
 from hvcompile.dump import read as dump_read
 from hvcompile.journal import PassReport
@@ -92,7 +93,7 @@ def main(directory: Path) -> None:
         folder = dump_read.folders(directory)[-1]
         print(f"2. hvcompile bisect {folder}")
         found = bisect.bisect(folder)
-        cli.out.print(tables.bisection_table(found))
+        out.print(tables.bisection_table(found))
         print(found.verdict())
 
         torch._dynamo.reset()

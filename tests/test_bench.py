@@ -22,6 +22,8 @@ from hvcompile.app.bench import contenders, results
 from hvcompile.app.bench import run as bench_run
 from hvcompile.app.bench.process import COMPUTED, PARTLY, REUSED, Contender, Protocol, Shape, mark
 from hvcompile.app.bench.results import Result, Row
+from hvcompile.app.bench.seat import FailedError, Seat
+from hvcompile.app.request.bench import KEYS, Request
 
 TINY = ("--blocks", "1+2", "--hidden", "32", "--frames", "5", "--height", "32", "--width", "32", "--threads", "1")
 QUICK = ("--steps", "5", "--repeats", "1", "--lower", "eager", "--device", "cpu", "--threshold", "0.3")
@@ -155,7 +157,7 @@ def test_the_full_protocol_at_a_small_size_and_a_peer_that_dies(
 def test_a_given_model(tmp_path: Path) -> None:
     """Weights from a directory; and where a contender of ours fails, the command does."""
     tiny.write(tmp_path / "model")
-    request = bench_run.Request(model=str(tmp_path / "model"), device="cpu")
+    request = Request(model=str(tmp_path / "model"), device="cpu")
     request.check()
     assert request.protocol().config == {}
     given = Contender(contenders.EAGER, protocol(model=str(tmp_path / "model"), config={}))
@@ -164,22 +166,22 @@ def test_a_given_model(tmp_path: Path) -> None:
 
 
 def test_a_contender_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    seat = bench_run.Seat(contenders.EAGER, protocol(), tmp_path, timeout=0.05)
-    with pytest.raises(bench_run.FailedError, match=r"no answer to 'about' in 0\.05 s"):
+    seat = Seat(contenders.EAGER, protocol(), tmp_path, timeout=0.05)
+    with pytest.raises(FailedError, match=r"no answer to 'about' in 0\.05 s"):
         seat.ask("about")
     assert seat._process is None
     seat.stop()
 
 
 def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = bench_run.Request(
+    request = Request(
         blocks="1+2", hidden=32, frames=5, height=32, width=32, steps=3, repeats=1, threads=1, lower="eager",
         contenders=("hvfast",), device="cpu",
     )  # fmt: skip
 
-    def refuse(seat: bench_run.Seat, row: Row, cases: object) -> None:
+    def refuse(seat: Seat, row: Row, cases: object) -> None:
         if row.system == contenders.EAGER:
-            raise bench_run.FailedError("no such shape")
+            raise FailedError("no such shape")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_run, "_recompile", refuse)
@@ -193,7 +195,7 @@ def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monke
     assert result.ratio(contenders.EAGER, contenders.HVFAST) is not None
 
 
-@pytest.mark.parametrize("system", [*bench_run.KEYS.values()])
+@pytest.mark.parametrize("system", [*KEYS.values()])
 def test_what_the_profiler_sees_is_what_happened(system: str) -> None:
     """At a threshold that reuses every step: regions and blocks, against what hvfast itself says of its steps."""
     if system == contenders.CACHE_DIT:
@@ -265,7 +267,7 @@ def test_what_can_t_be_measured_is_refused_before_anything_is(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_run.Seat, "_start", lambda _: pytest.fail("nothing may start"))
+    monkeypatch.setattr(Seat, "_start", lambda _: pytest.fail("nothing may start"))
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
@@ -288,7 +290,7 @@ def test_a_model_with_weights_has_its_own_size(tmp_path: Path) -> None:
     ],
 )
 def test_defaults(given: Any, size: tuple[int, ...], steps: int, config: tuple[int, ...]) -> None:
-    held = bench_run.Request(device="cpu", **given).protocol()
+    held = Request(device="cpu", **given).protocol()
     assert (held.shape.num_frames, held.shape.height, held.shape.width) == size
     assert held.steps == steps
     assert held.dtype == "float32"
@@ -299,7 +301,7 @@ def test_defaults(given: Any, size: tuple[int, ...], steps: int, config: tuple[i
 def test_full_is_the_reference_s_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is at hand: what a process would be given there, whose building is tested at a small size."""
     monkeypatch.setattr(pipelines, "resolve_device", torch.device)
-    request = bench_run.Request(device="cuda", full=True)
+    request = Request(device="cuda", full=True)
     request.check()
     held = request.protocol()
     assert held.config == {}, "HunyuanVideo's own: 20+40 blocks, hidden 3072"

@@ -22,7 +22,7 @@ from hvcompile.dump import bisect
 from hvcompile.dump import read as dump_read
 from hvcompile.errors import InputError
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.ranks
 
 

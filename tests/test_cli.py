@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import hvcompile
 from hvcompile import outputs
 from hvcompile.app import cli, generate, metrics, video
+from hvcompile.app.cli.display import COMPUTED, REUSED, STRIP, Display
 
 
 def invoke(*arguments: str) -> Any:
@@ -176,18 +177,16 @@ def test_files_that_can_t_be_compared_are_one_line_and_exit_code_2(tmp_path: Pat
 
 def test_the_display_marks_every_step_with_the_last_difference() -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with cli.Display(console) as display:
+    with Display(console) as display:
         display("loading")
         for step in run("hvfast", [False, True, True, False], 1.0).steps:
             display(step)
-        assert f"hvfast {cli.COMPUTED}{cli.REUSED}{cli.REUSED}{cli.COMPUTED} 4/4, 2 reused, last 0.050" in [
+        assert f"hvfast {COMPUTED}{REUSED}{REUSED}{COMPUTED} 4/4, 2 reused, last 0.050" in [
             task.description for task in display.progress.tasks
         ]
         for step in run("inductor", [False] * 100, 1.0).steps:
             display(step)
-        assert display.progress.tasks[-1].description.startswith(
-            f"inductor {cli.COMPUTED * cli.STRIP} 100/100, 0 reused"
-        )
+        assert display.progress.tasks[-1].description.startswith(f"inductor {COMPUTED * STRIP} 100/100, 0 reused")
 
 
 @pytest.mark.parametrize(

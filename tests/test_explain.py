@@ -23,7 +23,8 @@ from wide import Wide, wide_inputs
 
 import hvcompile
 from hvcompile.app import cli, tables, tiny
-from hvcompile.app.explain import Request, explain_script
+from hvcompile.app.explain import explain_script
+from hvcompile.app.request.explain import Request
 from hvcompile.app.skeleton import skeleton, transformer_call
 from hvcompile.app.tables import explanation_tables
 from hvcompile.errors import InputError, OptionError, QuantizedWeightError, UntraceableModelError

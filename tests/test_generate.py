@@ -26,6 +26,7 @@ from transformers import T5Config, T5EncoderModel
 import hvcompile
 from hvcompile.app import generate, metrics, pipelines, tiny, video
 from hvcompile.app.generate import Request
+from hvcompile.app.grid import Grid
 from hvcompile.errors import InputError, UncompiledModelError
 
 SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
@@ -249,7 +250,7 @@ def test_a_directory_is_loaded_by_the_same_code_with_the_pipelines_own_defaults(
     assert loaded.pipe.transformer.dtype == torch.bfloat16
     assert loaded.default("num_inference_steps") == 50
     assert Request(prompt="x", output=tmp_path / "a.mp4", steps=3).call_arguments(loaded) == {"num_inference_steps": 3}
-    assert pipelines.Grid.of(loaded.pipe) == pipelines.Grid(spatial=16, temporal=4)
+    assert Grid.of(loaded.pipe) == Grid(spatial=16, temporal=4)
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +296,7 @@ def test_another_pipeline_is_followed_by_the_same_code(backends: list[int], tmp_
         scheduler=CogVideoXDDIMScheduler(),
     )
     loaded = pipelines._loaded(pipe, "m", torch.device("cpu"), {})
-    assert pipelines.Grid.of(pipe) == pipelines.Grid(spatial=16, temporal=4)
+    assert Grid.of(pipe) == Grid(spatial=16, temporal=4)
     request = Request(**{**SMALL, "frames": 9}, negative_prompt="a dog", guidance=2.0, output=tmp_path / "a.mp4")
     result = generate.generate(request, loaded=loaded)
     assert [step.reused for step in result.run.steps] == [False, True, False, False]

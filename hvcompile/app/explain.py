@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import runpy
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,74 +13,14 @@ from torch import fx
 
 from hvcompile import backend, outputs
 from hvcompile.app import pipelines, tiny
+from hvcompile.app.grid import Grid
+from hvcompile.app.request.explain import Request
 from hvcompile.app.skeleton import skeleton, transformer_call
 from hvcompile.errors import InputError
 from hvcompile.explanation import report
 from hvcompile.explanation.explain import Explanation, explain, explain_graph
 from hvcompile.graph.costs import DEVICES
-from hvcompile.options import MODES, Options
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to explain; None leaves a choice to the pipeline.
-
-    Attributes:
-        model: directory or hub id, or a Python script; None for the embedded tiny pipeline.
-        frames, height, width: the clip, in frames and pixels.
-        prompt: its length counts only where the pipeline does not pad; None for a short one.
-        mode: as for ``torch.compile``.
-        gpu: a key of ``costs.DEVICES``.
-        dtype: a key of ``pipelines.DTYPES``; None for bfloat16.
-        arguments: of the script.
-        json_file: where the explanation goes as JSON, without the text of the graphs.
-        html_file: where it goes as a report.
-
-    """
-
-    model: str | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    prompt: str | None = None
-    mode: str | None = None
-    gpu: str = "h100"
-    dtype: str | None = None
-    arguments: tuple[str, ...] = ()
-    json_file: Path | None = None
-    html_file: Path | None = None
-
-    def check(self) -> None:
-        """Raise InputError for all that is wrong whatever the model; loads nothing."""
-        for name in ("frames", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}: give 1 or more")
-        if self.gpu not in DEVICES:
-            raise InputError(f"gpu {self.gpu!r} is unknown: give one of {', '.join(DEVICES)}")
-        if self.dtype is not None and self.dtype not in pipelines.DTYPES:
-            raise InputError(f"dtype {self.dtype!r} is unknown: give one of {', '.join(pipelines.DTYPES)}")
-        if self.mode is not None and self.mode not in MODES:
-            raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
-        if self.json_file is not None:
-            outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
-        if self.html_file is not None:
-            report.check(self.html_file)
-        if self.is_script:
-            for name in ("frames", "height", "width", "mode", "dtype", "prompt"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"{name} can't be given with a script, which chooses it itself: leave it out")
-            if not Path(str(self.model)).is_file():
-                raise InputError(f"model {self.model!r}: there is no such script: check its path")
-        elif self.arguments:
-            raise InputError(f"{' '.join(self.arguments)!r} is more than one model: only a script is given arguments")
-        elif self.model is not None:
-            pipelines.check_model(self.model)
-
-    @property
-    def is_script(self) -> bool:
-        """Whether ``model`` names a Python script."""
-        return self.model is not None and self.model.endswith(".py")
+from hvcompile.options import Options
 
 
 class _SeenError(BaseException):
@@ -181,7 +120,7 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
         arguments = {**tiny.DEFAULTS, **arguments}
     else:
         pipe = skeleton(request.model, dtype)
-    pipelines.Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
+    Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
     args, kwargs = transformer_call(pipe, request.prompt or "a cat walks", arguments)
     explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
     facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}

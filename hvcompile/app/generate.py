@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,151 +16,17 @@ import torch
 import hvcompile
 from hvcompile import outputs
 from hvcompile.app import metrics, pipelines, sheet, video
-from hvcompile.app.compare import check_files
-from hvcompile.errors import InputError, UncompiledModelError, UntraceableModelError
+from hvcompile.app.request.generate import Request
+from hvcompile.errors import UncompiledModelError, UntraceableModelError
 from hvcompile.explanation import report
 from hvcompile.explanation.explain import explain
-from hvcompile.options import MODES, parse
-from hvcompile.passes import PASSES
 from hvcompile.ranks import launch
 from hvcompile.torch_private import dynamo
 
+__all__ = ["Observer", "Request", "Result", "generate"]
+
 BACKEND = "hvfast"
 PLAIN_BACKEND = "inductor"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to generate and how; None leaves a choice to the pipeline, the device or the backend.
-
-    Attributes:
-        output: the video file; overwritten if it is there.
-        frames, height, width: the clip, in frames and pixels.
-        guidance: scale of embedded or classifier-free guidance, as the pipeline reads ``guidance_scale``.
-        true_cfg: above 1, with ``negative_prompt``, the transformer runs twice a step.
-        threshold: of the first-block cache, a relative difference; at 0 only what is the same is reused.
-        fp8: linear layers in float8: True asks for it, on a CPU too, False rules it out, None is where it pays.
-        mode: "exact" for the rewrites that don't change numerics, "max" for those too that are off by themselves.
-        dump: directory for the graphs before and after each pass.
-        compare: also run the plain compiled model, and measure against it.
-        sheet_file: the contact sheet of the comparison; None for one beside ``output``.
-        json_file: where the figures of the comparison go; None for nowhere.
-        html_file: where the report of the run goes; None for nowhere.
-        fps: frames a second of the file.
-        rank_timeout: seconds after which a rank that waits for another gives up, where torchrun started several.
-
-    """
-
-    prompt: str
-    output: Path
-    model: str | None = None
-    steps: int | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    guidance: float | None = None
-    true_cfg: float | None = None
-    negative_prompt: str | None = None
-    threshold: float | None = None
-    fp8: bool | None = None
-    mode: str | None = None
-    dump: Path | None = None
-    compare: bool = False
-    sheet_file: Path | None = None
-    json_file: Path | None = None
-    html_file: Path | None = None
-    device: str | None = None
-    dtype: str | None = None
-    fps: int = 24
-    rank_timeout: float = launch.TIMEOUT_SECONDS
-
-    def check(self) -> None:
-        """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
-        for name in ("steps", "frames", "height", "width", "fps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}: give 1 or more")
-        if not -(2**63) <= self.seed < 2**64:
-            raise InputError(f"seed is {self.seed}: give a number that fits in 64 bits")
-        if not 0 < self.rank_timeout < math.inf:
-            raise InputError(f"rank_timeout is {self.rank_timeout}: give a finite number of seconds above 0")
-        for name in ("guidance", "true_cfg", "threshold"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}: give a finite number, 0 or more")
-        for name in ("prompt", "negative_prompt"):
-            try:
-                (getattr(self, name) or "").encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{name} is no valid text ({error.reason} at {error.start}): give UTF-8") from error
-        if (self.true_cfg or 0) > 1 and self.negative_prompt is None:
-            raise InputError(f"true_cfg is {self.true_cfg}, which does nothing without negative_prompt: give that too")
-        if self.mode is not None and self.mode not in MODES:
-            raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
-        # torch.compile takes a mode or options, never both.
-        if self.mode is not None and self.threshold is not None:
-            raise InputError(f"threshold can't be given with a mode (it is {self.mode!r}): leave one of them out")
-        if self.mode is not None and self.fp8 is not None:
-            raise InputError(f"fp8 can't be given with a mode (it is {self.mode!r}): leave one of them out")
-        if self.mode is not None and self.dump is not None:
-            raise InputError(
-                f"dump can't be given with a mode: set HVCOMPILE_DUMP={self.dump} in the environment instead"
-            )
-        outputs.check(self.output, name="output", kind="video file", suffixes=video.CONTAINERS)
-        if self.compare:
-            check_files(self.sheet_path(), self.json_file)
-        for name, path in (("sheet", self.sheet_file), ("json", self.json_file)):
-            if path is not None and not self.compare:
-                raise InputError(f"{name} {str(path)!r} is of a comparison: give compare too, or leave it out")
-        if self.html_file is not None:
-            report.check(self.html_file)
-        if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
-            raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
-        if self.model is not None:
-            pipelines.check_model(self.model)
-        pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
-        parse(PASSES, self.compile_arguments().get("options"), self.mode)  # what the backend would say after loading
-
-    def sheet_path(self) -> Path:
-        """Tell where the contact sheet of a comparison goes."""
-        return self.sheet_file or self.output.with_name(f"{self.output.stem}.sheet.png")
-
-    def compile_arguments(self) -> dict[str, Any]:
-        """Give the keyword arguments of ``transformer.compile`` besides the backend."""
-        if self.mode is not None:
-            return {"mode": self.mode}
-        options: dict[str, Any] = {}
-        if self.rank_timeout != launch.TIMEOUT_SECONDS and launch.num_ranks() > 1:
-            options["context_parallel"] = {"timeout_seconds": self.rank_timeout}
-        if self.threshold is not None:
-            options["first_block_cache"] = {"threshold": self.threshold}
-        if self.fp8 is not None:
-            options["fp8"] = self.fp8
-        if self.dump is not None:
-            options["dump"] = str(self.dump)
-        return {"options": options} if options else {}
-
-    def call_arguments(self, loaded: pipelines.Loaded) -> dict[str, Any]:
-        """Give the keyword arguments of the pipeline's call; raises InputError where it doesn't take one."""
-        pipelines.Grid.of(loaded.pipe).check(height=self.height, width=self.width, frames=self.frames)
-        named = {
-            "num_inference_steps": ("steps", self.steps),
-            "num_frames": ("frames", self.frames),
-            "height": ("height", self.height),
-            "width": ("width", self.width),
-            "guidance_scale": ("guidance", self.guidance),
-            "true_cfg_scale": ("true_cfg", self.true_cfg),
-            "negative_prompt": ("negative_prompt", self.negative_prompt),
-        }
-        given = {argument: value for argument, (_, value) in named.items() if value is not None}
-        for argument in given:
-            if not loaded.accepts(argument):
-                kind = type(loaded.pipe).__name__
-                raise InputError(f"{named[argument][0]} can't be used: {kind} has no {argument}; leave it out")
-        if self.negative_prompt is not None and loaded.accepts("true_cfg_scale") and (self.true_cfg or 0) <= 1:
-            raise InputError("negative_prompt does nothing in this pipeline without true_cfg: give one above 1")
-        return {**loaded.defaults, **given}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +109,9 @@ def _report(
     facts = {
         "prompt": request.prompt,
         "clip": f"{width}x{height}, {num_frames} frames, seed {request.seed}, in {result.output}",
-        "settings": ", ".join(f"{name} {held}" for name, held in arguments.items() if isinstance(held, (int, float))),
+        "settings": ", ".join(
+            f"{name} {value}" for name, value in arguments.items() if isinstance(value, (int, float))
+        ),
         "time": f"{result.run.seconds:.2f} s in all, {result.run.compile_seconds:.2f} s compiling",
     }
     if result.run.step_seconds is not None:
@@ -327,58 +195,78 @@ def _run(
     if calls is not None:
         dynamo.keep_first_call(pipe.transformer, calls)
     decisions = _decisions(pipe.transformer) if backend == BACKEND else _no_decisions
-    decisions()  # those of an earlier generation on the same model
-    steps: list[metrics.Step] = []
-    mark = time.perf_counter()
-
-    def on_step_end(*_: Any) -> dict[str, Any]:
-        nonlocal mark
-        _synchronise(loaded.device)
-        now, calls = time.perf_counter(), decisions()  # several calls where guidance runs the transformer twice
-        steps.append(
-            metrics.Step(
-                backend=backend,
-                index=len(steps),
-                num_steps=num_steps,
-                seconds=now - mark,
-                reused=bool(calls) and all(reused for reused, _ in calls),
-                difference=max((difference for _, difference in calls), default=None),
-            )
-        )
-        observe(steps[-1])
-        if len(steps) == num_steps:
-            observe("decoding")
-        mark = time.perf_counter()
-        return {}
-
-    def on_encoded(*_: Any) -> None:
-        nonlocal mark
-        if not steps:
-            mark = time.perf_counter()
-
+    watch = _Watch(backend, num_steps, loaded.device, decisions, observe)
     observe(f"{backend}: compiling")
-    others = [
-        part for name, part in pipe.components.items() if name != "transformer" and isinstance(part, torch.nn.Module)
-    ]
-    hooks = [
-        part.register_forward_hook(on_encoded) for part in others
-    ]  # the first step begins when the text is encoded
-    start = time.perf_counter()
-    try:
+    with watch.beginning_after(_others(pipe)):
+        start = time.perf_counter()
         frames = pipe(
             request.prompt,
             generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
             output_type="np",
-            callback_on_step_end=on_step_end,
+            callback_on_step_end=watch.end_step,
             callback_on_step_end_tensor_inputs=[],
             **arguments,
         ).frames[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return metrics.Run(
-        frames=np.asarray(frames, dtype=np.float32), seconds=time.perf_counter() - start, steps=tuple(steps)
-    )
+    seconds = time.perf_counter() - start
+    return metrics.Run(frames=np.asarray(frames, dtype=np.float32), seconds=seconds, steps=tuple(watch.steps))
+
+
+def _others(pipe: Any) -> list[torch.nn.Module]:
+    """The models of a pipeline besides its transformer."""
+    parts = pipe.components.items()
+    return [part for name, part in parts if name != "transformer" and isinstance(part, torch.nn.Module)]
+
+
+class _Watch:
+    """Times the steps of a run, and tells of each when it is done."""
+
+    def __init__(
+        self,
+        backend: str,
+        num_steps: int,
+        device: torch.device,
+        decisions: Callable[[], list[tuple[bool, float]]],
+        observe: Observer,
+    ) -> None:
+        self._backend, self._num_steps, self._device = backend, num_steps, device
+        self._decisions, self._observe = decisions, observe
+        self._decisions()  # those of an earlier generation on the same model
+        self.steps: list[metrics.Step] = []
+        self._mark = time.perf_counter()
+
+    @contextlib.contextmanager
+    def beginning_after(self, encoders: Sequence[torch.nn.Module]) -> Iterator[None]:
+        """Within, the first step begins when the last of these has run: the text is encoded."""
+        hooks = [encoder.register_forward_hook(self._restart) for encoder in encoders]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restart(self, *_: Any) -> None:
+        if not self.steps:  # afterwards, too, models run: the decoder
+            self._mark = time.perf_counter()
+
+    def end_step(self, *_: Any) -> dict[str, Any]:
+        """Take the time of a step, as the callback of a pipeline."""
+        _synchronise(self._device)
+        now, calls = time.perf_counter(), self._decisions()  # several calls where guidance runs the transformer twice
+        self.steps.append(
+            metrics.Step(
+                backend=self._backend,
+                index=len(self.steps),
+                num_steps=self._num_steps,
+                seconds=now - self._mark,
+                reused=bool(calls) and all(reused for reused, _ in calls),
+                difference=max((difference for _, difference in calls), default=None),
+            )
+        )
+        self._observe(self.steps[-1])
+        if len(self.steps) == self._num_steps:
+            self._observe("decoding")
+        self._mark = time.perf_counter()
+        return {}
 
 
 def _decisions(transformer: torch.nn.Module) -> Callable[[], list[tuple[bool, float]]]:

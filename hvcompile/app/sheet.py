@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hvcompile import outputs
 from hvcompile.app.metrics import Frames, Quality
+from hvcompile.explanation import figures
 
 MOST_FRAMES = 6
 """Columns at most."""
@@ -120,4 +121,4 @@ def _caption(quality: Quality, frame: int, chosen: Sequence[int]) -> tuple[str, 
 
 def decibels(value: float) -> str:
     """Write a PSNR, which is infinite where nothing differs."""
-    return "identical" if math.isinf(value) else f"{value:.2f} dB"
+    return figures.number(value, ".2f", " dB")

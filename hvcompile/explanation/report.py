@@ -10,18 +10,19 @@ import collections
 import dataclasses
 import datetime
 import difflib
+import functools
+import importlib.util
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from hvcompile import outputs
 from hvcompile.errors import InputError
-from hvcompile.explanation import listing, pictures
+from hvcompile.explanation import figures, listing, pictures
 from hvcompile.explanation.condensed import condensed
 from hvcompile.explanation.explain import Explanation
 from hvcompile.explanation.listing import Line, Listing, Stage
@@ -47,6 +48,8 @@ MOST_ROWS = 60
 
 def check(path: Path) -> None:
     """Raise InputError where no report can be written at ``path``; asks before any work is done."""
+    if importlib.util.find_spec("jinja2") is None:
+        raise InputError("a report needs jinja2, which is not installed: pip install 'hvcompile[cli]'")
     outputs.check(path, name="html", kind="HTML file", suffixes=SUFFIXES)
 
 
@@ -68,13 +71,16 @@ def write(
         facts: what else to say under the heading: label -> text.
 
     Raises:
-        InputError: neither ``explanation`` nor ``stats`` is given, or the file can't be written at ``path``.
+        InputError: neither ``explanation`` nor ``stats`` is given, the file can't be written at ``path``, or jinja2
+            is not installed.
 
     """
     path = Path(path)
     check(path)
     if explanation is None and stats is None:
         raise InputError("a report needs something to show: give explanation, stats or both")
+    import jinja2  # the backend does without it
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hvcompile.explanation"),
         autoescape=True,
@@ -82,7 +88,12 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "bytes": _bytes, "signed": _signed, "condensed": condensed}
+    environment.filters |= {
+        "number": figures.with_prefix,
+        "bytes": functools.partial(figures.with_prefix, unit="B"),
+        "signed": figures.signed,
+        "condensed": condensed,
+    }
     text = environment.get_template("report.html").render(_content(explanation, stats, title, facts or {}))
     with outputs.replacing(path) as part:
         part.write_text(text, "utf-8")
@@ -341,19 +352,3 @@ def _fragments(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tu
         old.append(("".join(words[start:stop]), kind != "equal"))
         new.append(("".join(new_words[new_start:new_stop]), kind != "equal"))
     return [item for item in old if item[0]], [item for item in new if item[0]]
-
-
-def _number(number: float) -> str:
-    """A large number with its unit prefix: 12.3 T."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}\N{NO-BREAK SPACE}{prefix}"
-    return f"{number:.3g}\N{NO-BREAK SPACE}"
-
-
-def _bytes(number: float) -> str:
-    return f"{_number(number)}B"
-
-
-def _signed(number: int) -> str:
-    return f"+{number}" if number > 0 else f"\N{MINUS SIGN}{-number}" if number < 0 else "0"

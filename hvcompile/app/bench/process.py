@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hvcompile.app import quiet
+
 COMPUTED, PARTLY, REUSED = "#", "+", "."
 """Marks of a step in a sequence: it computed all blocks, some, or just the first of each list of blocks."""
 
@@ -347,7 +349,8 @@ def serve(connection: Connection, system: str, protocol: Protocol, log: Path) ->
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    quieten()
+    quiet.hide_progress_bars()
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     contender: Contender | None = None
     while True:
         try:
@@ -375,16 +378,6 @@ def _leave_with_parent() -> None:
         if hasattr(os, "killpg"):
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
-
-
-def quieten() -> None:
-    """Turn off the loading bars of the libraries."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
 
 
 def describe(error: BaseException) -> str:

@@ -38,7 +38,7 @@ class Row:
     """What was measured of one contender so far.
 
     Attributes:
-        system: a name of ``hvcompile.contenders``.
+        system: a name of ``bench.contenders``.
         how: how it was put on the model, in words.
         error: why it is missing or failed; empty where all went well.
         cases_error: the same of other shapes and prompts alone.
@@ -47,7 +47,7 @@ class Row:
         cpu_rounds: the same in processor time of the process, all its threads: where torch has one thread, what a run
             takes on a machine that does nothing else.
         graphs: captured by Dynamo for the first shape.
-        steps: a mark a step, of ``hvcompile.bench_process``; empty where that is not known.
+        steps: a mark a step, of ``bench.process``; empty where that is not known.
         regions: compiled regions that ran, a number a step.
         cases: graphs captured for other shapes and prompts, and the seconds of that run, in order.
         compiling_bytes, running_bytes: peak of memory over the built model, while it compiles and afterwards; None
@@ -146,7 +146,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """All rows in the order of ``hvcompile.contenders``, and the conditions that they have in common."""
+    """All rows in the order of ``bench.contenders``, and the conditions that they have in common."""
 
     conditions: Mapping[str, Any]
     rows: tuple[Row, ...]

@@ -1,0 +1,61 @@
+"""What the commands share: where they print, and how they leave where something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hvcompile.errors import HvcompileError, InputError, OptionError
+from hvcompile.ranks import launch
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def let_first_rank_speak() -> None:
+    """Print nothing on other ranks than the first."""
+    out.quiet = err.quiet = launch.rank() > 0
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Within, what the user gave wrong ends the command with one line and exit code 2; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        _leave(error)
+
+
+@contextlib.contextmanager
+def leaving_in_turn() -> Iterator[None]:
+    """As ``leaving``, the first of several ranks before the others."""
+    try:
+        yield
+    except Exception as error:
+        if launch.rank() > 0 and isinstance(error, InputError | OptionError):
+            # All ranks were given the same, and the first says what is wrong with it; torchrun then ends the others.
+            time.sleep(launch.GRACE_SECONDS)
+        err.quiet = False
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    if (message := _input_fault(error)) is None:
+        raise error
+    err.print(Text(f"error: {message}"), soft_wrap=True)
+    raise typer.Exit(2) from error
+
+
+def _input_fault(error: BaseException | None) -> str | None:
+    """Find the HvcompileError at or below ``error`` (Dynamo wraps what a backend raises); its message in one line."""
+    while error is not None:
+        if isinstance(error, HvcompileError):
+            return " ".join(str(error).split())
+        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
+    return None

@@ -1,0 +1,55 @@
+"""The progress of a generation on the screen."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from hvcompile.app.cli.console import err
+
+if TYPE_CHECKING:
+    from hvcompile.app.metrics import Step
+
+COMPUTED, REUSED = "█", "·"
+STRIP = 32
+"""Marks in sight; of a longer run, the latest."""
+
+
+class Display:
+    """The progress of a generation: a line a run: a mark a step, how many were reused, the last difference."""
+
+    def __init__(self, console: Console = err) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console)
+        self.phase = self.progress.add_task("starting", total=None)
+        self.run = self.phase
+        self.marks = ""
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.update(self.phase, visible=False)
+        self.progress.stop()
+
+    def __call__(self, event: str | Step) -> None:
+        """Show a phase (text) or a step that is done."""
+        if isinstance(event, str):
+            self.progress.reset(self.phase, description=event, visible=True)
+            return
+        if event.index == 0:
+            self.marks = ""
+            self.run = self.progress.add_task("", total=event.num_steps)
+            # its time is that of its first step too, which was shown as a phase
+            self.progress.tasks[-1].start_time = self.progress.tasks[0].start_time
+            self.progress.update(self.phase, visible=False)
+        self.marks += REUSED if event.reused else COMPUTED
+        strip = self.marks.ljust(event.num_steps)[max(0, len(self.marks) - STRIP) :][:STRIP]
+        text = f"{event.backend} {strip} {len(self.marks)}/{event.num_steps}, {self.marks.count(REUSED)} reused"
+        if event.difference is not None and math.isfinite(event.difference):
+            text += f", last {event.difference:.3f}"
+        self.progress.update(self.run, advance=1, description=text)

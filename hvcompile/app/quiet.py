@@ -1,0 +1,94 @@
+"""Quiet: what other libraries complain of while they are imported, and their progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+from hvcompile.torch_private.torchao import quiet_import
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def importing(*libraries: str) -> Iterator[None]:
+    """Within, warnings that an import gives go to the log of this module, for debugging; errors stay errors.
+
+    They are about what a library could not load of yet another one (diffusers of torchao), or will call by another
+    name in a later version: nothing that a user of the command line can act on.
+
+    Args:
+        libraries: names of those, about to be imported, that log to handlers of their own.
+
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_import())
+        stack.enter_context(_lowered_warnings())
+        for library in libraries:
+            stack.enter_context(_lowered_log(library))
+        yield
+
+
+@contextlib.contextmanager
+def _lowered_warnings() -> Iterator[None]:
+    """Within, what Python's warnings would print goes to this module's log; those that are errors stay errors.
+
+    ``warnings.catch_warnings`` would also undo the filters that libraries set as they are imported.
+    """
+    before = warnings.showwarning
+    warnings.showwarning = _log_warning
+    try:
+        yield
+    finally:
+        if warnings.showwarning is _log_warning:
+            warnings.showwarning = before
+
+
+@contextlib.contextmanager
+def _lowered_log(library: str) -> Iterator[None]:
+    """Within, warnings on a library's logger go to this module's, for debugging."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"{library}.utils.logging")  # puts its handler in place
+    logger = logging.getLogger(library)
+    lowering = [(handler, _Lowering()) for handler in logger.handlers]
+    for handler, filter_ in lowering:
+        handler.addFilter(filter_)
+    try:
+        yield
+    finally:
+        for handler, filter_ in lowering:
+            handler.removeFilter(filter_)
+
+
+class _Lowering(logging.Filter):
+    """Keeps warnings from a handler, and logs them for debugging instead."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno > logging.WARNING:
+            return True
+        log.debug("%s: %s", record.name, record.getMessage())
+        return False
+
+
+def _log_warning(  # as warnings.showwarning
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    log.debug("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+
+
+def hide_progress_bars() -> None:
+    """Turn off the loading bars of the libraries, which would break into ours."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

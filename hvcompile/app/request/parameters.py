@@ -1,0 +1,24 @@
+"""Parameters that several commands have alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Frames = Annotated[int | None, typer.Option(help="Length of the clip.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Mode = Annotated[
+    str | None,
+    typer.Option(help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on the CPU).")
+]
+RankTimeout = Annotated[
+    float, typer.Option(help="Under torchrun: seconds after which a rank that waits for another gives up.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")]

@@ -1,0 +1,15 @@
+"""The tables that the command line prints."""
+
+from hvcompile.app.tables.bench import bench_tables
+from hvcompile.app.tables.bisection import bisection_table
+from hvcompile.app.tables.explanation import explanation_tables
+from hvcompile.app.tables.generation import comparison_summary, each_frame, summary
+
+__all__ = [
+    "bench_tables",
+    "bisection_table",
+    "comparison_summary",
+    "each_frame",
+    "explanation_tables",
+    "summary",
+]
