@@ -34,11 +34,12 @@ from hvcompile import outputs, pipeline
 from hvcompile.explanation.explain import capture
 from hvcompile.graph.flops import FlopCounter
 from hvcompile.graph.nodes import is_tensor
+from hvcompile.journal import Declined
 from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.ranks import collectives
 from hvcompile.torch_private.fakes import numel_hint, value
 from hvcompile.trunk.outline import recover
-from hvcompile.trunk.trunk import NoTrunk, Trunk
+from hvcompile.trunk.trunk import Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def sent(node: fx.Node, ranks: int) -> int:
 def share(captured: fx.GraphModule, ranks: int, device_type: str, ring: int | None = None) -> Share:
     """Rewrite a captured graph for the first of so many ranks, and count; they are laid out in so many rows."""
     trunk = recover(captured)
-    if isinstance(trunk, NoTrunk):
+    if isinstance(trunk, Declined):
         raise SystemExit(trunk.reason)
     if ranks > 1:
         mesh = DeviceMesh.from_group(dist.new_group(list(range(ranks))), device_type)

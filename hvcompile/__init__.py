@@ -4,7 +4,11 @@ Installing the package registers the backend; ``torch.compile(model, backend="hv
 """
 
 from hvcompile.errors import (
+    DisagreementError,
     HvcompileError,
+    InputError,
+    InvalidRewriteError,
+    LoweringError,
     OptionError,
     QuantizedWeightError,
     RequestedPassError,
@@ -17,7 +21,11 @@ from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 from hvcompile.version import __version__
 
 __all__ = [
+    "DisagreementError",
     "HvcompileError",
+    "InputError",
+    "InvalidRewriteError",
+    "LoweringError",
     "OptionError",
     "QuantizedWeightError",
     "RequestedPassError",

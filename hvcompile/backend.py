@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,29 +14,30 @@ from torch import fx
 
 from hvcompile import pipeline
 from hvcompile.dump.write import Dump
-from hvcompile.errors import DisagreementError, HvcompileError, QuantizedWeightError, RequestedPassError
+from hvcompile.errors import QuantizedWeightError, RequestedPassError
 from hvcompile.float8.weights import QuantizedWeight
-from hvcompile.graph.inline import inline
-from hvcompile.graph.nodes import is_parameter, is_tensor, is_weight
-from hvcompile.graph.paths import parameter_path
-from hvcompile.journal import JournalRow, PassReport
+from hvcompile.graph.costs import Device
+from hvcompile.graph.nodes import is_tensor
+from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
-from hvcompile.runtime import agreement
-from hvcompile.runtime.call import Calling, CompiledTrunk, StateLayout
-from hvcompile.runtime.derived import DerivedCall
-from hvcompile.runtime.weights import WeightLayout
-from hvcompile.torch_private import dynamo, fakes, lowering
+from hvcompile.runtime.agreement import CompilingTogether
+from hvcompile.runtime.call import Calling, CompiledTrunk
+from hvcompile.sealing import seal, seal_as_captured
+from hvcompile.torch_private import dynamo, fakes
+from hvcompile.torch_private.lowering import LOWERINGS
+from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
-from hvcompile.trunk.roles import InputRoles, classify
-from hvcompile.trunk.trunk import Derived, NoTrunk, Trunk
+from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
-# How far ranks' samples may be apart, relatively: what bf16's rounding makes of fifty steps, with other kernels on
-# other ranks, stays below; another seed's noise is apart by more than 1.
-ROUNDING = 0.02
+OUTLINE = "outline"
+"""Name of the journal's row of what was outlined, beside those of the passes."""
+
+Handler = Callable[[fx.GraphModule, Sequence[Any], Options], Callable[..., Any]]
+"""Takes a captured graph, its example inputs and the options, and returns what Dynamo is to call."""
 
 
 def hvfast(
@@ -53,7 +53,7 @@ def hvfast(
         graph_module: Dynamo's graph; not changed.
         example_inputs: one a placeholder.
         mode: None or "default" for all passes that apply, "exact" for those that do not change numerics, "max" for
-            those too that are off by themselves.
+            those too that are off by themselves. It may stand in ``options`` instead.
         options: sections of ``hvcompile.options``.
 
     Returns:
@@ -65,81 +65,164 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    return _compile(graph_module, example_inputs, settings, dynamo.compile_id(), [])
+    handle = _HANDLERS[-1] if _HANDLERS else compile_graph
+    return handle(graph_module, example_inputs, settings)
 
 
-def _compile(
-    graph_module: fx.GraphModule,
+def compile_graph(
+    captured: fx.GraphModule,
     example_inputs: Sequence[Any],
     settings: Options,
-    compile_id: tuple[int, int],
-    journal: list[JournalRow],
     *,
-    given: Sequence[Any] | None = None,
+    args: Sequence[Any] | None = None,
+    journal: Sequence[JournalRow] = (),
+    compile_id: tuple[int, int] | None = None,
 ) -> Callable[..., Any]:
-    """Run the passes and lower what they make.
+    """Compile a captured graph, which is not changed: rewrite, seal, lower, store the weights.
 
     Args:
-        graph_module: as captured.
-        example_inputs: what it is compiled for.
+        captured: as Dynamo gives it.
+        example_inputs: what it is compiled for; real tensors, or fake ones.
         settings: the passes among them.
-        compile_id: of the capture.
-        journal: may hold rows already.
-        given: the inputs of the call that is compiled, where ``example_inputs`` are not these.
+        args: the inputs of the call that is being compiled, where ``example_inputs`` are not these.
+        journal: what the journal begins with.
+        compile_id: of the capture; None for the one that Dynamo is at.
 
     """
-    given = example_inputs if given is None else given
+    args = example_inputs if args is None else args
+    compile_id = dynamo.compile_id() if compile_id is None else compile_id
+    rows = list(journal)
     dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
-    dump.graph("captured", graph_module)
-    trunk = NoTrunk(needs_gradients(graph_module)) if needs_gradients(graph_module) else recover(graph_module)
-    if isinstance(trunk, NoTrunk):
-        return _plain(graph_module, example_inputs, settings, dump, trunk.reason)
+    observer = Observers(dump, CompilingTogether(captured, args))
 
-    journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
-    dump.graph("outlined", trunk.module)
-    context = pipeline.Context(given=dict(zip(trunk.inputs, given, strict=True)))
-    try:
-        pipeline.run(
-            trunk,
-            settings.passes,
-            lambda name, after: dump.graph(name, after.module, after.derived),
-            journal,
-            context,
-        )
-        require_values(trunk, context)
-    except HvcompileError as error:
-        with contextlib.suppress(DisagreementError):  # the others are told; what went wrong here is said below
-            agreement.before_compiling(trunk, journal, graph_module, context.given, failure=str(error))
-        raise
-    finally:
-        dump.journal(journal)
-    agreement.before_compiling(trunk, journal, graph_module, context.given, failure="")
+    trunk = rewrite(captured, settings, rows, observer, args=dict(enumerate(args)))
+    if isinstance(trunk, Declined):
+        leave_as_captured(trunk.reason, settings, rows, observer, args)
+        compiled = lower(captured, example_inputs, settings, observer)
+        run = CompiledTrunk(compiled, seal_as_captured(captured), rows, compile_id)
+        return observer.around_calls(run, run.derived_inputs)
+
     calling = seal(trunk)
-    dump.graph("sealed", trunk.module, trunk.derived)
+    observer.on_stage(SEALED, trunk.module, trunk)
+    otherwise = fallback(trunk, captured, settings, compile_id)
+    compiled = lower(trunk.module, sealed_inputs(trunk, calling, example_inputs), settings, observer, trunk)
+    store_weights(trunk, calling, args, observer)
+    run = CompiledTrunk(compiled, calling, rows, compile_id, otherwise)
+    return observer.around_calls(run, run.derived_inputs)
+
+
+def rewrite(
+    captured: fx.GraphModule,
+    settings: Options,
+    journal: list[JournalRow],
+    observer: Observer,
+    *,
+    args: Mapping[int, Any],
+    planned_for: Device | None = None,
+) -> Trunk | Declined:
+    """Find the trunk of a captured graph and run the passes on it. ``hvcompile.explain`` goes no further than this.
+
+    Args:
+        captured: as Dynamo gives it; not changed.
+        settings: the passes to run, among others.
+        journal: gains a row for the outlining and one a pass, also where a pass raises.
+        observer: hears of every stage.
+        args: the inputs of the call that is being compiled, by place; those that passes may look at.
+        planned_for: a device that is planned for, where nothing will run.
+
+    Returns:
+        The rewritten trunk, or why there is none.
+
+    Raises:
+        RequestedPassError: a pass that options ask for by name can't apply.
+        QuantizedWeightError: what is left reads a weight that is kept in float8 alone.
+
+    """
+    observer.on_stage(CAPTURED, captured, None)
+    reason = needs_gradients(captured)
+    trunk = Declined(reason) if reason else recover(captured)
+    if isinstance(trunk, Declined):
+        return trunk
+    journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
+    observer.on_stage(OUTLINED, trunk.module, trunk)
+    known = {node: args[place] for place, node in enumerate(trunk.inputs) if place in args}
+    context = pipeline.Context(given=known, planned_for=planned_for)
+
+    def observe(name: str, after: Trunk) -> None:
+        observer.on_stage(name, after.module, after)
+
+    try:
+        pipeline.run(trunk, settings.passes, observe, journal, context)
+        require_values(trunk, context)
+    except BaseException as error:
+        observer.on_rewritten(trunk, journal, error)
+        raise
+    observer.on_rewritten(trunk, journal, None)
+    return trunk
+
+
+def leave_as_captured(
+    reason: str, settings: Options, journal: list[JournalRow], observer: Observer, args: Sequence[Any]
+) -> None:
+    """Say why a graph is compiled without any rewrite, or raise where that can't be."""
+    for weight in args:
+        if isinstance(weight, QuantizedWeight):
+            raise QuantizedWeightError(
+                f"{weight.path} has been kept in float8 alone since this model was first compiled, and this graph of "
+                f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
+            )
+    for item, requested in settings.passes:
+        if requested:
+            raise RequestedPassError(
+                f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
+                f"Drop {item.section!r} from options to compile it as it is."
+            )
+    log.warning("hvfast left a graph to plain %s: %s", settings.lower, reason)
+    journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
+    observer.on_rewritten(None, journal, None)
+
+
+def lower(
+    module: fx.GraphModule, inputs: Sequence[Any], settings: Options, observer: Observer, trunk: Trunk | None = None
+) -> Callable[..., Any]:
+    """Hand a graph to the lowering that was chosen."""
+    with observer.lowering(trunk):
+        return LOWERINGS[settings.lower](module, inputs)
+
+
+def sealed_inputs(trunk: Trunk, calling: Calling, example_inputs: Sequence[Any]) -> list[Any]:
+    """The inputs that the sealed graph is compiled for: the captured graph's, and fake ones for what passes added."""
     passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
-    inputs = [*passed, *map(fakes.value, trunk.added)]
-    instead = None
-    if any(item.read is not None for item in trunk.derived):
-        # Dynamo's own graph may be gone or changed by the time that another is wanted.
-        captured = dynamo.clone_graph_module(graph_module)
-        instead = functools.partial(_compile_instead, captured, settings, compile_id)
-    begin = time.monotonic()
-    run = _lower(trunk.module, inputs, settings, dump, calling, journal, compile_id, instead)
-    agreement.after_compiling(trunk, time.monotonic() - begin)
-    # Now, not at the first call: Dynamo's guards are made next, and see the weights as they will be.
-    dump.hold(given, [place for layout in calling.stored for place in layout.positions])
+    return [*passed, *map(fakes.value, trunk.added)]
+
+
+def store_weights(trunk: Trunk, calling: Calling, args: Sequence[Any], observer: Observer) -> None:
+    """Quantise the weights that the graph takes in float8, and free the originals.
+
+    Now, not at the first call: Dynamo makes its guards next, and they see the weights as they will be.
+    """
+    observer.before_weights_go(args, [place for layout in calling.stored for place in layout.positions])
     for layout, stored in zip(calling.stored, trunk.stored, strict=True):
-        joined = layout.of(given)
-        dump.store(stored.data.name, joined.data)
-        dump.store(stored.scale.name, joined.scale)
-    return run
+        copy = layout.of(args)
+        observer.on_stored(stored, copy.data, copy.scale)
 
 
-def _compile_instead(
+def fallback(
+    trunk: Trunk, captured: fx.GraphModule, settings: Options, compile_id: tuple[int, int]
+) -> Callable[[Sequence[Any], str, str], Callable[..., Any]] | None:
+    """What compiles the graph again for inputs that a pass's rewrite turns out not to fit; None where all fit."""
+    if all(item.read is None for item in trunk.derived):
+        return None
+    # Dynamo's own graph may be gone or changed by the time that another is wanted.
+    own = dynamo.clone_graph_module(captured)
+    return functools.partial(_compile_without, own, settings, compile_id)
+
+
+def _compile_without(
     captured: fx.GraphModule,
     settings: Options,
     compile_id: tuple[int, int],
-    inputs: Sequence[Any],
+    args: Sequence[Any],
     made_by: str,
     reason: str,
 ) -> Callable[..., Any]:
@@ -154,8 +237,28 @@ def _compile_instead(
     settings = dataclasses.replace(settings, passes=tuple(passes))
     row = JournalRow(name=made_by, report=PassReport(declined=(("compiled again at run time", reason),)), op_changes={})
     with torch.no_grad():
-        module, fakes = dynamo.specialise(captured, inputs)
-        return _compile(module, fakes, settings, compile_id, [row], given=inputs)
+        module, example_inputs = dynamo.specialise(captured, args)
+        return compile_graph(module, example_inputs, settings, args=args, journal=[row], compile_id=compile_id)
+
+
+def needs_gradients(captured: fx.GraphModule) -> str:
+    """Why this graph is compiled for training; empty if it is not. No rewrite here has a backward."""
+    if not torch.is_grad_enabled():
+        return ""
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if is_tensor(node) and fakes.value(node).requires_grad:
+            return (
+                f"gradients are enabled and {dynamo.source_name(node) or node.name} requires them; "
+                "call the model under torch.no_grad() or torch.inference_mode()"
+            )
+    return ""
+
+
+def _outline_row(trunk: Trunk) -> JournalRow:
+    report = PassReport(matched=(f"{trunk.lists}: {len(trunk.blocks)} blocks share {len(trunk.bodies)} bodies",))
+    row = JournalRow(name=OUTLINE, report=report, op_changes={"invoke_subgraph": len(trunk.blocks)})
+    log.info("%s", row.line())
+    return row
 
 
 def require_values(trunk: Trunk, context: pipeline.Context) -> None:
@@ -166,168 +269,29 @@ def require_values(trunk: Trunk, context: pipeline.Context) -> None:
 
     """
     derived = {node for item in trunk.derived for node in item.sources}
-    for node, given in context.given.items():
-        if isinstance(given, QuantizedWeight) and (node.users or node in derived):
+    for node, weight in context.given.items():
+        if isinstance(weight, QuantizedWeight) and (node.users or node in derived):
             reader = next(iter(node.users)).format_node() if node.users else "what is computed once a generation"
             raise QuantizedWeightError(
-                f"{given.path} has been kept in float8 alone since this model was first compiled, and now "
+                f"{weight.path} has been kept in float8 alone since this model was first compiled, and now "
                 f"{reader} reads it. Compile it with the same options, or call "
                 "hvcompile.restore(model) first"
             )
 
 
-def needs_gradients(graph_module: fx.GraphModule) -> str:
-    """Why this graph is compiled for training; empty if it is not. No rewrite here has a backward."""
-    if not torch.is_grad_enabled():
-        return ""
-    for node in graph_module.graph.find_nodes(op="placeholder"):
-        if is_tensor(node) and fakes.value(node).requires_grad:
-            return (
-                f"gradients are enabled and {dynamo.source_name(node) or node.name} requires them; "
-                "call the model under torch.no_grad() or torch.inference_mode()"
-            )
-    return ""
+_HANDLERS: list[Handler] = []  # of the whole process, as Dynamo's table of backends is; the innermost one counts
 
 
-def _plain(
-    graph_module: fx.GraphModule, inputs: Sequence[Any], settings: Options, dump: Dump, reason: str
-) -> Callable[..., Any]:
-    """Compile without any rewrite, and say why."""
-    for given in inputs:
-        if isinstance(given, QuantizedWeight):
-            raise QuantizedWeightError(
-                f"{given.path} has been kept in float8 alone since this model was first compiled, and this graph of it "
-                f"can't be rewritten: {reason}. Call hvcompile.restore(model) first"
-            )
-    for item, requested in settings.passes:
-        if requested:
-            raise RequestedPassError(
-                f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
-                f"Drop {item.section!r} from options to compile it as it is."
-            )
-    log.warning("hvfast left a graph to plain %s: %s", settings.lower, reason)
-    journal = [JournalRow(name="outline", report=PassReport(declined=(("graph", reason),)), op_changes={})]
-    dump.journal(journal)
-    placeholders = list(enumerate(graph_module.graph.find_nodes(op="placeholder")))
-    weights = [place for place, node in placeholders if is_parameter(node)]
-    weights += [place for place, node in placeholders if is_weight(node)]
-    calling = Calling(
-        anchor=weights[0] if weights else None,
-        weights=(),
-        conditions=(),
-        numbers=(),
-        symbols={},
-        num_outputs=0,
-        states=(),
-        has_record=False,
-    )
-    return _lower(graph_module, inputs, settings, dump, calling, journal, dynamo.compile_id())
+@contextlib.contextmanager
+def instead_of_compiling(handler: Handler) -> Iterator[None]:
+    """Within, hvfast hands what Dynamo captures to ``handler``, and Dynamo captures everything anew.
 
-
-def _lower(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    settings: Options,
-    dump: Dump,
-    calling: Calling,
-    journal: list[JournalRow],
-    compile_id: tuple[int, int],
-    instead: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Hand a graph to the lowering that was chosen, and its result to the runtime."""
-    with dump.lowering():
-        compiled = lowering.LOWERINGS[settings.lower](module, inputs)
-    run = CompiledTrunk(compiled, calling, journal, compile_id, instead)
-    return dump.recording(run, run.derived_inputs)
-
-
-def _outline_row(trunk: Trunk) -> JournalRow:
-    report = PassReport(matched=(f"{trunk.lists}: {len(trunk.blocks)} blocks share {len(trunk.bodies)} bodies",))
-    row = JournalRow(name="outline", report=report, op_changes={"invoke_subgraph": len(trunk.blocks)})
-    log.info("%s", row.line())
-    return row
-
-
-def seal(trunk: Trunk) -> Calling:
-    """Give the graph its last inputs and outputs, and say how the runtime must call it.
-
-    The next state, the decision, and how far ranks' inputs are apart are added to the outputs; weights that float8
-    copies stand for leave the inputs.
+    The handler may raise to end the call that is being compiled.
     """
-    roles = classify(trunk)
-    weights = set(roles.weights)
-    placeholders = list(trunk.graph.find_nodes(op="placeholder"))
-    results: Any = trunk.output.args[0]
-    extra = [state.next_value for state in trunk.states]
-    if trunk.observed:
-        extra.append(inline(trunk.graph, _record, trunk.observed, before=trunk.output, tag="runtime")["record"])
-    if trunk.shared is not None:
-        extra.append(trunk.shared.apart)
-    trunk.output.args = ((*results, *extra),)
-    symbols = fakes.symbols_of(trunk.graph)
-    sources = {node for stored in trunk.stored for node in stored.sources}
-    passed = [place for place, node in enumerate(trunk.inputs) if node not in sources]
-    read = weights - sources
-    first = [node for node in trunk.blocks[0].operands if node in weights]
-    # A parameter rather than a buffer, which a forward may replace.
-    anchors = [*filter(is_parameter, first), *filter(is_parameter, roles.weights), *first, *roles.weights]
-    calling = Calling(
-        anchor=placeholders.index(anchors[0]) if anchors else None,
-        weights=tuple(place for place, node in enumerate(placeholders) if node in read),
-        conditions=tuple(placeholders.index(node) for node in roles.conditions),
-        numbers=tuple(place for place, node in enumerate(trunk.inputs) if not is_tensor(node)),
-        symbols={place: symbol for place, symbol in symbols.items() if place < len(trunk.inputs)},
-        num_outputs=len(results),
-        states=tuple(StateLayout(shape=state.shape, dtype=state.dtype, device=state.device) for state in trunk.states),
-        has_record=bool(trunk.observed),
-        passed=tuple(passed) if sources else None,
-        stored=tuple(
-            WeightLayout(
-                positions=tuple(map(placeholders.index, stored.sources)),
-                paths=tuple(map(parameter_path, stored.sources)),
-                granularity=stored.granularity,
-                keep_original=stored.keep_original,
-            )
-            for stored in trunk.stored
-        ),
-        derived=tuple(_derived_call(item, placeholders) for item in trunk.derived),
-        agreement=_agreement(trunk, roles, placeholders),
-    )
-    for node in sources:
-        trunk.graph.erase_node(node)
-    trunk.module.graph.lint()
-    trunk.module.recompile()
-    return calling
-
-
-def _derived_call(item: Derived, placeholders: Sequence[fx.Node]) -> DerivedCall:
-    item.module.recompile()
-    return DerivedCall(
-        made_by=item.made_by,
-        names=tuple(node.name for node in item.placeholders),
-        run=item.module.forward,
-        sources=tuple(placeholders.index(node) for node in item.sources),
-        read=item.read,
-    )
-
-
-def _agreement(trunk: Trunk, roles: InputRoles, placeholders: list[fx.Node]) -> agreement.Agreement | None:
-    """What compares the inputs of the ranks that run this graph together."""
-    if trunk.group is None or trunk.sharding is None:
-        return None
-    shared = list(trunk.shared.nodes) if trunk.shared is not None else []
-
-    def named(nodes: Iterable[fx.Node]) -> dict[int, str]:
-        return {placeholders.index(node): dynamo.source_name(node) or node.name for node in nodes}
-
-    inputs = agreement.CallInputs(
-        numbers=named(node for node in trunk.inputs if not is_tensor(node)),
-        conditions=named(roles.conditions),
-        shared=named(shared),
-    )
-    return agreement.Agreement(trunk.group, inputs, [ROUNDING * (node is roles.sample) for node in shared])
-
-
-def _record(*, reused: fx.Proxy, difference: fx.Proxy) -> dict[str, Any]:
-    """A decision as one float32 pair, so that reading it is one transfer."""
-    return {"record": torch.stack([reused.to(torch.float32), difference.to(torch.float32)])}  # type: ignore[list-item]
+    torch.compiler.reset()  # a model that was compiled before would run, and not be handed over
+    _HANDLERS.append(handler)
+    try:
+        yield
+    finally:
+        _HANDLERS.remove(handler)
+        torch.compiler.reset()  # graphs that were only looked at must not run as compiled ones

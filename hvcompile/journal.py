@@ -27,6 +27,21 @@ class PassReport:
         return bool(self.matched)
 
 
+@dataclasses.dataclass(frozen=True)
+class Declined:
+    """Why something is left as it was: what a matcher or a check gives in place of a result.
+
+    ``what`` is what the reason is about; empty for all that was looked at.
+    """
+
+    reason: str
+    what: str = ""
+
+    def report(self, where: str) -> PassReport:
+        """The report of a pass that does nothing, for this reason."""
+        return PassReport(declined=((self.what or where, self.reason),))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JournalRow:
     """One line of the journal: a pass, its report, and how the number of each operation changed.

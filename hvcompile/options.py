@@ -1,29 +1,34 @@
 """``options`` and ``mode`` of ``torch.compile``: parsed and validated before any compile time is spent.
 
-``options`` is a dict of sections. A pass's section is ``False`` (off), ``True`` (on with its defaults; an error where
-it can't apply) or a dict of its fields; a section left out is on where it applies. Passes may share a section: those
-that a dict has fields of are asked for by name. One with a ``switch`` is off unless that field, or ``mode="max"``, says
-otherwise. ``dump`` is a directory, ``lower``
-what the rewritten graph is handed to, ``dump_limit_gib`` how much of the weights a dump may keep.
+``options`` is a dict of sections. A pass's section is one of:
+
+- ``False``: off.
+- ``True``: on with its defaults; an error where it can't apply.
+- A dict of its fields. Passes may share a section; those that the dict has fields of are asked for by name.
+- The pass itself, a frozen dataclass, or a list of several that share the section.
+
+A section left out is on where it applies. A pass with a ``switch`` is off unless that field, or ``mode="max"``, says
+otherwise. Four keys are no pass's: ``mode`` (where ``torch.compile`` is given options, it takes no mode), ``dump`` (a
+directory), ``dump_limit_gib`` (how much of the weights a dump may keep), and ``lower`` (what the rewritten graph is
+handed to).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import numbers
 import os
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hvcompile.errors import OptionError
-from hvcompile.pipeline import Pass
+from hvcompile.pipeline import Pass, require_type
 from hvcompile.torch_private.lowering import LOWERINGS
 
 MODES = ("default", "exact", "max")
+GENERAL = ("mode", "dump", "dump_limit_gib", "lower")
+"""Keys of ``options`` that are no pass's section."""
 DUMP_VARIABLE = "HVCOMPILE_DUMP"
 DUMP_LIMIT_GIB = 2.0  # a tiny model's weights are kept without asking, those of a full-size one are not
 
@@ -45,128 +50,181 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
     Args:
         pass_types: all passes, in the order in which they run.
         options: as given to ``torch.compile``.
-        mode: None, "default", "exact" or "max".
+        mode: None, "default", "exact" or "max"; may stand in ``options`` instead.
 
     Raises:
         OptionError: an unknown key, a wrong type or a value out of range; names the key and what is allowed.
 
     """
-    if mode is not None and mode not in MODES:
-        raise OptionError(f"mode is {mode!r}; allowed is one of {', '.join(map(repr, MODES))}")
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options is a {type(options).__name__}; allowed is a dict of sections")
-    given = dict(options or {})
+    sections = dict(options or {})
+    mode = _mode(mode, sections)
     fields: dict[str, list[str]] = {}
-    for item in pass_types:
-        fields.setdefault(item.section, []).extend(field.name for field in dataclasses.fields(item))
-    _require_known(given, [*fields, "dump", "dump_limit_gib", "lower"], "options")
-    for section, names in fields.items():
-        _require_section(given.get(section, True), names, f"options[{section!r}]")
+    for kind in pass_types:
+        fields.setdefault(kind.section, []).extend(field.name for field in dataclasses.fields(kind))
+    _require_known(sections, [*fields, *GENERAL], "options")
+    requests = {
+        section: _Request.read(section, sections[section], pass_types) for section in fields if section in sections
+    }
 
     passes, switched_off = [], []
-    for item in pass_types:
-        setting = given.get(item.section)
-        asked, own = _asked(item, setting)
-        if mode == "exact" and not item.is_exact:
+    for kind in pass_types:
+        request = requests.get(kind.section, _Request())
+        asked = request.asks_for(kind)
+        if mode == "exact" and not kind.is_exact:
             if asked:
                 raise OptionError(
-                    f"options ask for {_spelled(item)}, which mode='exact' rules out: it changes numerics"
+                    f"options ask for {_spelled(kind)}, which mode='exact' rules out: it changes numerics"
                 )
-            switched_off.append((item.__name__, "mode='exact' keeps only passes that do not change numerics"))
-        elif setting is False:
-            switched_off.append((item.__name__, f"options[{item.section!r}] is False"))
+            switched_off.append((kind.__name__, "mode='exact' keeps only passes that do not change numerics"))
+        elif request.is_off:
+            switched_off.append((kind.__name__, f"options[{kind.section!r}] is False"))
         else:
-            if item.switch and mode == "max":
-                own = {item.switch: True, **own}
-            passes.append((_configure(item, own), asked))
+            passes.append((request.configure(kind, is_max=mode == "max"), asked))
     return Options(
         passes=tuple(passes),
         switched_off=tuple(switched_off),
-        lower=_lowering(given.get("lower", "inductor")),
-        dump=_directory(given["dump"], "options['dump']") if "dump" in given else _dump_from_environment(),
-        dump_limit_gib=_limit(given.get("dump_limit_gib", DUMP_LIMIT_GIB)),
+        lower=_lowering(sections.get("lower", "inductor")),
+        dump=_directory(sections["dump"], "options['dump']") if "dump" in sections else _dump_from_environment(),
+        dump_limit_gib=_limit(sections.get("dump_limit_gib", DUMP_LIMIT_GIB)),
     )
 
 
-def _asked(item: type[Pass], setting: Any) -> tuple[bool, dict[str, Any]]:
-    """Whether a section asks for a pass by name, and what it has of its fields."""
-    if not isinstance(setting, Mapping):
-        return setting is True and not item.switch, {}
-    own = {name: setting[name] for name in setting if name in [field.name for field in dataclasses.fields(item)]}
-    if item.switch:
-        return own.get(item.switch) is True, own
-    return bool(own) or not setting, own
+def _mode(mode: Any, sections: Mapping[str, Any]) -> str | None:
+    """The mode, wherever it was given."""
+    for where, choice in (("mode", mode), ("options['mode']", sections.get("mode"))):
+        if choice is not None and choice not in MODES:
+            raise OptionError(f"{where} is {choice!r}; allowed is one of {', '.join(map(repr, MODES))}")
+    inside: str | None = sections.get("mode")
+    if mode is not None and inside is not None and mode != inside:
+        raise OptionError(f"mode is {mode!r} and options['mode'] is {inside!r}; give one of the two")
+    return mode if inside is None else inside
 
 
-def _spelled(item: type[Pass]) -> str:
-    return f"{item.section + '.' + item.switch if item.switch else item.section!r}"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What one section of the options says.
+
+    ``is_on`` is True or False where the section is, None elsewhere; ``fields`` are those of a dict, None where there is
+    no dict; ``passes`` are ready made.
+    """
+
+    is_on: bool | None = None
+    fields: Mapping[str, Any] | None = None
+    passes: tuple[Pass, ...] = ()
+
+    @classmethod
+    def read(cls, section: str, setting: Any, pass_types: Sequence[type[Pass]]) -> _Request:
+        """Read a section.
+
+        Raises:
+            OptionError: it is nothing that a section may be.
+
+        """
+        kinds = [kind for kind in pass_types if kind.section == section]
+        names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+        where = f"options[{section!r}]"
+        if isinstance(setting, bool):
+            return cls(is_on=setting)
+        if isinstance(setting, Mapping):
+            _require_known(setting, names, where)
+            return cls(fields=setting)
+        passes = tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)
+        if not passes or not all(isinstance(item, Pass) for item in passes):
+            raise OptionError(
+                f"{where} is {setting!r}; allowed is False (off), True (on), a dict of its fields "
+                f"({', '.join(names)}), or {' and '.join(kind.__name__ for kind in kinds)} itself"
+            )
+        for item in passes:
+            if type(item) not in kinds:
+                raise OptionError(f"{where} has a {type(item).__name__}, which belongs to options[{item.section!r}]")
+        if len({type(item) for item in passes}) < len(passes):
+            raise OptionError(
+                f"{where} has two of one kind; allowed is one {' and one '.join(k.__name__ for k in kinds)}"
+            )
+        return cls(passes=passes)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the section switches its passes off."""
+        return self.is_on is False
+
+    def asks_for(self, kind: type[Pass]) -> bool:
+        """Whether the section asks for a pass by name, so that it is an error where it can't apply."""
+        ready = self._ready(kind)
+        if ready is not None:
+            return not kind.switch or bool(getattr(ready, kind.switch))
+        if self.fields is None:
+            return self.is_on is True and not kind.switch
+        own = self._own(kind)
+        if kind.switch:
+            return own.get(kind.switch) is True
+        return bool(own) or not self.fields
+
+    def configure(self, kind: type[Pass], *, is_max: bool) -> Pass:
+        """The pass as the section wants it.
+
+        Raises:
+            OptionError: a field has a wrong type or a value out of range, or is given to a pass that does not run.
+
+        """
+        ready = self._ready(kind)
+        own = self._own(kind)
+        if ready is not None:
+            defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+            own = {name: getattr(ready, name) for name in defaults if getattr(ready, name) != defaults[name]}
+        elif kind.switch and is_max:
+            own = {kind.switch: True, **own}
+        configured = kind(**own) if ready is None else ready
+        idle = [name for name in own if name != kind.switch]
+        if kind.switch and idle and not getattr(configured, kind.switch):
+            raise OptionError(f"{kind.section}.{idle[0]} is given, which does nothing unless {_spelled(kind)} is True")
+        return configured
+
+    def _ready(self, kind: type[Pass]) -> Pass | None:
+        return next((item for item in self.passes if type(item) is kind), None)
+
+    def _own(self, kind: type[Pass]) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(kind)}
+        return {name: setting for name, setting in (self.fields or {}).items() if name in names}
 
 
-def _require_section(setting: Any, fields: Sequence[str], where: str) -> None:
-    if isinstance(setting, Mapping):
-        _require_known(setting, fields, where)
-    elif not isinstance(setting, bool):
-        raise OptionError(
-            f"{where} is {setting!r}; allowed is False (off), True (on), or a dict of its fields: {', '.join(fields)}"
-        )
+def _spelled(kind: type[Pass]) -> str:
+    return f"{kind.section + '.' + kind.switch if kind.switch else kind.section!r}"
 
 
-def _configure(item: type[Pass], own: Mapping[str, Any]) -> Pass:
-    hints = typing.get_type_hints(item)
-    for name, held in own.items():
-        _require_type(held, hints[name], f"{item.section}.{name}")
-    others = [name for name in own if name != item.switch]
-    if item.switch and others and not own.get(item.switch):
-        raise OptionError(f"{item.section}.{others[0]} is given, which does nothing unless {_spelled(item)} is True")
-    return item(**{name: tuple(held) if isinstance(held, list) else held for name, held in own.items()})
-
-
-def _require_known(given: Mapping[Any, Any], allowed: Iterable[str], where: str) -> None:
+def _require_known(keys: Mapping[Any, Any], allowed: Iterable[str], where: str) -> None:
     allowed = list(allowed)
-    for key in given:
+    for key in keys:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise OptionError(f"unknown key {key!r} in {where}; allowed are {', '.join(map(repr, allowed))}{hint}")
 
 
-def _require_type(held: Any, hint: Any, name: str) -> None:
-    if typing.get_origin(hint) is tuple:  # of any length; a list does as well
-        (kind, _) = typing.get_args(hint)
-        if not isinstance(held, (list, tuple)) or not all(isinstance(item, kind) for item in held):
-            raise OptionError(f"{name} is {held!r}; allowed is a list of {kind.__name__}")
-        return
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in allowed:
-        exact = isinstance(held, kind) and (kind is bool or not isinstance(held, bool))
-        if exact or (kind is float and isinstance(held, numbers.Real) and not isinstance(held, bool)):
-            return
-    wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-    raise OptionError(f"{name} is {held!r}, a {type(held).__name__}; allowed is {wanted}")
+def _lowering(setting: Any) -> str:
+    if not isinstance(setting, str) or setting not in LOWERINGS:
+        raise OptionError(f"options['lower'] is {setting!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
+    return setting
 
 
-def _lowering(held: Any) -> str:
-    if not isinstance(held, str) or held not in LOWERINGS:
-        raise OptionError(f"options['lower'] is {held!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
-    return held
-
-
-def _limit(held: Any) -> float:
-    _require_type(held, float, "options['dump_limit_gib']")
-    if not held >= 0:
-        raise OptionError(f"options['dump_limit_gib'] is {held}; allowed is a number of GiB, 0 or more")
-    return float(held)
+def _limit(setting: Any) -> float:
+    require_type(setting, float, "options['dump_limit_gib']")
+    if not setting >= 0:
+        raise OptionError(f"options['dump_limit_gib'] is {setting}; allowed is a number of GiB, 0 or more")
+    return float(setting)
 
 
 def _dump_from_environment() -> Path | None:
-    held = os.environ.get(DUMP_VARIABLE)
-    return _directory(held, f"the environment variable {DUMP_VARIABLE}") if held else None
+    setting = os.environ.get(DUMP_VARIABLE)
+    return _directory(setting, f"the environment variable {DUMP_VARIABLE}") if setting else None
 
 
-def _directory(held: Any, where: str) -> Path:
-    if not isinstance(held, (str, os.PathLike)) or not str(held):
-        raise OptionError(f"{where} is {held!r}; allowed is the path of a directory")
-    path = Path(held).expanduser()
+def _directory(setting: Any, where: str) -> Path:
+    if not isinstance(setting, (str, os.PathLike)) or not str(setting):
+        raise OptionError(f"{where} is {setting!r}; allowed is the path of a directory")
+    path = Path(setting).expanduser()
     if path.exists() and not path.is_dir():
         raise OptionError(f"{where} is {str(path)!r}, which is a file; give a directory, new or existing")
     return path

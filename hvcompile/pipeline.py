@@ -5,13 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import numbers
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from hvcompile.errors import InvalidRewriteError, RequestedPassError
+from hvcompile.errors import InvalidRewriteError, OptionError, RequestedPassError
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor, op_name
 from hvcompile.journal import JournalRow, PassReport
@@ -57,6 +60,16 @@ class Pass:
     switch: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        """Check the fields' types; a subclass goes on with their values."""
+        fields = dataclasses.fields(self)
+        hints = typing.get_type_hints(type(self)) if fields else {}
+        for field in fields:
+            setting = getattr(self, field.name)
+            require_type(setting, hints[field.name], f"{self.section}.{field.name}")
+            if isinstance(setting, list):
+                object.__setattr__(self, field.name, tuple(setting))
+
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk in place, or leave it as it was and say why."""
         raise NotImplementedError(f"{type(self).__name__} has no apply")
@@ -64,6 +77,22 @@ class Pass:
     def instead(self) -> Pass | None:
         """The pass as it runs for inputs that one of its derived inputs refuses; None for not at all."""
         return None
+
+
+def require_type(setting: Any, hint: Any, name: str) -> None:
+    """Raise OptionError, which names the option, where a setting is not of the type that its field has."""
+    if typing.get_origin(hint) is tuple:  # of any length; a list does as well
+        (kind, _) = typing.get_args(hint)
+        if not isinstance(setting, (list, tuple)) or not all(isinstance(item, kind) for item in setting):
+            raise OptionError(f"{name} is {setting!r}; allowed is a list of {kind.__name__}")
+        return
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in allowed:
+        exact = isinstance(setting, kind) and (kind is bool or not isinstance(setting, bool))
+        if exact or (kind is float and isinstance(setting, numbers.Real) and not isinstance(setting, bool)):
+            return
+    wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
+    raise OptionError(f"{name} is {setting!r}, a {type(setting).__name__}; allowed is {wanted}")
 
 
 def off_rows(switched_off: Sequence[tuple[str, str]]) -> list[JournalRow]:

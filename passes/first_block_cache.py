@@ -14,13 +14,13 @@ from torch import fx
 from hvcompile.errors import OptionError
 from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import settle
-from hvcompile.journal import PassReport
+from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.ranks import collectives
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
-from hvcompile.trunk.trunk import Sharding, Trunk, as_operands, symbolic_sizes
+from hvcompile.trunk.trunk import Sharding, State, Trunk, as_operands, symbolic_sizes
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
@@ -53,17 +53,54 @@ class FirstBlockCache(Pass):
     decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses and that means are taken there
     in the model's dtype.
 
-    Before::
+    Given::
 
-        a = invoke_subgraph(block_0, streams); b = invoke_subgraph(block_0, a); c = invoke_subgraph(block_1, b)
-        return epilogue(c)
+        root:
+            ...
+            invoke_subgraph = block_0(contiguous, ..., 6 weights of blocks.0)
+            getitem_2: f32[1, 12, 16] = invoke_subgraph[0]
+            ...
+            invoke_subgraph_1 = block_0(getitem_2, ..., 6 weights of blocks.1)
+            getitem_3: f32[1, 12, 16] = invoke_subgraph_1[0]
+            invoke_subgraph_2 = block_0(getitem_3, ..., 6 weights of blocks.2)
+            getitem_4: f32[1, 12, 16] = invoke_subgraph_2[0]
+            linear: f32[1, 12, 16] = linear(getitem_4, head.weight, head.bias)
 
-    After::
+    Result::
 
-        a = invoke_subgraph(block_0, streams)
-        reused = (|a - streams - first|.mean() / |first|.mean() <= threshold) & ...
-        c, residual', first' = cond(reused, a + residual, [b = block_0(a); c = block_1(b)], ...)
-        return epilogue(c), residual', first', counters', ...
+        root:
+            ...
+            state_first_residual: f32[1, 12, 16]
+            state_residual: f32[1, 12, 16]
+            ...
+            invoke_subgraph = block_0(contiguous, ..., 6 weights of blocks.0)
+            getitem_2: f32[1, 12, 16] = invoke_subgraph[0]
+            ...
+            sub: f32[1, 12, 16] = sub(getitem_2, contiguous)
+            ...
+            truediv_1: f32[] = truediv(mean, mean_1)
+            ...
+            le: bool[] = le(where_3, 0.06)
+            and__5: bool[] = and_(isfinite, le)
+            and__6: bool[] = and_(and__5, and__4)
+            ...
+            cond = cond(and__6, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
+            getitem_5: f32[1, 12, 16] = cond[0]
+            ...
+            linear: f32[1, 12, 16] = linear(getitem_5, head.weight, head.bias)
+        ...
+        cache_hit:
+            ...
+            add: f32[1, 12, 16] = add(getitem, contiguous_3)
+            ...
+        cache_miss:
+            ...
+            invoke_subgraph = block_0(getitem, ..., 6 weights of blocks.1)
+            getitem_1: f32[1, 12, 16] = invoke_subgraph[0]
+            invoke_subgraph_1 = block_0(getitem_1, ..., 6 weights of blocks.2)
+            getitem_2: f32[1, 12, 16] = invoke_subgraph_1[0]
+            sub: f32[1, 12, 16] = sub(getitem_2, getitem)
+            sub_1: f32[1, 12, 16] = sub(getitem, contiguous_2)
 
     """
 
@@ -77,6 +114,7 @@ class FirstBlockCache(Pass):
     last_steps_computed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.threshold <= MOST:
             raise OptionError(
                 f"first_block_cache.threshold is {self.threshold}; allowed is a number from 0 to {MOST:g}"
@@ -91,8 +129,8 @@ class FirstBlockCache(Pass):
         """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
         del context
         plan = plan_skip(trunk)
-        if isinstance(plan, str):
-            return PassReport(declined=((trunk.lists or "graph", plan),))
+        if isinstance(plan, Declined):
+            return plan.report(trunk.lists or "graph")
         _rewrite(trunk, plan, self)
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
         return PassReport(
@@ -139,17 +177,9 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
-        moved = (clock - last_clock).sign()
-        turned_back = (moved * direction < 0).any()
-        # Two generations of one step each look like two steps of one. They differ in the sample where no clock has
-        # moved, and where one of several has (guidance is one too) they may have begun from the same sample.
-        has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
-        is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
-        is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
-        is_new = (steps == 0) | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
-        moved = torch.where(moved == 0, direction, moved)
+        is_new, direction = _follow_clock(steps, clock, last_clock, direction, sample, last_sample)
         follow = {
-            "direction": torch.where(is_new, torch.zeros_like(moved), moved),
+            "direction": direction,
             "last_clock": clock.clone(),
             # It comes back as state, which is contiguous, whatever the sample's layout is.
             "last_sample": sample.clone(memory_format=torch.contiguous_format),
@@ -159,28 +189,51 @@ class FirstBlockCache(Pass):
         if self.max_consecutive_hits is not None:
             allowed = allowed & (streak < self.max_consecutive_hits)
         if past_clocks is not None:
-            # A generation begins with three equal values; a value that comes again changes nothing.
-            earliest, earlier = torch.where(is_new, torch.stack([clock, clock]), past_clocks)
-            last = torch.where(is_new, clock, last_clock)
-            earliest, earlier = torch.where(clock == last, earliest, earlier), torch.where(clock == last, earlier, last)
-            is_known = ((earliest != earlier) & (earlier != clock)).any()
-            is_near_end = (steps_left(earliest, earlier, clock) < self.last_steps_computed + 0.5).any()
+            follow["past_clocks"], is_known, is_near_end = self._look_ahead(is_new, clock, last_clock, past_clocks)
             allowed = allowed & is_known & is_near_end.logical_not()
-            follow["past_clocks"] = torch.stack([earliest, earlier])
-        change, extent = (residual.float() - first.float()).abs(), first.float().abs()
-        if group is None:
-            change = change.mean() / extent.mean()
-        else:
-            nothing = torch.zeros_like(change)
-            ours: Any = is_ours
-            sums = [torch.where(ours, item, nothing).sum() for item in (change, extent)]
-            # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
-            sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
-            change, allowed = sums[0] / sums[1], allowed & (sums[2] == 0)
+        change, allowed = _relative_change(residual, first, allowed, is_ours, group)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & (difference <= self.threshold) & allowed
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
+
+    def _look_ahead(self, is_new: Any, clock: Any, last_clock: Any, past_clocks: Any) -> tuple[Any, Any, Any]:
+        """The next past clocks, whether the end of the generation can be told, and whether it is near."""
+        # A generation begins with three equal values; a value that comes again changes nothing.
+        earliest, earlier = torch.where(is_new, torch.stack([clock, clock]), past_clocks)
+        last = torch.where(is_new, clock, last_clock)
+        earliest, earlier = torch.where(clock == last, earliest, earlier), torch.where(clock == last, earlier, last)
+        is_known = ((earliest != earlier) & (earlier != clock)).any()
+        is_near_end = (steps_left(earliest, earlier, clock) < self.last_steps_computed + 0.5).any()
+        return torch.stack([earliest, earlier]), is_known, is_near_end
+
+
+def _follow_clock(
+    steps: Any, clock: Any, last_clock: Any, direction: Any, sample: Any, last_sample: Any
+) -> tuple[Any, Any]:
+    """Whether a step begins a new generation, and the direction of the clock's movement with it; graph code."""
+    moved = (clock - last_clock).sign()
+    turned_back = (moved * direction < 0).any()
+    # Two generations of one step each look like two steps of one. They differ in the sample where no clock has
+    # moved, and where one of several has (guidance is one too) they may have begun from the same sample.
+    has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
+    is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
+    is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
+    is_new = (steps == 0) | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
+    moved = torch.where(moved == 0, direction, moved)
+    return is_new, torch.where(is_new, torch.zeros_like(moved), moved)
+
+
+def _relative_change(residual: Any, first: Any, allowed: Any, is_ours: Any, group: str | None) -> tuple[Any, Any]:
+    """How much block 1's residual has changed, and whether all ranks of the group allow a reuse; graph code."""
+    change, extent = (residual.float() - first.float()).abs(), first.float().abs()
+    if group is None:
+        return change.mean() / extent.mean(), allowed
+    nothing = torch.zeros_like(change)
+    sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent)]
+    # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
+    sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
+    return sums[0] / sums[1], allowed & (sums[2] == 0)
 
 
 def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
@@ -197,48 +250,68 @@ def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
     return torch.where(is_moving, left, torch.full_like(clock, math.inf))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cached:
+    """The state of the cache: the residuals of block 1 and of each stream that leaves, and what decisions follow."""
+
+    first: State
+    residuals: list[State]
+    small: dict[str, State]
+
+
 def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
-    graph, tag = trunk.graph, FirstBlockCache.__name__
-    core, anchor = set(plan.moved), plan.moved[-1].next
-    main = value(plan.stream_out)
+    """Decide after block 1, and put blocks 2..N into one of two branches."""
+    anchor = plan.moved[-1].next  # new work stands before it
+    clock = _clock(trunk, plan.clocks, value(plan.stream_out).device, anchor)
+    cached = _add_state(trunk, plan, clock, options)
+    reused = _add_decision(trunk, plan, clock, cached, options, anchor)
+    outputs = _add_branches(trunk, plan, cached, reused, anchor)
+    _take_results(trunk, plan, cached, outputs)
+
+
+def _add_state(trunk: Trunk, plan: SkipPlan, clock: fx.Node, options: FirstBlockCache) -> _Cached:
+    main, sample, clock_shape = value(plan.stream_out), value(plan.sample), value(clock).shape
     first = trunk.add_state("first_residual", main.shape, main.dtype, main.device)
     residuals = [
         trunk.add_state(f"residual_{place}", value(node).shape, value(node).dtype, value(node).device)
         for place, node in enumerate(plan.leaving)
     ]
-    clock, sample = _clock(trunk, plan.clocks, main.device, anchor), plan.sample
-    clock_shape, sampled = value(clock).shape, value(sample)
     small = {
         "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
         "direction": trunk.add_state("direction", clock_shape, torch.float64, main.device),
         "last_clock": trunk.add_state("last_clock", clock_shape, torch.float64, main.device),
-        "last_sample": trunk.add_state("last_sample", sampled.shape, sampled.dtype, sampled.device),
+        "last_sample": trunk.add_state("last_sample", sample.shape, sample.dtype, sample.device),
     }
     if options.last_steps_computed:
         small["past_clocks"] = trunk.add_state("past_clocks", (2, *clock_shape), torch.float64, main.device)
-    operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first.placeholder}
-    operands |= {"clock": clock, "sample": sample} | {name: state.placeholder for name, state in small.items()}
+    return _Cached(first=first, residuals=residuals, small=small)
+
+
+def _add_decision(
+    trunk: Trunk, plan: SkipPlan, clock: fx.Node, cached: _Cached, options: FirstBlockCache, anchor: fx.Node
+) -> fx.Node:
+    """Add the decision, which the runtime is told of, and the next values of the small state; returns the predicate."""
+    operands = {"before": plan.stream_in, "after": plan.stream_out, "first": cached.first.placeholder}
+    operands |= {"clock": clock, "sample": plan.sample}
+    operands |= {name: state.placeholder for name, state in cached.small.items()}
     decide = options.decide
     if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
         operands["is_ours"] = _is_ours(trunk.sharding, plan.stream_out, anchor)
         decide = functools.partial(options.decide, group=trunk.sharding.split.group)
-    decided = inline(graph, decide, operands, before=anchor, tag=tag)
-    for name, state in small.items():
+    decided = inline(trunk.graph, decide, operands, before=anchor, tag=FirstBlockCache.__name__)
+    for name, state in cached.small.items():
         state.next_value = decided[name]
     trunk.observed |= {"reused": decided["reused"], "difference": decided["difference"]}
+    return decided["reused"]
 
-    made: dict[fx.Node, fx.Node] = {}
-    counterparts = [counterpart(trunk, node, core, anchor, made, tag) for node in plan.leaving]
-    external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
-    bodies = {node for node in external if is_submodule(node)}
-    states = [state.placeholder for state in (*residuals, first)]
-    wanted = [*symbolic_sizes(graph, before=plan.first.call), *(node for node in external if node not in bodies)]
-    wanted += [*counterparts, plan.stream_in, plan.stream_out, *states]
-    with graph.inserting_before(anchor):
-        results = [output for block in trunk.blocks for output in block.outputs.values()]
-        passed = as_operands(graph, wanted, tag, ready=results)
 
+def _add_branches(trunk: Trunk, plan: SkipPlan, cached: _Cached, reused: fx.Node, anchor: fx.Node) -> list[fx.Node]:
+    """Add the ``cond``; its results are what leaves the blocks, then the next residuals, block 1's last."""
+    tag = FirstBlockCache.__name__
+    counterparts = _counterparts(trunk, plan, anchor)
+    passed = _operands(trunk, plan, [*counterparts, plan.stream_in, plan.stream_out], cached, anchor)
     miss, hit = Branch(trunk.module, passed, tag), Branch(trunk.module, passed, tag)
+
     miss.copy(plan.moved)
     for block in trunk.blocks[1:]:
         block.call = miss.env[block.call]
@@ -246,26 +319,54 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     changes = [miss.call(torch.sub, now, miss.env[base]) for now, base in zip(computed, counterparts, strict=True)]
     # Taken anew where it is kept: a step that reuses need not write it.
     residual = miss.call(torch.sub, miss.env[plan.stream_out], miss.env[plan.stream_in])
-    cached = [hit.env[state.placeholder] for state in residuals]
-    restored = [hit.call(torch.add, hit.env[base], change) for base, change in zip(counterparts, cached, strict=True)]
+
+    kept = [hit.env[state.placeholder] for state in cached.residuals]
+    restored = [hit.call(torch.add, hit.env[base], change) for base, change in zip(counterparts, kept, strict=True)]
     branches = {
-        "cache_hit": (hit, [*restored, *cached, hit.env[first.placeholder]]),
+        "cache_hit": (hit, [*restored, *kept, hit.env[cached.first.placeholder]]),
         "cache_miss": (miss, [*computed, *changes, residual]),
     }
-    outputs = add_cond(trunk.module, decided["reused"], branches, passed.values(), before=anchor)
+    return add_cond(trunk.module, reused, branches, passed.values(), before=anchor)
 
+
+def _counterparts(trunk: Trunk, plan: SkipPlan, anchor: fx.Node) -> list[fx.Node]:
+    """For each value that leaves, what it would be if blocks 2..N handed their streams on unchanged."""
+    copies: dict[fx.Node, fx.Node] = {}
+    core, tag = set(plan.moved), FirstBlockCache.__name__
+    return [counterpart(trunk, node, core, anchor, copies, tag) for node in plan.leaving]
+
+
+def _operands(
+    trunk: Trunk, plan: SkipPlan, streams: Sequence[fx.Node], cached: _Cached, anchor: fx.Node
+) -> dict[fx.Node, fx.Node]:
+    """What to pass to both branches for each node of the outer graph that one of them reads."""
+    core = set(plan.moved)
+    external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
+    states = [state.placeholder for state in (*cached.residuals, cached.first)]
+    wanted = [*symbolic_sizes(trunk.graph, before=plan.first.call)]
+    wanted += [node for node in external if not is_submodule(node)]
+    wanted += [*streams, *states]
+    with trunk.graph.inserting_before(anchor):
+        results = [output for block in trunk.blocks for output in block.outputs.values()]
+        return as_operands(trunk.graph, wanted, FirstBlockCache.__name__, ready=results)
+
+
+def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequence[fx.Node]) -> None:
+    """Have what follows the blocks read the ``cond``, and erase what has moved into it."""
+    core = set(plan.moved)
+    bodies = {item for node in plan.moved for item in node.all_input_nodes if item not in core and is_submodule(item)}
     for node, replacement in zip(plan.leaving, outputs, strict=False):
         for user in list(node.users):
             if user not in core:
                 user.replace_input_with(node, replacement)
-    for state, output in zip([*residuals, first], outputs[len(plan.leaving) :], strict=True):
+    for state, output in zip([*cached.residuals, cached.first], outputs[len(plan.leaving) :], strict=True):
         state.next_value = output
     for node in reversed(plan.moved):
-        graph.erase_node(node)
+        trunk.graph.erase_node(node)
     for node in bodies:
         if not node.users:
-            graph.erase_node(node)
-    settle(graph)
+            trunk.graph.erase_node(node)
+    settle(trunk.graph)
 
 
 def _is_ours(sharding: Sharding, stream: fx.Node, before: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ from hvcompile.graph.attention import arguments, attentions, is_part
 from hvcompile.graph.attention_kernels import describe
 from hvcompile.graph.inline import run_on_fakes
 from hvcompile.graph.nodes import is_tensor
-from hvcompile.journal import PassReport
+from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.torch_private.fakes import provenance, shape_key, value
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
@@ -43,13 +43,19 @@ class Float8Attention(Pass):
 
     Source: Zhang et al., SageAttention2 (arXiv:2411.10958).
 
-    Before::
+    Given::
 
-        out = scaled_dot_product_attention(query, key, value)
+        block_0:
+            ...
+            scaled_dot_product_attention: f32[1, 2, 41, 32] = scaled_dot_product_attention(query, key, value)
+            transpose: f32[1, 41, 2, 32] = scaled_dot_product_attention.transpose(1, 2)
 
-    After::
+    Result::
 
-        out = scaled_dot_product_float8_attention(query, key, value, scale)
+        block_0:
+            ...
+            scaled_dot_product_float8_attention: f32[1, 2, 41, 32] = scaled_dot_product_float8_attention(query, ...)
+            transpose: f32[1, 41, 2, 32] = scaled_dot_product_float8_attention.transpose(1, 2)
 
     """
 
@@ -63,6 +69,7 @@ class Float8Attention(Pass):
     fp8_keep_blocks: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.fp8_keep_blocks < 0:
             raise OptionError(
                 f"attention.fp8_keep_blocks is {self.fp8_keep_blocks}; allowed is a whole number, 0 or more"
@@ -70,44 +77,46 @@ class Float8Attention(Pass):
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the attention of every body; see the class."""
+        declined = self._check(trunk)
+        if declined is not None:
+            return declined.report(trunk.lists)
+        plan = self._match(trunk, context)
+        if not plan.fit:
+            why = "the blocks hold no attention, or options['attention']['kernel'] names another kernel for it"
+            return PassReport(declined=plan.refused or ((trunk.lists, why),))
+        declined = _check_device(trunk, context)
+        if declined is not None:
+            return PassReport(declined=(*plan.refused, ("graph", declined.reason)))
+        return _rewrite(trunk, plan)
+
+    def _check(self, trunk: Trunk) -> Declined | None:
         if not self.fp8:
-            told = "attention.fp8 is not True, and mode is not 'max'"
-            return PassReport(declined=(("switched off", told),))
+            return Declined("attention.fp8 is not True, and mode is not 'max'", "switched off")
         if trunk.is_branched:
-            return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
-        declined: list[tuple[str, str]] = []
+            return Declined("the blocks already stand in a branch")
+        return None
+
+    def _match(self, trunk: Trunk, context: Context) -> _Plan:
+        """Find the attentions that can be computed in float8, and the blocks in which they are to be."""
+        refused: list[tuple[str, str]] = []
         fit: dict[Body, list[fx.Node]] = {}
         for body in trunk.bodies:
             for node in attentions(body.module.graph):
-                reason = refusal(node)
-                if reason:
-                    declined.append((f"{node.name} of {body.name}", reason))
+                declined = check_attention(node)
+                if declined is not None:
+                    refused.append((f"{node.name} of {body.name}", declined.reason))
                 else:
                     fit.setdefault(body, []).append(node)
-        if not fit:
-            why = "the blocks hold no attention, or options['attention']['kernel'] names another kernel for it"
-            return PassReport(declined=tuple(declined) or ((trunk.lists, why),))
-        unfit = _unfit(trunk, context)
-        if unfit:
-            return PassReport(declined=(*declined, ("graph", unfit)))
-        done: list[BlockCall] = []
-        for place, block in enumerate(trunk.blocks):
-            kept = self._why_kept(trunk, place, context)
-            if kept:
-                declined.append((block.path, kept))
-            elif block.body in fit:
-                done.append(block)
-        if not done:
-            return PassReport(declined=tuple(declined))
-        matched = []
-        for body, nodes in fit.items():
-            blocks = [block for block in done if block.body is body]
-            if blocks:
-                matched.append(f"{', '.join(node.name for node in nodes)} of {body.name} in {len(blocks)} blocks")
-                _rewrite(trunk, body, nodes, blocks)
-        return PassReport(matched=(f"attention in float8: {'; '.join(matched)}",), declined=tuple(declined))
+        reasons = {block: self._why_kept(trunk, place, context) for place, block in enumerate(trunk.blocks)}
+        return _Plan(
+            fit=fit,
+            blocks=[block for block in trunk.blocks if not reasons[block] and block.body in fit],
+            refused=tuple(refused),
+            kept=tuple((block.path, reason) for block, reason in reasons.items() if reason),
+        )
 
     def _why_kept(self, trunk: Trunk, place: int, context: Context) -> str:
+        """Why a block's attention is left alone whatever it is; empty if it is not."""
         if min(place, len(trunk.blocks) - 1 - place) < self.fp8_keep_blocks:
             return f"attention.fp8_keep_blocks is {self.fp8_keep_blocks}"
         if place == 0 and context.is_first_block_compared:
@@ -115,57 +124,84 @@ class Float8Attention(Pass):
         return ""
 
 
-def refusal(node: fx.Node) -> str:
-    """Why an attention can't be computed in float8; empty if it can."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Which attentions of which bodies become float8 in which blocks; what is left alone, and why."""
+
+    fit: dict[Body, list[fx.Node]]
+    blocks: list[BlockCall]
+    refused: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[str, str], ...]
+
+
+def check_attention(node: fx.Node) -> Declined | None:
+    """Why an attention can't be computed in float8."""
     if is_part(node):
-        return "it attends to a part of the keys, as ring attention does, and the float8 kernel gives no log-sum-exp"
+        return Declined(
+            "it attends to a part of the keys, as ring attention does, and the float8 kernel gives no log-sum-exp"
+        )
     given = arguments(node)
     query, key, held = (value(given[name]) for name in ("query", "key", "value"))
     if given.get("attn_mask") is not None:
-        return (
+        return Declined(
             "it has a mask, and the float8 kernel takes none; masks of padding go with options['attention']['unmask']"
         )
     if given.get("is_causal"):
-        return "it is causal, and the float8 kernel attends to all keys"
+        return Declined("it is causal, and the float8 kernel attends to all keys")
     if given.get("dropout_p", 0.0):
-        return "it drops out weights"
+        return Declined("it drops out weights")
     if query.ndim != 4 or key.ndim != 4 or held.ndim != 4:
-        return f"its query has {query.ndim} dimensions; looked for are [batch, heads, tokens, head size]"
+        return Declined(f"its query has {query.ndim} dimensions; looked for are [batch, heads, tokens, head size]")
     if isinstance(given.get("scale"), fx.Node):
-        return "its scale is computed"
+        return Declined("its scale is computed")
     kind = describe(query, key, held, has_mask=False)
     if kind.is_grouped:
-        return "query and key differ in their number of heads"
+        return Declined("query and key differ in their number of heads")
     if kind.dtype not in DTYPES:
-        return f"it computes in {kind.dtype}; float8 stands in for {', '.join(map(str, DTYPES))}"
+        return Declined(f"it computes in {kind.dtype}; float8 stands in for {', '.join(map(str, DTYPES))}")
     size, value_size = kind.head_sizes
     if size != value_size:
-        return f"query and value differ in head size ({size} and {value_size})"
+        return Declined(f"query and value differ in head size ({size} and {value_size})")
     if size > MOST_HEAD_SIZE:
-        return f"its head size is {size}; the kernel's registers hold {MOST_HEAD_SIZE}"
+        return Declined(f"its head size is {size}; the kernel's registers hold {MOST_HEAD_SIZE}")
     if shape_key(query)[0] != shape_key(key)[0]:
-        return "query and key differ in batch size"
-    return ""
+        return Declined("query and key differ in batch size")
+    return None
 
 
-def _unfit(trunk: Trunk, context: Context) -> str:
-    """Why this device or installation can't; empty if it can."""
+def _check_device(trunk: Trunk, context: Context) -> Declined | None:
+    """Why this device or installation can't."""
     device = next((value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None)
     if device is None:
-        return "the blocks take no tensor"
+        return Declined("the blocks take no tensor")
     if device.type == "meta":
         planned = context.planned_for
         is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
-        return "" if is_fit else "it is not known to run on a GPU with float8 products"
+        return None if is_fit else Declined("it is not known to run on a GPU with float8 products")
     if device.type == "cpu" and context.requested:
-        return ""
+        return None
     unfit = float8_linear.reason_unfit(device)
-    if unfit or float8_attention.has_triton():
-        return unfit
-    return "triton, of which the float8 kernel is made, can't be imported: pip install triton"
+    if unfit:
+        return Declined(unfit)
+    if not float8_attention.has_triton():
+        return Declined("triton, of which the float8 kernel is made, can't be imported: pip install triton")
+    return None
 
 
-def _rewrite(trunk: Trunk, body: Body, nodes: list[fx.Node], blocks: list[BlockCall]) -> None:
+def _rewrite(trunk: Trunk, plan: _Plan) -> PassReport:
+    declined = (*plan.refused, *plan.kept)
+    matched = []
+    for body, nodes in plan.fit.items():
+        blocks = [block for block in plan.blocks if block.body is body]
+        if blocks:
+            matched.append(f"{', '.join(node.name for node in nodes)} of {body.name} in {len(blocks)} blocks")
+            _rewrite_body(trunk, body, nodes, blocks)
+    if not matched:
+        return PassReport(declined=declined)
+    return PassReport(matched=(f"attention in float8: {'; '.join(matched)}",), declined=declined)
+
+
+def _rewrite_body(trunk: Trunk, body: Body, nodes: list[fx.Node], blocks: list[BlockCall]) -> None:
     """Give these blocks of a body one in which these attentions are in float8."""
     tag = Float8Attention.__name__
     names = {node.name for node in nodes}

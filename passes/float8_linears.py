@@ -18,7 +18,7 @@ from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.inline import run_on_fakes
 from hvcompile.graph.nodes import is_tensor, op_name
-from hvcompile.journal import PassReport
+from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting.float8_audit import measure_errors
 from hvcompile.rewriting.float8_plan import Plan, groups_of, placeholder_names
@@ -63,14 +63,40 @@ class Float8Linears(Pass):
     Source: dynamic scaling as in torchao's ``Float8DynamicActivationFloat8WeightConfig(PerRow())``; Micikevicius et
     al., FP8 Formats for Deep Learning (arXiv:2209.05433).
 
-    Before::
+    Given::
 
-        q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv, bv)
+        block_0:
+            ...
+            up_weight: f32[128, 64]
+            ...
+            normed: f32[1, 41, 64] = add(mul, getitem_1)
+            linear_1: f32[1, 41, 128] = linear(normed, up_weight, up_bias)
+            mlp: f32[1, 41, 128] = gelu(linear_1)
+            ...
+            linear_2: f32[1, 41, 64] = linear(cat, to_q_weight, to_q_bias)
+            ...
+            linear_3: f32[1, 41, 64] = linear(cat, to_k_weight, to_k_bias)
+            ...
+            linear_4: f32[1, 41, 64] = linear(cat, to_v_weight, to_v_bias)
 
-    After::
+    Result::
 
-        data, scale = quantize(x)
-        q, k, v = linear(data, scale, w_float8, w_scale, cat(bq, bk, bv)).split(...)
+        block_0:
+            ...
+            up_weight_and_3_float8: f8_e4m3fn[320, 64]
+            up_weight_and_3_scale: f32[320, 1]
+            ...
+            normed: f32[1, 41, 64] = add(mul, getitem_1)
+            quantize = quantize(normed, 'row')
+            getitem_2: f8_e4m3fn[41, 64] = quantize[0]
+            getitem_3: f32[41, 1] = quantize[1]
+            cat: f32[320] = cat([up_bias, to_q_bias, to_k_bias, to_v_bias])
+            linear_1: f32[41, 320] = linear(getitem_2, getitem_3, up_weight_and_3_float8, ...)
+            shape_like: f32[1, 41, 320] = shape_like(linear_1, normed)
+            split = split(shape_like, [128, 64, 64, 64], -1)
+            getitem_4: f32[1, 41, 128] = split[0]
+            ...
+            mlp: f32[1, 41, 128] = gelu(getitem_4)
 
     """
 
@@ -86,6 +112,7 @@ class Float8Linears(Pass):
     audit: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (("granularity", float8_format.GRANULARITIES), ("keep_original", KEEPS)):
             if getattr(self, name) not in allowed:
                 raise OptionError(
@@ -97,53 +124,60 @@ class Float8Linears(Pass):
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the bodies; see the class."""
-        unfit = self._unfit(trunk, context)
-        if unfit:
-            return PassReport(declined=(("graph", unfit),))
-        granularity = cast("Granularity", self.granularity)
-        plan = Plan(
+        declined = _check_device(trunk, context)
+        if declined is not None:
+            return declined.report("graph")
+        plan = self._match(trunk, context)
+        if plan.is_empty:
+            return PassReport(declined=plan.declined(), table=plan.table())
+        return self._rewrite(trunk, plan, context)
+
+    def _match(self, trunk: Trunk, context: Context) -> Plan:
+        return Plan(
             trunk,
             context,
-            granularity=granularity,
+            granularity=cast("Granularity", self.granularity),
             skip=self.skip,
             keep_blocks=self.keep_blocks,
             keep_last_blocks=self.keep_last_blocks,
         )
-        if plan.is_empty:
-            return PassReport(declined=plan.declined(), table=plan.table())
+
+    def _rewrite(self, trunk: Trunk, plan: Plan, context: Context) -> PassReport:
         if self.audit:
-            plan.errors = measure_errors(trunk, plan.done(), granularity, context)
+            plan.errors = measure_errors(trunk, plan.done(), plan.granularity, context)
         # What the report says is found before the graph is another.
         report = PassReport(matched=plan.matched(), declined=plan.declined(), table=plan.table())
         for (body, names), blocks in plan.variants().items():
             if names:
-                _rewrite(trunk, body, names, blocks, granularity, keep_original=self.keep_original == "cpu")
+                keep_original = self.keep_original == "cpu"
+                _rewrite_body(trunk, body, names, blocks, plan.granularity, keep_original=keep_original)
         return report
 
-    def _unfit(self, trunk: Trunk, context: Context) -> str:
-        """Why this device or installation can't; empty if it can."""
-        device = next(
-            (value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None
-        )
-        if device is None:
-            return "the blocks take no tensor"
-        if any(isinstance(item, QuantizedWeight) for item in context.given.values()):
-            return ""  # it did apply, and there is no way back but to restore
-        unfit = float8_linear.reason_unfit(device)
-        if device.type == "meta":
-            planned = context.planned_for
-            is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
-            unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
-        elif device.type == "cpu" and context.requested:
-            unfit = ""
-        if unfit or torchao.is_available():  # importing torchao takes a second, where it is of any use
-            return unfit
-        missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
-        log.warning("float8 products would run on %s, but %s", device, missing)
-        return missing
+
+def _check_device(trunk: Trunk, context: Context) -> Declined | None:
+    """Why this device or installation can't."""
+    device = next((value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None)
+    if device is None:
+        return Declined("the blocks take no tensor")
+    if any(isinstance(item, QuantizedWeight) for item in context.given.values()):
+        return None  # it did apply, and there is no way back but to restore
+    unfit = float8_linear.reason_unfit(device)
+    if device.type == "meta":
+        planned = context.planned_for
+        is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
+        unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
+    elif device.type == "cpu" and context.requested:
+        unfit = ""
+    if unfit:
+        return Declined(unfit)
+    if torchao.is_available():  # importing it takes a second, where it is of any use
+        return None
+    missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
+    log.warning("float8 products would run on %s, but %s", device, missing)
+    return Declined(missing)
 
 
-def _rewrite(
+def _rewrite_body(
     trunk: Trunk,
     body: Body,
     names: frozenset[str],

@@ -16,7 +16,7 @@ from hvcompile.graph.attention import arguments, attentions, is_part
 from hvcompile.graph.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal, written_out
 from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import is_tensor, is_weight
-from hvcompile.journal import PassReport
+from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting.hoisting import hoist
 from hvcompile.rewriting.key_padding import (
@@ -31,7 +31,7 @@ from hvcompile.rewriting.key_padding import (
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.invariants import drop_dead
-from hvcompile.trunk.trunk import Trunk
+from hvcompile.trunk.trunk import Body, Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,31 @@ class UnmaskedAttention(Pass):
         kernel: "auto" for torch's own choice; "cudnn", "flash", "efficient" or "math" for that one in all blocks, an
             error where it can't compute one of them.
 
-    Before::
+    Given::
 
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        root:
+            ...
+            keep: bool[1, 1, 1, 17]
+            ...
+            invoke_subgraph = block_0(..., contiguous_3, 8 weights of masked_blocks.0)
+            ...
+        block_0:
+            ...
+            mixed: f32[1, 2, 17, 8] = scaled_dot_product_attention(query, key, held, attn_mask=keep)
 
-    After::
+    Result::
 
-        out = scaled_dot_product_attention(query, key.narrow(2, 0, valid_keys), value.narrow(2, 0, valid_keys))
+        root:
+            ...
+            valid_keys
+            ...
+            invoke_subgraph = block_0(..., valid_keys, 8 weights of masked_blocks.0)
+            ...
+        block_0:
+            ...
+            narrow: f32[1, 2, u0, 8] = key.narrow(2, 0, valid_keys)
+            narrow_1: f32[1, 2, u0, 8] = held.narrow(2, 0, valid_keys)
+            scaled_dot_product_attention: f32[1, 2, 17, 8] = scaled_dot_product_attention(query, narrow, narrow_1)
 
     """
 
@@ -72,6 +90,7 @@ class UnmaskedAttention(Pass):
     hoist: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kernel not in KERNELS:
             allowed = ", ".join(map(repr, KERNELS))
             raise OptionError(f"attention.kernel is {self.kernel!r}; allowed is one of {allowed}")
@@ -79,55 +98,87 @@ class UnmaskedAttention(Pass):
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the attention of every body; see the class."""
         del context
+        declined = self._check(trunk)
+        if declined is not None:
+            return declined.report(trunk.lists)
+        plan = self._match(trunk)
+        unmet = self._check_kernel(plan)
+        return self._rewrite(trunk, plan, unmet)
+
+    def _check(self, trunk: Trunk) -> Declined | None:
         if trunk.is_branched:
-            return PassReport(declined=((trunk.lists, "the blocks already stand in a branch"),))
+            return Declined("the blocks already stand in a branch")
         if not any(is_weight(node) for node in trunk.inputs):
-            return PassReport(
-                declined=(("graph", "it takes no parameters as inputs, so what is kept can't be tied to a model"),)
-            )
+            return Declined("it takes no parameters as inputs, so what is kept can't be tied to a model", "graph")
+        return None
+
+    def _match(self, trunk: Trunk) -> _Plan:
+        """Find the masks that may be shorter keys, and describe every attention as it will be without them."""
+        masks = match(trunk) if self.unmask else Match()
+        declined = list(masks.declined)
+        if not self.unmask:
+            declined.append(("masks", "options['attention']['unmask'] is False"))
+        elif not masks.masked and not declined:
+            declined.append((trunk.lists, "no attention in the blocks has a mask"))
+        shortened = {masked.node for masked in masks.masked}
+        kinds = {
+            (body, node): _describe(node, node in shortened)
+            for body in trunk.bodies
+            for node in attentions(body.module.graph)
+        }
+        return _Plan(masks=masks, shortened=shortened, kinds=kinds, declined=tuple(declined))
+
+    def _check_kernel(self, plan: _Plan) -> tuple[tuple[str, str], ...]:
+        """Which attentions the kernel that options name can't compute, with the reason for each."""
+        if self.kernel == AUTO:
+            return ()
+        name = f"kernel {self.kernel!r}"
+        if not plan.kinds:
+            return ((name, "the blocks hold no attention"),)
+        reasons = {key: refusal(self.kernel, kind) for key, kind in plan.kinds.items()}
+        return tuple((f"{name} for {node.name} of {body.name}", why) for (body, node), why in reasons.items() if why)
+
+    def _rewrite(self, trunk: Trunk, plan: _Plan, unmet: tuple[tuple[str, str], ...]) -> PassReport:
+        """Shorten keys, pin the kernel, and hoist; where the kernel is unmet, only shorten keys."""
         matched: list[str] = []
         noted: list[str] = []
-        found = match(trunk) if self.unmask else Match()
-        declined = found.declined if self.unmask else [("masks", "options['attention']['unmask'] is False")]
-        shortened = {masked.node for masked in found.masked}
-        all_attention = [(body, node) for body in trunk.bodies for node in attentions(body.module.graph)]
-        kinds = {(body, node): _describe(node, node in shortened) for body, node in all_attention}
-        unmet: list[tuple[str, str]] = []
-        told = f"kernel {self.kernel!r}"
-        if self.kernel != AUTO:
-            reasons = {key: refusal(self.kernel, kind) for key, kind in kinds.items()}
-            unmet = [(f"{told} for {node.name} of {body.name}", why) for (body, node), why in reasons.items() if why]
-            if not kinds:
-                unmet = [(told, "the blocks hold no attention")]
         kernel = AUTO if unmet else self.kernel
-        if found.masked:
+        if plan.masks.masked:
             # With its kernel at once: what torch takes by itself may not be traceable with keys of unknown number.
-            plain = _unmask(trunk, found, kernel)
-            matched.append(_say(found))
+            plain = _unmask(trunk, plan.masks, kernel)
+            matched.append(_say(plan.masks))
             if plain:
                 noted.append(
                     f"{', '.join(plain)}: written out, for torch takes its math kernel, and torch {torch.__version__} "
                     "can't trace that with a number of keys that is known at run time alone"
                 )
-        elif self.unmask and not declined:
-            declined.append((trunk.lists, "no attention in the blocks has a mask"))
         if self.kernel == AUTO:
             remaining = [node for body in trunk.bodies for node in attentions(body.module.graph)]
             for kind in dict.fromkeys(map(_describe, remaining)):
                 noted.append(f"kernel left to torch, which takes {expected(kind)} by itself for {kind}")
         elif not unmet:
-            for _, node in all_attention:
-                if node not in shortened:
+            for _, node in plan.kinds:
+                if node not in plan.shortened:
                     _pin(node, kernel)
-            kinds_told = "; ".join(dict.fromkeys(map(str, kinds.values())))
-            matched.append(f"{len(all_attention)} attentions run {told}, asked for by options: {kinds_told}")
+            kinds = "; ".join(dict.fromkeys(map(str, plan.kinds.values())))
+            matched.append(f"{len(plan.kinds)} attentions run kernel {kernel!r}, asked for by options: {kinds}")
         if self.hoist and not unmet:
             matched += hoist(trunk, UnmaskedAttention.__name__)
-        return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=tuple(unmet), noted=tuple(noted))
+        return PassReport(matched=tuple(matched), declined=plan.declined, unmet=unmet, noted=tuple(noted))
 
     def instead(self) -> Pass:
         """Attention with its masks, which not every kernel takes."""
         return dataclasses.replace(self, unmask=False, kernel=AUTO)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be rewritten: masks that may be shorter keys, and all attentions of the bodies with their kinds."""
+
+    masks: Match
+    shortened: set[fx.Node]
+    kinds: dict[tuple[Body, fx.Node], Attention]
+    declined: tuple[tuple[str, str], ...]
 
 
 def _say(found: Match) -> str:

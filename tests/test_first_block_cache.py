@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import golden
 import pytest
 import torch
 from oracle import hvfast, relative_error, timesteps
@@ -37,6 +38,14 @@ def run(model: Any, clock: list[float], drift: float = 0.0, **inputs: Any) -> li
 
 
 DOWN = [900.0, 890.0, 880.0, 870.0, 860.0, 850.0]
+
+
+def test_golden_text() -> None:
+    """What the class's docstring shows."""
+    trunk = recovered(Toy(blocks=3), **toy_inputs())
+    before = golden.text_of(trunk)
+    FirstBlockCache().apply(trunk, Context())
+    golden.check(FirstBlockCache, before, golden.text_of(trunk))
 
 
 def test_graph() -> None:

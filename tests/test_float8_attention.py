@@ -7,6 +7,7 @@ import itertools
 import logging
 from typing import Any
 
+import golden
 import pytest
 import torch
 import zoo
@@ -188,6 +189,14 @@ def quantised(model: nn.Module, inputs: Any, monkeypatch: pytest.MonkeyPatch, bl
         patched.setattr(nn.functional, "scaled_dot_product_attention", other)
         result: torch.Tensor = model(**inputs)
     return result
+
+
+def test_golden_text() -> None:
+    """What the class's docstring shows."""
+    trunk = recovered(Wide(), **wide_inputs())
+    before = golden.text_of(trunk)
+    Float8Attention(fp8=True).apply(trunk, Context(requested=True))
+    golden.check(Float8Attention, before, golden.text_of(trunk))
 
 
 def test_graph() -> None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import golden
 import pytest
 import torch
 from oracle import hvfast
@@ -79,6 +80,14 @@ def reference(model: Wide) -> Wide:
         for name in ("to_q", "to_k", "to_v", "up", "down"):
             setattr(block, name, Reference(getattr(block, name)))
     return model
+
+
+def test_golden_text() -> None:
+    """What the class's docstring shows."""
+    trunk = recovered(Wide(), **wide_inputs())
+    before = golden.text_of(trunk)
+    Float8Linears(keep_last_blocks=0).apply(trunk, Context(requested=True))
+    golden.check(Float8Linears, before, golden.text_of(trunk))
 
 
 def test_graph() -> None:

@@ -12,11 +12,14 @@ import torch
 from oracle import hvfast
 from toy import Toy, toy_inputs
 
+import hvcompile
 from hvcompile.errors import OptionError
-from hvcompile.options import DUMP_VARIABLE, parse
+from hvcompile.options import DUMP_VARIABLE, MODES, parse
 from hvcompile.passes import PASSES
 from hvcompile.passes.first_block_cache import FirstBlockCache
+from hvcompile.passes.float8_attention import Float8Attention
 from hvcompile.passes.float8_linears import Float8Linears
+from hvcompile.passes.unmasked_attention import UnmaskedAttention
 
 
 @pytest.mark.parametrize(
@@ -112,3 +115,68 @@ def test_options_that_the_documents_show_are_valid() -> None:
         options = ast.literal_eval(text)
         parse(PASSES, {name: held for name, held in options.items() if name != "dump"}, None)
         assert isinstance(options.get("dump", ""), str)
+
+
+def test_a_section_may_be_the_pass_itself() -> None:
+    cache = FirstBlockCache(threshold=0.1)
+    assert parse(PASSES, {"first_block_cache": cache}, None) == parse(
+        PASSES, {"first_block_cache": {"threshold": 0.1}}, None
+    )
+    assert dict(parse(PASSES, {"first_block_cache": FirstBlockCache()}, None).passes)[FirstBlockCache()]
+    assert Float8Linears(skip=["a"]).skip == ("a",)  # type: ignore[arg-type]
+
+    both = (UnmaskedAttention(kernel="flash"), Float8Attention(fp8=True))
+    passes = dict(parse(PASSES, {"attention": list(both)}, None).passes)
+    assert passes[both[0]]
+    assert passes[both[1]]
+    assert passes == dict(parse(PASSES, {"attention": {"kernel": "flash", "fp8": True}}, None).passes)
+    alone = dict(parse(PASSES, {"attention": both[0]}, None).passes)
+    assert alone[both[0]]
+    assert not alone[Float8Attention()]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"first_block_cache": Float8Linears()}, ["first_block_cache", "Float8Linears", "options['fp8']"]),
+        ({"attention": [UnmaskedAttention(), UnmaskedAttention()]}, ["options['attention']", "two of one kind"]),
+        ({"attention": []}, ["options['attention']", "[]", "UnmaskedAttention and Float8Attention"]),
+        ({"attention": Float8Attention(fp8_keep_blocks=1)}, ["attention.fp8_keep_blocks", "'attention.fp8' is True"]),
+        ({"fp8": FirstBlockCache}, ["options['fp8']", "Float8Linears itself"]),
+    ],
+)
+def test_passes_that_are_no_section(options: Any, says: list[str]) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse(PASSES, options, None)
+    assert all(part in str(caught.value) for part in says), str(caught.value)
+
+
+def test_a_pass_checks_its_own_fields() -> None:
+    with pytest.raises(OptionError, match=r"first_block_cache\.threshold is 'high', a str; allowed is float"):
+        FirstBlockCache(threshold="high")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"fp8\.skip is 'a'; allowed is a list of str"):
+        Float8Linears(skip="a")  # type: ignore[arg-type]
+
+
+def test_the_mode_may_be_a_key_of_the_options() -> None:
+    for mode in MODES:
+        assert parse(PASSES, {"mode": mode}, None) == parse(PASSES, None, mode)
+        assert parse(PASSES, {"mode": mode}, mode) == parse(PASSES, None, mode)
+    settings = parse(PASSES, {"mode": "max", "first_block_cache": {"threshold": 0.1}}, None)
+    assert (Float8Attention(fp8=True), False) in settings.passes
+    assert (FirstBlockCache(threshold=0.1), True) in settings.passes
+    with pytest.raises(OptionError, match=r"options\['mode'\] is 'fast'.*'default', 'exact', 'max'"):
+        parse(PASSES, {"mode": "fast"}, None)
+    with pytest.raises(OptionError, match=r"mode is 'max' and options\['mode'\] is 'exact'"):
+        parse(PASSES, {"mode": "exact"}, "max")
+    with pytest.raises(OptionError, match="'first_block_cache', which mode='exact' rules out"):
+        parse(PASSES, {"mode": "exact", "first_block_cache": FirstBlockCache()}, None)
+
+
+def test_the_mode_among_the_options_of_torch_compile() -> None:
+    model = Toy()
+    compiled = torch.compile(model, backend="hvfast", options={"mode": "exact", "lower": "eager"})
+    with torch.no_grad():
+        compiled(**toy_inputs())
+    (journal,) = hvcompile.stats(model).journal
+    assert "exact" in next(row for row in journal if row.name == "FirstBlockCache").line()

@@ -12,14 +12,15 @@ from torch import nn
 from toy import TOKENS, WIDTH, Toy, toy_inputs
 
 from hvcompile.graph.nodes import op_name
+from hvcompile.journal import Declined
 from hvcompile.torch_private.lowering import INVOKE_SUBGRAPH
 from hvcompile.trunk.outline import recover
-from hvcompile.trunk.trunk import NoTrunk, Trunk
+from hvcompile.trunk.trunk import Trunk
 
 
-def outlined(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Trunk | NoTrunk, str]:
+def outlined(model: nn.Module, *inputs: Any, **named: Any) -> tuple[Trunk | Declined, str]:
     """What recovery makes of a model, and the captured graph's text after it."""
-    found: list[tuple[Trunk | NoTrunk, str]] = []
+    found: list[tuple[Trunk | Declined, str]] = []
 
     def backend(module: Any, _: object) -> Callable[..., Any]:
         before = str(module.graph)
@@ -227,7 +228,7 @@ def refused(forward: Callable[..., Any]) -> str:
             return x + y
 
     result, _ = outlined(Model(), torch.randn(2, 8))
-    assert isinstance(result, NoTrunk)
+    assert isinstance(result, Declined)
     return result.reason
 
 
@@ -271,7 +272,7 @@ def test_dropout_in_training_mode_is_refused() -> None:
             return x + self.drop(self.linear(x)) * 0
 
     result, _ = outlined(nn.Sequential(Block(), Block()).train(), torch.randn(2, 8))
-    assert isinstance(result, NoTrunk)
+    assert isinstance(result, Declined)
     assert "training mode, call .eval()" in result.reason
     assert isinstance(outlined(nn.Sequential(Block(), Block()).eval(), torch.randn(2, 8))[0], Trunk)
 
@@ -332,7 +333,7 @@ def test_a_write_through_any_alias_of_an_input_is_seen(name: str) -> None:
             return hidden + kept
 
     result, _ = outlined(Keeps(), torch.randn(1, TOKENS, WIDTH))
-    assert isinstance(result, NoTrunk)
+    assert isinstance(result, Declined)
     assert "writes into a tensor from outside it" in result.reason
 
 

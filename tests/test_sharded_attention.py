@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import golden
 import pytest
 import ranks
 import sharded_cases as cases
@@ -59,6 +60,16 @@ def text_of(graph: fx.Graph) -> list[str]:
             held = value(node) if isinstance(value(node), tuple) else [value(node)]
             lines.append(f"{op_name(node)}({args}) -> {', '.join(str(list(item.shape)) for item in held)}")
     return lines
+
+
+@pytest.mark.parametrize(("ring", "layout"), [(1, "Ulysses"), (2, "a ring")])
+def test_golden_text(fake_group: Callable[[int, int], None], ring: int, layout: str) -> None:
+    """What the class's docstring shows."""
+    fake_group(1, 2)
+    trunk = recovered(cases.Joint(), **cases.joint_inputs())
+    before = golden.text_of(trunk)
+    ShardedAttention(ring=ring).apply(trunk, pipeline.Context())
+    golden.check(ShardedAttention, before, golden.text_of(trunk), f"Result, with {layout} on rank 1 of 2")
 
 
 def test_graph(fake_group: Callable[[int, int], None]) -> None:

@@ -11,6 +11,7 @@ from torch._dynamo.exc import Unsupported
 
 import hvcompile
 from hvcompile.graph.paths import module_path
+from hvcompile.journal import Declined
 from hvcompile.trunk.find import describe_lists, find_trunk
 
 # Dynamo itself breaks these into several graphs (a branch or a size that depends on data).
@@ -88,8 +89,9 @@ class Stack(nn.Module):
 
 
 def test_refiners_and_heads_are_not_the_trunk() -> None:
-    found, reason = find_trunk(captured(Stack(), torch.randn(1, 20, 8), torch.randn(1, 3, 8)))
-    assert describe_lists(found) == "layers x 3", reason
+    found = find_trunk(captured(Stack(), torch.randn(1, 20, 8), torch.randn(1, 3, 8)))
+    assert not isinstance(found, Declined), found
+    assert describe_lists(found) == "layers x 3"
 
 
 def test_a_block_called_twice_is_two_blocks() -> None:
@@ -103,8 +105,9 @@ def test_a_block_called_twice_is_two_blocks() -> None:
                 x = x + self.layers[0](x).relu()
             return x
 
-    found, reason = find_trunk(captured(Loop(), torch.randn(2, 8)))
-    assert describe_lists(found) == "layers x 3", reason
+    found = find_trunk(captured(Loop(), torch.randn(2, 8)))
+    assert not isinstance(found, Declined), found
+    assert describe_lists(found) == "layers x 3"
 
 
 def test_a_model_inside_a_list_is_looked_into() -> None:
@@ -116,11 +119,12 @@ def test_a_model_inside_a_list_is_looked_into() -> None:
         def forward(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
             return self.models[0](video, text)  # type: ignore[no-any-return]
 
-    found, reason = find_trunk(captured(Wrapper(), torch.randn(1, 20, 8), torch.randn(1, 3, 8)))
-    assert describe_lists(found) == "models.0.layers x 3", reason
+    found = find_trunk(captured(Wrapper(), torch.randn(1, 20, 8), torch.randn(1, 3, 8)))
+    assert not isinstance(found, Declined), found
+    assert describe_lists(found) == "models.0.layers x 3"
 
 
 def test_no_blocks_is_a_reason() -> None:
-    found, reason = find_trunk(captured(nn.Linear(4, 4), torch.randn(2, 4)))
-    assert found == []
-    assert "no module list" in reason
+    found = find_trunk(captured(nn.Linear(4, 4), torch.randn(2, 4)))
+    assert isinstance(found, Declined)
+    assert "no module list" in found.reason

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import golden
 import pytest
 import torch
 import zoo
@@ -121,6 +122,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(unmasked_attention, "read_lengths", counted)
     return calls
+
+
+def test_golden_text() -> None:
+    """What the class's docstring shows."""
+    trunk = recovered(MaskedToy(), **masked_inputs(14))
+    before = golden.text_of(trunk)
+    UnmaskedAttention().apply(trunk, pipeline.Context())
+    golden.check(UnmaskedAttention, before, golden.text_of(trunk))
 
 
 def test_graph() -> None:

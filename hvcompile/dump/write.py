@@ -8,7 +8,7 @@ import logging
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from hvcompile.errors import OptionError
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_weight
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.options import DUMP_LIMIT_GIB
 from hvcompile.ranks import launch
 from hvcompile.torch_private import dynamo, lowering
-from hvcompile.trunk.trunk import Derived
+from hvcompile.trunk.observer import Observer
+from hvcompile.trunk.trunk import Derived, StoredWeights, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ if __name__ == "__main__":
 '''
 
 
-class Dump:
+class Dump(Observer):
     """Writes what one compilation did into a directory of its own; does nothing where no directory is given.
 
     Where torch's structured trace is on (``TORCH_TRACE``), the graphs and the journal become artifacts of it as well.
@@ -130,13 +131,22 @@ class Dump:
         self._lower, self._limit_gib = lower, limit_gib
         self._count = 0
         self._fixed: dict[str, float] = {}
-        self._derived: Callable[[Sequence[Any]], Mapping[str, Any] | str] = lambda _: {}
+        self._derived: Callable[[Sequence[Any]], Mapping[str, Any] | Declined] = lambda _: {}
         self._inputs: list[tuple[str, bool]] = []  # of the captured graph: its name, and whether it is a weight
         self._passes: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self._held: dict[int, torch.Tensor] = {}
         self._stored: dict[str, torch.Tensor] = {}
         self._folder = _fresh_folder(directory, "graph_{}_{}".format(*compile_id)) if directory is not None else None
+
+    def on_stage(self, name: str, module: fx.GraphModule, trunk: Trunk | None) -> None:
+        """Write the graph of a stage."""
+        self.graph(name, module, trunk.derived if trunk is not None else ())
+
+    def on_rewritten(self, trunk: Trunk | None, journal: Sequence[JournalRow], error: BaseException | None) -> None:
+        """Write the journal, also of passes that ended in an error."""
+        del trunk, error
+        self.journal(journal)
 
     def journal(self, rows: Sequence[JournalRow]) -> None:
         """Write the journal: what each pass matched, what it declined and why, and how the op counts changed."""
@@ -194,8 +204,9 @@ class Dump:
                 torch.save(program.constants, self._folder / f"{stem}.pt")
 
     @contextlib.contextmanager
-    def lowering(self) -> Iterator[None]:
+    def lowering(self, trunk: Trunk | None) -> Iterator[None]:
         """Write what is generated while the block runs: Inductor's code, and the frame that Dynamo then rewrites."""
+        del trunk
         if self._folder is None:
             yield
             return
@@ -210,10 +221,10 @@ class Dump:
         if self._lower == "inductor" and not codes:
             self._note("Inductor's code is not here: it handed none out")
 
-    def hold(self, given: Sequence[Any], places: Iterable[int]) -> None:
-        """Hold inputs, by place, that will have lost their memory when the first call comes."""
+    def before_weights_go(self, args: Sequence[Any], places: Sequence[int]) -> None:
+        """Hold the weights that will have lost their memory when the first call comes."""
         if self._folder is not None:
-            held = {place: given[place] for place in places}
+            held = {place: args[place] for place in places}
             held = {
                 place: float8_format.dequantize(*item.rows, item.dtype) if isinstance(item, QuantizedWeight) else item
                 for place, item in held.items()
@@ -222,22 +233,14 @@ class Dump:
             if sum(map(num_bytes, held.values())) <= self._limit_gib * 2**30:
                 self._held = {place: item.detach() for place, item in held.items()}
 
-    def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Hold a weight that the compiled graph takes beside its inputs, by the name of its placeholder."""
+    def on_stored(self, weights: StoredWeights, data: torch.Tensor, scale: torch.Tensor) -> None:
+        """Hold a float8 copy under the names of its placeholders."""
         if self._folder is not None:
-            self._stored[name] = tensor
+            self._stored |= {weights.data.name: data, weights.scale.name: scale}
 
-    def recording(
-        self, run: Callable[..., Any], derived: Callable[[Sequence[Any]], Mapping[str, Any] | str] = lambda _: {}
-    ) -> Callable[..., Any]:
-        """Give a callable that runs ``run``, and saves what the first call is given and gives.
-
-        Args:
-            run: the compiled graph.
-            derived: given a call's inputs, what the runtime adds to them, by name; or why another graph runs it.
-
-        """
-        self._derived = derived
+    def around_calls(self, run: Callable[..., Any], derive: Callable[[Sequence[Any]], Any]) -> Callable[..., Any]:
+        """Give a callable that runs ``run``, and saves what the first call is given and gives."""
+        self._derived = derive
         return run if self._folder is None else FirstCall(run, self._save_inputs, self._save_outputs)
 
     def _frame(self, original: types.CodeType, rewritten: types.CodeType) -> None:
@@ -281,8 +284,8 @@ class Dump:
                 f"than the {self._limit_gib:g} of options['dump_limit_gib']"
             )
         derived, is_whole = self._derived(given), len(wanted) == len(given)
-        if isinstance(derived, str):
-            self._note(f"the first call is computed by the graph of another folder, since in this one {derived}")
+        if isinstance(derived, Declined):
+            self._note(f"the first call is computed by the graph of another folder, since in this one {derived.reason}")
             is_whole = False
         kept = wanted | (self._stored if weights <= set(wanted) else {})
         with _writing(self._folder):

@@ -15,21 +15,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile import pipeline
-from hvcompile.backend import needs_gradients, require_values
+from hvcompile.backend import OUTLINE, rewrite
 from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.explanation.listing import Stage, stage
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.costs import DEVICES, Cost, Device, costs
 from hvcompile.graph.nodes import is_tensor, is_weight
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks import collectives
 from hvcompile.torch_private import dynamo, lowering
 from hvcompile.torch_private.fakes import is_data_dependent, num_bytes, size_hint, value
-from hvcompile.trunk.outline import recover
-from hvcompile.trunk.trunk import BlockCall, NoTrunk, Trunk
+from hvcompile.trunk.observer import CAPTURED, OUTLINED, Observer
+from hvcompile.trunk.trunk import BlockCall, Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,63 +225,27 @@ def explain_graph(
 
     ``inputs`` are the graph's, from which weights are known that are in float8 alone already.
     """
-    reason = needs_gradients(captured)
-    trunk = NoTrunk(reason) if reason else recover(captured)
-    spent = costs(captured.graph)
-    parts = tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent))
-    common: dict[str, Any] = {
-        "costs": parts,
-        "weight_bytes": _weight_bytes(captured.graph, inputs),
-        "depends_on_data": any(is_data_dependent(value(node)) for node in captured.graph.nodes if is_tensor(node)),
-        "dtype": str(spent[-1].dtype).removeprefix("torch."),
-        "device": device.name if device is not None else "",
-    }
-    if isinstance(trunk, NoTrunk):
-        total = sum(part.flops for part in parts)
-        return Explanation(
-            reason=trunk.reason,
-            lists="",
-            kinds=(),
-            stretches=(),
-            num_prologue=0,
-            num_epilogue=0,
-            journal=(),
-            reused_flops=total,
-            state_bytes=0,
-            stages=(stage("captured", captured),),
-            **common,
-        )
-    kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
-    kind_of = {block: trunk.bodies.index(block.body) for block in trunk.blocks}
-    of_body = {body: sum(cost.flops for cost in costs(body.module.graph)) for body in trunk.bodies}
-    flops_of = {block: of_body[block.body] for block in trunk.blocks}  # before the passes
-    prologue, epilogue = _around(trunk)
-    stages = [stage("captured", captured, [block.path for block in trunk.blocks]), stage("outline", trunk.module)]
-    journal: list[JournalRow] = []
-
-    def keep(name: str, after: Trunk) -> None:
-        stages.append(stage(name, after.module))
-
-    freed = {node: held for node, held in zip(trunk.inputs, inputs, strict=False) if isinstance(held, QuantizedWeight)}
-    context = pipeline.Context(planned_for=device, given=freed)
+    witness, journal = _Witness(captured), list[JournalRow]()
+    freed = {place: item for place, item in enumerate(inputs) if isinstance(item, QuantizedWeight)}
     # A pass that was asked for and can't apply is told of, not raised.
-    wished = [(item, False) for item, _ in settings.passes]
-    pipeline.run(trunk, wished, keep, journal, context)
-    require_values(trunk, context)
-    journal += pipeline.off_rows(settings.switched_off)
+    optional = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
+    trunk = rewrite(captured, optional, journal, witness, args=freed, planned_for=device)
+    common = _common(captured, inputs, device)
+    if isinstance(trunk, Declined):
+        return _explain_captured(trunk.reason, captured, common)
     computed, reused = _after(trunk)
     return Explanation(
         reason="",
         lists=trunk.lists,
-        kinds=kinds,
-        stretches=tuple(_stretches(trunk, kind_of)),
-        num_prologue=prologue,
-        num_epilogue=epilogue,
-        journal=tuple(journal),
+        kinds=witness.kinds,
+        stretches=tuple(_stretches(trunk, witness.kind_of)),
+        num_prologue=witness.num_prologue,
+        num_epilogue=witness.num_epilogue,
+        journal=tuple(row for row in journal if row.name != OUTLINE),
         reused_flops=sum(cost.flops for cost in costs(trunk.graph))
-        + sum(flops_of[block] for block in trunk.blocks if block.call.graph is trunk.graph),
+        + sum(witness.flops_of[block] for block in trunk.blocks if block.call.graph is trunk.graph),
         state_bytes=sum(num_bytes(value(state.placeholder)) for state in trunk.states),
-        stages=tuple(stages),
+        stages=tuple(witness.stages),
         derived_bytes=sum(
             num_bytes(value(node)) for item in trunk.derived for node in item.placeholders if is_tensor(node)
         ),
@@ -290,6 +253,64 @@ def explain_graph(
         passed_seconds=sum(cost.seconds(device) for cost in computed) if device is not None else None,
         reused_seconds=sum(cost.seconds(device) for cost in reused) if device is not None else None,
         reused_bytes=sum(cost.bytes for cost in reused),
+        **common,
+    )
+
+
+class _Witness(Observer):
+    """Keeps each stage as text, and of the outlined trunk what the passes go on to change."""
+
+    def __init__(self, captured: fx.GraphModule) -> None:
+        self._captured = captured
+        self.stages: list[Stage] = []
+        self.kinds: tuple[BlockKind, ...] = ()
+        self.kind_of: dict[BlockCall, int] = {}
+        self.flops_of: dict[BlockCall, int] = {}
+        self.num_prologue = self.num_epilogue = 0
+
+    def on_stage(self, name: str, module: fx.GraphModule, trunk: Trunk | None) -> None:
+        """Keep a stage's text; the captured graph's once the blocks in it are known."""
+        if trunk is None:
+            return
+        if name != OUTLINED:
+            self.stages.append(stage(name, module))
+            return
+        self.stages = [
+            stage(CAPTURED, self._captured, [block.path for block in trunk.blocks]),
+            stage(OUTLINE, module),
+        ]
+        self.kinds = tuple(_kind(trunk, number) for number in range(len(trunk.bodies)))
+        self.kind_of = {block: trunk.bodies.index(block.body) for block in trunk.blocks}
+        flops_of_body = {body: sum(cost.flops for cost in costs(body.module.graph)) for body in trunk.bodies}
+        self.flops_of = {block: flops_of_body[block.body] for block in trunk.blocks}
+        self.num_prologue, self.num_epilogue = _around(trunk)
+
+
+def _common(captured: fx.GraphModule, inputs: Sequence[Any], device: Device | None) -> dict[str, Any]:
+    """What an explanation says of the captured graph, whether it has a trunk or not."""
+    spent = costs(captured.graph)
+    return {
+        "costs": tuple(_total(part, spent, device) for part in dict.fromkeys(cost.part for cost in spent)),
+        "weight_bytes": _weight_bytes(captured.graph, inputs),
+        "depends_on_data": any(is_data_dependent(value(node)) for node in captured.graph.nodes if is_tensor(node)),
+        "dtype": str(spent[-1].dtype).removeprefix("torch."),
+        "device": device.name if device is not None else "",
+    }
+
+
+def _explain_captured(reason: str, captured: fx.GraphModule, common: Mapping[str, Any]) -> Explanation:
+    """The explanation of a graph that stays as it is."""
+    return Explanation(
+        reason=reason,
+        lists="",
+        kinds=(),
+        stretches=(),
+        num_prologue=0,
+        num_epilogue=0,
+        journal=(),
+        reused_flops=sum(part.flops for part in common["costs"]),
+        state_bytes=0,
+        stages=(stage(CAPTURED, captured),),
         **common,
     )
 

@@ -82,7 +82,7 @@ def write(
     import jinja2  # the backend does without it
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hvcompile"),
+        loader=jinja2.PackageLoader("hvcompile.explanation"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -15,6 +15,7 @@ from hvcompile.float8 import linear as float8_linear
 from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import op_name
+from hvcompile.journal import Declined
 from hvcompile.pipeline import Context
 from hvcompile.torch_private.fakes import size_hint
 from hvcompile.trunk.linears import Linear
@@ -88,21 +89,21 @@ def measure_errors(
             if error.isfinite():  # none is defined where the layer gives zeros alone
                 errors[block, names[block, node]] = round(error.item(), 6)
 
-    given = _inputs(trunk, context)
-    if isinstance(given, str):
-        log.warning("fp8.audit measures nothing here: %s", given)
+    inputs = _inputs(trunk, context)
+    if isinstance(inputs, Declined):
+        log.warning("fp8.audit measures nothing here: %s", inputs.reason)
         return {}
-    _Outlined(trunk, tell).run(*given)
+    _Outlined(trunk, tell).run(*inputs)
     return errors
 
 
-def _inputs(trunk: Trunk, context: Context) -> list[Any] | str:
+def _inputs(trunk: Trunk, context: Context) -> list[Any] | Declined:
     """What the graph takes in the call that is compiled, derived inputs included; or why it does not compute that."""
-    held = {node: size_hint(item) if isinstance(item, torch.SymInt) else item for node, item in context.given.items()}
+    values = {node: size_hint(item) if isinstance(item, torch.SymInt) else item for node, item in context.given.items()}
     for item in trunk.derived:
-        results = item.module(*(held[node] for node in item.sources))
-        made = results if item.read is None else item.read(results)
-        if isinstance(made, str):
-            return made
-        held |= dict(zip(item.placeholders, made, strict=True))
-    return [held[node] for node in trunk.graph.find_nodes(op="placeholder")]
+        results = item.module(*(values[node] for node in item.sources))
+        derived = results if item.read is None else item.read(results)
+        if isinstance(derived, Declined):
+            return derived
+        values |= dict(zip(item.placeholders, derived, strict=True))
+    return [values[node] for node in trunk.graph.find_nodes(op="placeholder")]

@@ -11,6 +11,7 @@ from torch import fx
 
 from hvcompile.graph.attention import arguments, attentions
 from hvcompile.graph.nodes import is_tensor, mutated_operand, op_name
+from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import TAG, is_data_dependent, shape_key, size_hint, value
 from hvcompile.trunk.invariants import copied_out, invariants
 from hvcompile.trunk.trunk import Body, Trunk
@@ -59,8 +60,8 @@ def match(trunk: Trunk) -> Match:
             if not isinstance(arguments(node).get("attn_mask"), fx.Node):
                 continue
             outcome = _match_one(trunk, body, node, same)
-            if isinstance(outcome, str):
-                found.declined.append((f"{node.name} of {body.name}", outcome))
+            if isinstance(outcome, Declined):
+                found.declined.append((f"{node.name} of {body.name}", outcome.reason))
                 continue
             masked, chain, operands = outcome
             found.masked.append(masked)
@@ -84,47 +85,51 @@ def match(trunk: Trunk) -> Match:
 
 def _match_one(
     trunk: Trunk, body: Body, node: fx.Node, same: set[fx.Node]
-) -> tuple[Masked, list[fx.Node], dict[fx.Node, fx.Node]] | str:
+) -> tuple[Masked, list[fx.Node], dict[fx.Node, fx.Node]] | Declined:
     """The attention, the nodes of its body that make the mask and the value that each of their inputs has outside."""
     given = arguments(node)
     query, key, mask = (value(given[name]) for name in ("query", "key", "attn_mask"))
     if given.get("is_causal"):
-        return "it is causal as well"
+        return Declined("it is causal as well")
     if query.ndim != 4 or key.ndim != 4:
-        return f"its query and key have {query.ndim} and {key.ndim} dimensions; looked for are 4"
+        return Declined(f"its query and key have {query.ndim} and {key.ndim} dimensions; looked for are 4")
     if not 2 <= mask.ndim <= 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        return f"its mask is a {mask.dtype} of {mask.ndim} dimensions"
+        return Declined(f"its mask is a {mask.dtype} of {mask.ndim} dimensions")
     batch, _, num_queries, num_keys = [1] * (4 - mask.ndim) + list(mask.shape)
     if isinstance(num_queries, torch.SymInt) or num_queries != 1:
-        return "its mask differs from query to query"
+        return Declined("its mask differs from query to query")
     if str(num_keys) != shape_key(key)[2]:
-        return f"its mask is for {num_keys} keys, and there are {key.shape[2]}"
+        return Declined(f"its mask is for {num_keys} keys, and there are {key.shape[2]}")
     if size_hint(key.shape[2]) < LEAST_KEYS:
-        return "it has one key"
+        return Declined("it has one key")
     if is_data_dependent(key) or is_data_dependent(query):
-        return "it has a length that depends on data"
+        return Declined("it has a length that depends on data")
     if isinstance(batch, torch.SymInt) or isinstance(query.shape[0], torch.SymInt):
-        return "the batch size is symbolic, so its samples can't be unrolled; compile with dynamic=False"
+        return Declined("the batch size is symbolic, so its samples can't be unrolled; compile with dynamic=False")
     if batch > MOST_SAMPLES:
-        return f"its mask has {batch} rows, and samples are unrolled up to {MOST_SAMPLES}"
+        return Declined(f"its mask has {batch} rows, and samples are unrolled up to {MOST_SAMPLES}")
 
     chain, leaves = made_of(given["attn_mask"])
     if trunk.sharding is not None and any(_has_heads(item) for item in [*chain, *leaves]):
-        return "its mask may differ from head to head, so ranks that hold different heads could not agree on its keys"
+        return Declined(
+            "its mask may differ from head to head, so ranks that hold different heads could not agree on its keys"
+        )
     if any(item.op == "get_attr" or mutated_operand(item) is not None for item in chain):
-        return "the block makes the mask of a constant, or writes into it"
+        return Declined("the block makes the mask of a constant, or writes into it")
     placeholders = list(body.module.graph.find_nodes(op="placeholder"))
     operands: dict[fx.Node, fx.Node] = {}
     for leaf in leaves:
         given_to = {b.operands[placeholders.index(leaf)] for b in trunk.blocks if b.body is body}
         if trunk.sharding is not None and any(node.meta.get(TAG) not in {None, "outline"} for node in given_to):
-            return f"{leaf.name}, of which the mask is made, is this rank's part, and ranks could not agree on its keys"
+            return Declined(
+                f"{leaf.name}, of which the mask is made, is this rank's part, and ranks could not agree on its keys"
+            )
         outer = set(map(_before_outlining, given_to))
         if len(outer) > 1:
-            return f"{leaf.name}, of which the mask is made, differs from block to block"
+            return Declined(f"{leaf.name}, of which the mask is made, differs from block to block")
         operands[leaf] = outer.pop()
         if operands[leaf] not in same:
-            return f"{operands[leaf].name}, of which the mask is made, may change from step to step"
+            return Declined(f"{operands[leaf].name}, of which the mask is made, may change from step to step")
     names = {leaf: f"%{outer.name}" for leaf, outer in operands.items()}
     source = []
     for place, item in enumerate(chain):
@@ -163,7 +168,7 @@ def _before_outlining(node: fx.Node) -> fx.Node:
     return node
 
 
-def read_lengths(masks: Sequence[torch.Tensor]) -> list[int] | str:
+def read_lengths(masks: Sequence[torch.Tensor]) -> list[int] | Declined:
     """How many keys each sample of each mask keeps, where those are the first ones; else why they are not.
 
     One transfer from the device, whatever the number of masks.
@@ -191,13 +196,17 @@ def read_lengths(masks: Sequence[torch.Tensor]) -> list[int] | str:
         (same, clear, leading), counts = read[:3], read[3 : 3 + samples]
         del read[: 3 + samples]
         if not same:
-            return "the mask differs from head to head"
+            return Declined("the mask differs from head to head")
         if not clear:
-            return f"the mask adds something to keys that it does not drop (it is neither 0 nor {DROPPED:g} or less)"
+            return Declined(
+                f"the mask adds something to keys that it does not drop (it is neither 0 nor {DROPPED:g} or less)"
+            )
         if not leading:
-            return f"the valid keys ({', '.join(map(str, counts))} of {given.shape[-1]}) are not the first ones"
+            return Declined(
+                f"the valid keys ({', '.join(map(str, counts))} of {given.shape[-1]}) are not the first ones"
+            )
         if min(counts) < LEAST_KEYS:
-            return f"a sample has {min(counts)} valid keys, and the code is for {LEAST_KEYS} or more"
+            return Declined(f"a sample has {min(counts)} valid keys, and the code is for {LEAST_KEYS} or more")
         lengths += counts
     return lengths
 

@@ -21,6 +21,7 @@ from hvcompile.graph.nodes import (
     tensor_kind,
     writers,
 )
+from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import is_data_dependent, numel_hint, provenance, value
 from hvcompile.trunk.roles import classify
 from hvcompile.trunk.streams import is_residual
@@ -50,49 +51,53 @@ class SkipPlan:
     clocks: tuple[fx.Node, ...]
 
 
-def plan_skip(trunk: Trunk) -> SkipPlan | str:
-    """Match the trunk, or the reason why it can't be cached."""
+def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
+    """Match the trunk, or say why it can't be cached."""
     if trunk.is_branched:
-        return "the blocks already stand in a branch"
+        return Declined("the blocks already stand in a branch")
     if len(trunk.blocks) < 2:
-        return "a trunk of one block has nothing to skip"
+        return Declined("a trunk of one block has nothing to skip")
     first, calls = trunk.blocks[0], [block.call for block in trunk.blocks[1:]]
     after, needed = descendants(calls), ancestors(calls)
     if first.call in after:
-        return f"{first.path} reads the result of a later block"
+        return Declined(f"{first.path} reads the result of a later block")
     core = set(calls) | {user for call in calls for user in call.users} | (after & needed)
     leaving = [node for node in trunk.graph.nodes if node in core and any(user not in core for user in node.users)]
     if not leaving:
-        return "nothing that the blocks compute is read after them"
+        return Declined("nothing that the blocks compute is read after them")
     if any(not is_tensor(node) for node in leaving):
-        return f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
+        return Declined(
+            f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
+        )
 
     if any(is_data_dependent(value(node)) for node in leaving):
-        return "what leaves the blocks has a length that depends on data, so no state can be made for it"
+        return Declined("what leaves the blocks has a length that depends on data, so no state can be made for it")
 
     roles = classify(trunk)
     if not roles.weights:
-        return "the graph takes no parameters as inputs, so its state can't be tied to a model"
+        return Declined("the graph takes no parameters as inputs, so its state can't be tied to a model")
     if roles.sample is None:
-        return "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
+        return Declined(
+            "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
+        )
     if roles.python_time is not None:
-        return f"{roles.python_time} is a Python number; pass the timestep as a tensor"
+        return Declined(f"{roles.python_time} is a Python number; pass the timestep as a tensor")
     if not roles.clocks:
-        return "no input is a timestep, so one generation can't be told from the next"
+        return Declined("no input is a timestep, so one generation can't be told from the next")
     stream = _main_stream(first, roles.sample)
     if stream is None:
-        return f"no output of {first.path} is one of its inputs plus something, so it has no residual"
+        return Declined(f"no output of {first.path} is one of its inputs plus something, so it has no residual")
     outside = {first.call, *first.outputs.values()}
     for node in leaving:
         if not _reaches_back(trunk, node, core, outside):
-            return f"{node.name} leaves the blocks and continues no stream of {first.path}"
+            return Declined(f"{node.name} leaves the blocks and continues no stream of {first.path}")
     moved = _with_private_work(trunk.graph, core, outside)
     within = contexts(trunk.graph)
     if len({within[node] for node in moved}) > 1:
-        return "some of the blocks, but not all, stand in an autocast region"
+        return Declined("some of the blocks, but not all, stand in an autocast region")
     for node in moved:
         if is_context_switch(node) or mutated_operand(node) is not None:
-            return f"between the blocks stands {node.format_node()}, which acts on what is outside them"
+            return Declined(f"between the blocks stands {node.format_node()}, which acts on what is outside them")
     stands_for = trunk.shared.nodes if trunk.shared is not None else {}
     return SkipPlan(
         first=first,

@@ -10,18 +10,20 @@ and what came of it is read here.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
 
-from hvcompile.errors import DisagreementError
+from hvcompile.errors import DisagreementError, HvcompileError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_tensor, is_weight, op_name
 from hvcompile.journal import JournalRow
@@ -31,6 +33,7 @@ from hvcompile.runtime.fingerprints import fingerprint, sketch
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.observer import Observer
 from hvcompile.trunk.trunk import Group, Trunk
 
 log = logging.getLogger(__name__)
@@ -111,28 +114,50 @@ def _some(said: Sequence[str]) -> str:
     return "; ".join(said[:SHOWN]) + rest
 
 
-def before_compiling(
-    trunk: Trunk,
-    journal: Sequence[JournalRow],
-    captured: fx.GraphModule,
-    given: Mapping[fx.Node, Any],
-    failure: str,
-) -> None:
-    """Compare all that shapes a graph: versions, options, inputs, blocks, operations, and what the passes did.
+class CompilingTogether(Observer):
+    """Has the ranks of a trunk's group compare what they are about to compile, and wait for each other's compiler.
 
-    Weights by a few elements each: another seed, checkpoint or fused LoRA is seen, a single changed number need not be.
+    They compare all that shapes a graph: versions, options, inputs, blocks, operations, and what the passes did.
+    Weights are compared by a few elements each: another seed, checkpoint or fused LoRA is seen, a single changed number
+    need not be.
 
     Args:
-        trunk: as the passes left it.
-        journal: what they did.
-        captured: the graph before them.
-        given: the inputs, by the trunk's placeholders.
-        failure: what a pass or a check raised; empty where all is well.
+        captured: the graph before the passes.
+        args: its inputs.
 
     """
-    if trunk.group is not None:
-        facts = {**_graph_facts(trunk, journal, captured), **_weight_facts(given), "failure": failure or "none"}
-        compare(trunk.group, "compiling", facts)
+
+    def __init__(self, captured: fx.GraphModule, args: Sequence[Any]) -> None:
+        self._captured, self._args = captured, args
+
+    def on_rewritten(self, trunk: Trunk | None, journal: Sequence[JournalRow], error: BaseException | None) -> None:
+        """Compare the rewritten graphs.
+
+        Raises:
+            DisagreementError: a rank differs, or did not come in time. Not where this rank ends in an error of its own
+                anyway: the others are told of it.
+
+        """
+        if trunk is None or trunk.group is None or not (error is None or isinstance(error, HvcompileError)):
+            return
+        args = dict(zip(trunk.inputs, self._args, strict=False))  # a pass that failed may have left others behind them
+        failure = "none" if error is None else str(error) or "none"
+        facts = {**_graph_facts(trunk, journal, self._captured), **_weight_facts(args), "failure": failure}
+        with contextlib.suppress(*([] if error is None else [DisagreementError])):
+            compare(trunk.group, "compiling", facts)
+
+    @contextlib.contextmanager
+    def lowering(self, trunk: Trunk | None) -> Iterator[None]:
+        """Wait, once the graph is lowered, until all ranks have, which takes one longer than the other.
+
+        A step's first collective would else be late, and its time-out is the process group's. A rank waits for the
+        others as long as it took itself, and ``timeout_seconds`` beyond.
+        """
+        begin = time.monotonic()
+        yield
+        if trunk is not None and trunk.group is not None:
+            patience = trunk.group.timeout_seconds + time.monotonic() - begin
+            compare(dataclasses.replace(trunk.group, timeout_seconds=patience), "done compiling", {})
 
 
 def _weight_facts(given: Mapping[fx.Node, Any]) -> dict[str, str]:
@@ -148,17 +173,6 @@ def _weight_facts(given: Mapping[fx.Node, Any]) -> dict[str, str]:
         contents = torch.stack(list(sketches.values())).tolist()
         found |= dict(zip(sketches, map(_hexadecimal, contents), strict=True))
     return found
-
-
-def after_compiling(trunk: Trunk, seconds: float) -> None:
-    """Wait until all ranks have compiled, which takes one longer than the other.
-
-    A step's first collective would else be late, and its time-out is the process group's. A rank waits for the others
-    as long as it took itself, and ``timeout_seconds`` beyond.
-    """
-    if trunk.group is not None:
-        patient = dataclasses.replace(trunk.group, timeout_seconds=trunk.group.timeout_seconds + seconds)
-        compare(patient, "done compiling", {})
 
 
 def _graph_facts(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.GraphModule) -> dict[str, str]:

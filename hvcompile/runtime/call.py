@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
 from hvcompile.runtime.fingerprints import Fingerprints
@@ -118,12 +118,12 @@ class CompiledTrunk:
                 if calling.agreement is not None:
                     model.agreements.add(calling.agreement)
         added: list[Any] = []
-        for item, made in self._derive(model, args):
-            if isinstance(made, str):
+        for item, values in self._derive(model, args):
+            if isinstance(values, Declined):
                 with model.lock:
                     model.unfit += 1
-                return self._run_instead(args, item.made_by, made)
-            added += made
+                return self._run_instead(args, item.made_by, values.reason)
+            added += values
         stored, revision = self._stored_weights(model, args) if calling.stored else ([], 0)
         added += stored
         passed = self._passed(args) if self._passed is not None else args
@@ -145,19 +145,19 @@ class CompiledTrunk:
         agreement.saw(results[-1])
         return results[:-1]
 
-    def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | str]]:
+    def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | Declined]]:
         for place, item in enumerate(self._calling.derived):
-            yield item, model.kept[self._number, place].of(item, args)
+            yield item, model.kept[self._number, place].values_for(item, args)
 
-    def derived_inputs(self, args: Sequence[Any]) -> dict[str, Any] | str:
+    def derived_inputs(self, args: Sequence[Any]) -> dict[str, Any] | Declined:
         """What a call with these inputs adds to them, by the placeholder's name; or why another graph runs it."""
         anchor = self._calling.anchor
-        found: dict[str, Any] = {}
-        for item, made in self._derive(model_state(args[anchor]), args) if anchor is not None else ():
-            if isinstance(made, str):
-                return made
-            found |= dict(zip(item.names, made, strict=True))
-        return found
+        named: dict[str, Any] = {}
+        for item, values in self._derive(model_state(args[anchor]), args) if anchor is not None else ():
+            if isinstance(values, Declined):
+                return values
+            named |= dict(zip(item.names, values, strict=True))
+        return named
 
     def _run_instead(self, args: Sequence[Any], made_by: str, reason: str) -> Sequence[Any]:
         """Run the graph that computes what this one can't; compiled once for each set of sizes."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hvcompile.journal import Declined
+
 _VERSION = operator.attrgetter("_version")
 # Sets of inputs whose results are kept at most: guidance halves and prompts that run in turn.
 MOST_KEPT = 8
@@ -28,13 +30,13 @@ class DerivedCall:
     names: tuple[str, ...]
     run: Callable[..., Sequence[torch.Tensor]]
     sources: tuple[int, ...]
-    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None
+    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None
 
 
 class _Seen:
     """One set of inputs, told by identity, version and, where they are no tensors, value; and what followed from it."""
 
-    def __init__(self, sources: Sequence[Any], result: Sequence[Any] | str) -> None:
+    def __init__(self, sources: Sequence[Any], result: Sequence[Any] | Declined) -> None:
         self.thread, self.result = threading.get_ident(), result
         self._sources: list[tuple[weakref.ref[Any] | None, Any]] = [
             (weakref.ref(item), item._version) if isinstance(item, torch.Tensor) else (None, item) for item in sources
@@ -62,8 +64,8 @@ class Kept:
         self._seen: collections.deque[_Seen] = collections.deque(maxlen=MOST_KEPT)
         self._lock = threading.Lock()
 
-    def of(self, call: DerivedCall, args: Sequence[Any]) -> Sequence[Any] | str:
-        """The derived inputs of a call, or why there are none."""
+    def values_for(self, call: DerivedCall, args: Sequence[Any]) -> Sequence[Any] | Declined:
+        """The derived inputs of a call, or why there are none; computed where its sources are not those of late."""
         sources = [args[place] for place in call.sources]
         # A tensor made in inference mode carries no version counter, so that it may change unseen.
         is_tracked = not any(isinstance(item, torch.Tensor) and item.is_inference() for item in sources)
@@ -74,16 +76,17 @@ class Kept:
                         return seen.result
         with torch.no_grad():
             results = call.run(*sources)
-        made: Sequence[Any] | str = results if call.read is None else call.read(results)
+        values: Sequence[Any] | Declined = results if call.read is None else call.read(results)
         if is_tracked:
             with self._lock:
                 fresh = [seen for seen in self._seen if not seen.is_over()]
                 self._seen.clear()
-                self._seen.extend([*fresh, _Seen(sources, made)])
-        return made
+                self._seen.extend([*fresh, _Seen(sources, values)])
+        return values
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """The tensors that are held."""
+        """The tensors that are kept."""
         with self._lock:
             for seen in self._seen:
-                yield from (item for item in seen.result if isinstance(item, torch.Tensor))
+                if not isinstance(seen.result, Declined):
+                    yield from (item for item in seen.result if isinstance(item, torch.Tensor))

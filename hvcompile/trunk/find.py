@@ -19,6 +19,7 @@ from torch import fx
 from hvcompile.graph.flops import FlopCounter
 from hvcompile.graph.nodes import is_scalar, is_tensor, op_name
 from hvcompile.graph.paths import module_path
+from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import numel_hint, shape_key, value
 
 # Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
@@ -185,8 +186,8 @@ def _has_repeats(run: _ListRun) -> bool:
     return len(set(programs)) < len(programs)
 
 
-def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
-    """The trunk's blocks in order of execution, or none and the reason.
+def find_trunk(graph: fx.Graph) -> list[Block] | Declined:
+    """The trunk's blocks in order of execution, or why there are none.
 
     Looks at the outermost index of each module path first, and deeper only where no list there has two blocks: the
     model may itself stand in a list.
@@ -206,8 +207,8 @@ def find_trunk(graph: fx.Graph) -> tuple[list[Block], str]:
             candidates = [chain for chain in candidates if any(map(_has_repeats, chain))]
         if candidates:
             best = max(candidates, key=lambda chain: sum(run.arithmetic(counter) for run in chain))
-            return [block for run in best for block in run.blocks], ""
-    return [], (
+            return [block for run in best for block in run.blocks]
+    return Declined(
         "no module list with two or more members is called in this graph"
         " (if Dynamo broke the model into several graphs, fullgraph=True keeps it whole or says where it breaks)"
     )

@@ -27,6 +27,7 @@ from hvcompile.graph.nodes import (
 )
 from hvcompile.graph.paths import module_path
 from hvcompile.graph.slices import count_from_start
+from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import TAG, provenance, value
 from hvcompile.torch_private.lowering import INVOKE_SUBGRAPH
@@ -36,7 +37,6 @@ from hvcompile.trunk.streams import find_streams
 from hvcompile.trunk.trunk import (
     BlockCall,
     Body,
-    NoTrunk,
     Trunk,
     as_operands,
     contiguous_like,
@@ -46,26 +46,26 @@ from hvcompile.trunk.trunk import (
 )
 
 
-def recover(captured: fx.GraphModule) -> Trunk | NoTrunk:
+def recover(captured: fx.GraphModule) -> Trunk | Declined:
     """Find the repeated blocks of a graph captured by Dynamo and outline them; the captured graph is not changed."""
     module = dynamo.clone_graph_module(captured)
     drop_grad_switches(module.graph)
     count_from_start(module.graph)
-    found, reason = find_trunk(module.graph)
-    if not found:
-        return NoTrunk(reason)
+    found = find_trunk(module.graph)
+    if isinstance(found, Declined):
+        return found
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
     sizes = symbolic_sizes(module.graph, before=found[0].nodes[0])
     _adopt_context_switches(module.graph, found)
     operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in found]
-    declined = _decline_graph(module.graph, found)
-    if declined:
-        return NoTrunk(declined)
+    declined = _check_graph(module.graph, found)
+    if declined is not None:
+        return declined
     within = contexts(module.graph)
     for block, reads in zip(found, operands, strict=True):
-        declined = _decline(block, reads, within)
-        if declined:
-            return NoTrunk(declined)
+        declined = _check_block(block, reads, within)
+        if declined is not None:
+            return declined
 
     families = families_of(found, operands, [_autocast_around(block, within) for block in found])
     bodies: dict[int, Body] = {}
@@ -113,47 +113,53 @@ def _autocast_around(block: Block, within: dict[fx.Node, tuple[fx.Node, ...]]) -
     return tuple(repr(region.args) for region in within[block.nodes[0]] if region not in block.nodes)
 
 
-def _decline_graph(graph: fx.Graph, found: Sequence[Block]) -> str:
-    """Why no block of a graph can be outlined; empty if some can."""
+def _check_graph(graph: fx.Graph, found: Sequence[Block]) -> Declined | None:
+    """Why no block of a graph can be outlined."""
     owned = {node for block in found for node in block.nodes}
     first, last = found[0].nodes[0], found[-1].nodes[-1]
     reached = False
     for node in graph.nodes:
         reached = reached or node is first
         if draws_random_numbers(node):
-            return f"{node.name} drops out activations: the model is in training mode, call .eval() on it"
+            return Declined(f"{node.name} drops out activations: the model is in training mode, call .eval() on it")
         if reached and node not in owned and mutated_operand(node) is not None:
-            return f"between the blocks stands {node.format_node()}, which writes into a tensor that they may read"
+            return Declined(
+                f"between the blocks stands {node.format_node()}, which writes into a tensor that they may read"
+            )
         if node is last:
             break
-    return ""
+    return None
 
 
-def _decline(block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tuple[fx.Node, ...]]) -> str:
-    """Why a block can't become a call of a subgraph; empty if it can."""
+def _check_block(
+    block: Block, operands: Sequence[fx.Node], within: dict[fx.Node, tuple[fx.Node, ...]]
+) -> Declined | None:
+    """Why a block can't become a call of a subgraph."""
     inside = set(block.nodes)
     regions = {tuple(region for region in within[node] if region not in inside) for node in block.nodes}
     if len(regions) > 1:
-        return f"{block.path} stands partly in an autocast region that it shares with work outside it"
+        return Declined(f"{block.path} stands partly in an autocast region that it shares with work outside it")
     outside = {storage(operand) for operand in operands if is_tensor(operand)}
     for node in block.nodes:
         mutated = mutated_operand(node)
         if mutated is not None and storage(mutated) in outside:
-            return f"{block.path} writes into a tensor from outside it ({node.format_node()})"
+            return Declined(f"{block.path} writes into a tensor from outside it ({node.format_node()})")
     unsupported = [operand for operand in operands if not is_tensor(operand) and not is_scalar(operand)]
     if unsupported:
-        return f"{block.path} reads {unsupported[0].format_node()}, which is neither a tensor nor a number"
+        return Declined(f"{block.path} reads {unsupported[0].format_node()}, which is neither a tensor nor a number")
     special = [operand for operand in operands if is_tensor(operand) and not isinstance(value(operand), fakes.FAKES)]
     if special:
         kind = type(value(special[0])).__name__
-        return f"{block.path} reads {special[0].name}, a {kind}: no subgraph takes tensors of such a kind"
+        return Declined(f"{block.path} reads {special[0].name}, a {kind}: no subgraph takes tensors of such a kind")
     feedback = set(inside)
     for node in _between(block):
         if any(operand in feedback for operand in node.all_input_nodes):
             feedback.add(node)
             if any(user in inside for user in node.users):
-                return f"{block.path} reads back its own result through work outside it ({node.format_node()})"
-    return ""
+                return Declined(
+                    f"{block.path} reads back its own result through work outside it ({node.format_node()})"
+                )
+    return None
 
 
 def _between(block: Block) -> Iterator[fx.Node]:

@@ -13,6 +13,7 @@ from torch import fx
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.format import Granularity
 from hvcompile.graph.nodes import is_tensor, is_weight, storage
+from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import STORED, TAG, provenance, value
 
@@ -99,7 +100,7 @@ class Derived:
     module: fx.GraphModule
     sources: tuple[fx.Node, ...]
     placeholders: tuple[fx.Node, ...]
-    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None
+    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,7 @@ class Trunk:
         made_by: str,
         module: fx.GraphModule,
         sources: Sequence[fx.Node],
-        read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | str] | None = None,
+        read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None = None,
     ) -> Derived:
         """Add inputs that ``module`` gives, a placeholder for each name, before weights and state; see ``Derived``."""
         derived = {node for item in self.derived for node in item.placeholders}
@@ -297,13 +298,6 @@ class Trunk:
         placeholder._dynamo_source = None  # AOTAutograd reads it of every placeholder
         placeholder.meta["example_value"] = fakes.fake_like(mode, tuple(shape), dtype, device)
         return placeholder
-
-
-@dataclasses.dataclass(frozen=True)
-class NoTrunk:
-    """Why a graph has no trunk."""
-
-    reason: str
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hvcompile.graph.attention_kernels import merge, scaled_dot_product_attention_with_lse
+from hvcompile.journal import Declined
 from hvcompile.ranks import collectives
 from hvcompile.ranks.split import Layout, Split, localise
 
@@ -209,14 +210,14 @@ class Ring:
         return out[0], out[1]
 
 
-def refusal(shapes: Mapping[str, tuple[int, int]], given: Mapping[str, Any]) -> str:
-    """Why keys can't travel for an attention; empty if they can."""
+def refusal(shapes: Mapping[str, tuple[int, int]], given: Mapping[str, Any]) -> Declined | None:
+    """Why keys can't travel for an attention."""
     if given.get("is_causal"):
-        return "it is causal, which a ring of parts does not keep: share out its heads alone (ulysses)"
+        return Declined("it is causal, which a ring of parts does not keep: share out its heads alone (ulysses)")
     if shapes["query"][0] != shapes["key"][0] or shapes["key"][0] != shapes["value"][0]:
-        return "query and key differ in their number of heads, which a ring does not take: use ulysses alone"
+        return Declined("query and key differ in their number of heads, which a ring does not take: use ulysses alone")
     if given.get("dropout_p"):
-        return "it drops out weights, which no two parts of it would alike"
+        return Declined("it drops out weights, which no two parts of it would alike")
     if any(isinstance(given.get(name), torch.fx.Node) for name in ("scale", "dropout_p", "is_causal")):
-        return "its scale depends on data"
-    return ""
+        return Declined("its scale depends on data")
+    return None

@@ -15,6 +15,7 @@ import torch
 
 from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import storage, writers
+from hvcompile.journal import Declined
 from hvcompile.ranks import collectives
 from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.fakes import value
@@ -22,14 +23,16 @@ from hvcompile.trunk.roles import classify
 from hvcompile.trunk.trunk import Group, SharedInputs, Trunk, restore_order
 
 
-def refusal(trunk: Trunk) -> str:
-    """Why the ranks can't be given one sample; empty where they can."""
+def refusal(trunk: Trunk) -> Declined | None:
+    """Why the ranks can't be given one sample."""
     written = writers(trunk.graph)
     for place in classify(trunk).changing:
         if (node := written.get(storage(place))) is not None:
             name = dynamo.source_name(place) or place.name
-            return f"{node.format_node()} writes into {name}, of which the ranks get copies of the first one's"
-    return ""
+            return Declined(
+                f"{node.format_node()} writes into {name}, of which the ranks get copies of the first one's"
+            )
+    return None
 
 
 def share(trunk: Trunk, group: Group, tag: str) -> None:
