@@ -11,15 +11,19 @@ PROMPT ?= a red circle moves to the left over a blue background
 setup: $(VENV)/.done
 
 # torch comes first and pinned: asked for by a range, pip would take the newest build with gigabytes of CUDA packages.
+# Twice --quiet: pip says what went wrong, and nothing else.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+
 $(VENV)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Setting up $(VENV): torch, diffusers and hvcompile; this takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
+	@$(PIP) install --constraint constraints.txt torch
+	@$(PIP) install --constraint constraints.txt --editable '.[cli,diffusers,dev]'
+	@touch $@
 
 video: setup
-	$(BIN)/hvcompile generate "$(PROMPT)" --output out.mp4
+	@$(BIN)/hvcompile generate "$(PROMPT)" --output out.mp4
 
 test: setup
 	$(BIN)/python -m pytest -n 2

@@ -62,15 +62,15 @@ def explain_script(request: Request) -> Explanation:
 
     """
     path = str(request.model)
-    found: list[Explanation] = []
-    met: list[str] = []
+    explanations: list[Explanation] = []
+    reasons: list[str] = []  # of graphs that hvfast would leave as they are
 
     def explain_it(graph: fx.GraphModule, inputs: Any, settings: Options) -> Any:
         explanation = explain_graph(graph, inputs, settings, DEVICES[request.gpu])
         if explanation.reason:
-            met.append(explanation.reason)
+            reasons.append(explanation.reason)
             return graph.forward
-        found.append(explanation)
+        explanations.append(explanation)
         raise _SeenError
 
     arguments, paths = sys.argv, sys.path
@@ -80,7 +80,7 @@ def explain_script(request: Request) -> Explanation:
         with backend.instead_of_compiling(explain_it):
             runpy.run_path(path, run_name="__main__")
     except _SeenError:
-        return found[0]
+        return explanations[0]
     except SystemExit:
         pass  # a script may end as it likes
     except Exception as error:  # whatever the script raises; the cause stays attached
@@ -90,17 +90,21 @@ def explain_script(request: Request) -> Explanation:
         ) from error
     finally:
         sys.argv, sys.path = arguments, paths
-    if met:
-        counts = collections.Counter(met)
-        reasons = "; ".join(
-            reason if number == 1 else f"{reason} ({number} graphs)" for reason, number in counts.items()
+    raise _nothing_to_explain(path, reasons)
+
+
+def _nothing_to_explain(path: str, reasons: list[str]) -> InputError:
+    """The error of a script that ended, from the reasons why graphs that it compiled would be left as they are."""
+    if not reasons:
+        return InputError(
+            f"script {path!r} ended and called no model compiled with hvfast: compile one with "
+            'backend="hvfast" and call it'
         )
-        raise InputError(
-            f"script {path!r} ended, and of the {len(met)} graphs that hvfast was given it would have rewritten none: "
-            f"{reasons}"
-        )
-    raise InputError(
-        f'script {path!r} ended and called no model compiled with hvfast: compile one with backend="hvfast" and call it'
+    counts = collections.Counter(reasons)
+    summary = "; ".join(reason if number == 1 else f"{reason} ({number} graphs)" for reason, number in counts.items())
+    return InputError(
+        f"script {path!r} ended, and of the {len(reasons)} graphs that hvfast was given it would have rewritten none: "
+        f"{summary}"
     )
 
 
@@ -124,5 +128,5 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
     args, kwargs = transformer_call(pipe, request.prompt or "a cat walks", arguments)
     explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
     facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
-    given = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]
-    return explanation, facts | ({"clip": ", ".join(given)} if given else {})
+    clip = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]
+    return explanation, facts | ({"clip": ", ".join(clip)} if clip else {})
