@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from hvcompile.torch_private import storages
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import STORED, shape_key, value
 
@@ -133,10 +133,10 @@ def storage(node: fx.Node) -> Hashable:
     """
     while op_name(node) == "dropout":  # hands its input back in evaluation mode, and its fake value does not
         node = node.all_input_nodes[0]
-    held = value(node)
-    if not isinstance(held, torch.Tensor) or held.layout is not torch.strided:
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
         return node
-    return StorageWeakRef(held.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
+    return storages.storage_id(tensor)
 
 
 def settle(graph: fx.Graph) -> None:
