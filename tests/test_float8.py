@@ -122,7 +122,7 @@ def test_of_torchaos_import_warnings_alone_are_lowered(caplog: pytest.LogCapture
     from torchao.quantization import Float8WeightOnlyConfig
 
     caplog.set_level(logging.DEBUG, "hvcompile")
-    pytree, theirs = kernels.PYTREE_LOG, logging.getLogger("torchao")
+    pytree, theirs = torchao.PYTREE_LOG, logging.getLogger("torchao")
     pytree.addHandler(caplog.handler)
     try:
         with torchao.quiet_import():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.torch_private import lowering
+from hvcompile.torch_private import dynamo, lowering
 
 _IN_PLACE: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.iadd,
@@ -64,9 +64,9 @@ class _Reader:
 
     def module(self, instance: torch.nn.Module) -> fx.GraphModule:
         if instance not in self._made:
-            for name, child in list(instance._modules.items()):
-                if type(child).__name__ in self._classes:
-                    setattr(instance, name, self.module(child))  # type: ignore[arg-type]
+            for name, child in list(instance.named_modules(remove_duplicate=False)):
+                if "." not in name and child is not instance and type(child).__name__ in self._classes:
+                    setattr(instance, name, self.module(child))
             forward = next(
                 item for item in self._classes[type(instance).__name__].body if isinstance(item, ast.FunctionDef)
             )
@@ -127,7 +127,7 @@ class _Reader:
         else:
             made = self._evaluate(value, names)  # an operator, an index or an attribute: the proxy makes the node
         if name and isinstance(made, fx.Proxy) and not isinstance(value, ast.Name):
-            made.node._rename(name)
+            dynamo.rename(made.node, name)
         return made
 
     def _evaluate(self, value: ast.expr, names: dict[str, Any]) -> Any:

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from hvcompile.torch_private import torchao
+
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_MAGNITUDE = 1e-30
@@ -35,16 +37,14 @@ def quantize(tensor: torch.Tensor, granularity: Granularity = "row") -> tuple[to
         Data ``[rows, K]`` in float8, and scales in float32, ``[rows, 1]`` or ``[]``: data times scale is the tensor.
 
     """
-    from torchao.quantization.quant_primitives import _choose_scale_float8, _quantize_affine_float8
-
     rows = tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
-    if _has_no_rows(rows):  # of nothing there is no largest
+    if has_no_rows(rows):  # of nothing there is no largest
         return rows.to(DTYPE), rows.new_ones([0, 1] if granularity == "row" else [])
     block = [1, rows.shape[1]] if granularity == "row" else list(rows.shape)
-    scale = _choose_scale_float8(rows, block, DTYPE, hp_value_lb=SMALLEST_MAGNITUDE)
+    scale = torchao.choose_scale(rows, block, DTYPE, SMALLEST_MAGNITUDE)
     if granularity == "tensor":
         scale = scale.reshape([])
-    return _quantize_affine_float8(rows, scale, DTYPE), scale
+    return torchao.quantize(rows, scale, DTYPE), scale
 
 
 def dequantize(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,11 +53,9 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
     That is a relative error of 2**-4 at most, except of values below 2**-15 of the largest that shares their scale,
     which lose more, down to 0.
     """
-    from torchao.quantization.quant_primitives import _dequantize_affine_float8
-
-    return _dequantize_affine_float8(data, scale, dtype)  # type: ignore[no-any-return]
+    return torchao.dequantize(data, scale, dtype)
 
 
-def _has_no_rows(rows: torch.Tensor) -> bool:
+def has_no_rows(rows: torch.Tensor) -> bool:
     """Whether there are none; asked of a plain number alone, as a symbolic one would be guarded on."""
     return isinstance(rows.shape[0], int) and rows.shape[0] == 0

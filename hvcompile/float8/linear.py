@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from hvcompile.float8.format import _has_no_rows
+from hvcompile.float8.format import has_no_rows
 from hvcompile.torch_private import kernels
 
 
@@ -33,7 +33,7 @@ def linear(
         ``[rows, N]``.
 
     """
-    if _has_no_rows(data):  # which the product refuses
+    if has_no_rows(data):  # which the product refuses
         return torch.empty((0, weight.shape[0]), dtype=dtype, device=data.device)
     if bias is not None:
         bias = bias.to(dtype)

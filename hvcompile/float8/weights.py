@@ -3,8 +3,11 @@
 A linear layer's parameter keeps its identity, so the module, LoRA adapters and Dynamo's guards still know it, but gives
 up its memory and becomes a ``QuantizedWeight``: shape, dtype and device can be asked for, anything that needs its
 values raises. The float8 copy hangs on the parameter, so it is shared by every graph compiled for the model and dies
-with it. What torch does with a tensor whose storage was merely resized to zero is to crash, in most operations: the
-storage itself is told to refuse its address, for the few calls that ask no Python code.
+with it.
+
+Most operations on a tensor whose storage was merely resized to zero end the process. ``__torch_function__`` refuses
+them; some calls, ``torch.tensor(weight)`` among them, don't ask it. For these the storage itself refuses its address,
+or, where torch was built without CUDA and a storage can't, every operator on the weight is refused as it is dispatched.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from hvcompile.errors import QuantizedWeightError
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.format import Granularity
-from hvcompile.torch_private import dynamo, kernels
+from hvcompile.torch_private import dynamo, storages
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class QuantizedWeight(torch.nn.Parameter):
         start: its first row there.
         hollow: its storage, which keeps its class as long as it is held here.
         original: a copy of what it was, on the CPU; None where that was let go.
+        own: what torch knew of the parameter, without elements; None where the storage itself refuses to be read.
 
     """
 
@@ -91,6 +95,7 @@ class QuantizedWeight(torch.nn.Parameter):
     start: int
     original: torch.Tensor | None
     hollow: torch.UntypedStorage
+    own: torch.nn.Parameter | None
 
     @classmethod
     def __torch_function__(
@@ -112,12 +117,8 @@ class QuantizedWeight(torch.nn.Parameter):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if name == "__set__" and args[0] is args[1]:  # as Module.to does with what has not moved
             return None
-        weight = next((item for item in _flat((args, kwargs or {})) if isinstance(item, QuantizedWeight)), None)
         what = getattr(getattr(func, "__self__", None), "__name__", name) if name in {"__get__", "__set__"} else name
-        raise QuantizedWeightError(
-            f"{weight.path if weight is not None else 'a weight'} has been kept in float8 alone since hvfast compiled "
-            f"its model, and {what!r} asks for its values: {_CURE}"
-        )
+        raise _refusal(what, (args, kwargs or {}))
 
     def as_subclass(self, cls: Any) -> Any:
         """Refuse: torch does not ask ``__torch_function__``, and a plain tensor without memory crashes."""
@@ -153,6 +154,19 @@ _ELSEWHERE = (
 )
 
 
+def _refusal(what: str, operands: Any) -> QuantizedWeightError:
+    weight = next((item for item in _flat(operands) if isinstance(item, QuantizedWeight)), None)
+    return QuantizedWeightError(
+        f"{weight.path if weight is not None else 'a weight'} has been kept in float8 alone since hvfast compiled "
+        f"its model, and {what!r} asks for its values: {_CURE}"
+    )
+
+
+def _refuse(func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    """Refuse an operator that was not asked by way of ``__torch_function__``."""
+    raise _refusal(str(func), (args, kwargs or {}))
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_captured_by_hvfast() -> bool:
     """Asked while Dynamo captures; the answer is a constant of the capture and leaves no trace in the graph."""
@@ -165,7 +179,7 @@ def _is_no_move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     if kwargs.pop("copy", False):
         return False
     try:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, memory_format = storages.target_of_to(*args, **kwargs)
     except (TypeError, RuntimeError):
         return False
     if device is not None and device.type == "cuda" and device.index is None:
@@ -186,14 +200,14 @@ _MOVES: dict[str, Callable[..., tuple[Any, ...]]] = {
 """Methods that ask for a place or a dtype, as the arguments of ``to`` that ask for the same."""
 
 
-def _flat(held: Any) -> Iterator[Any]:
-    if isinstance(held, (tuple, list)):
-        for item in held:
+def _flat(args: Any) -> Iterator[Any]:
+    if isinstance(args, (tuple, list)):
+        for item in args:
             yield from _flat(item)
-    elif isinstance(held, dict):
-        yield from _flat(list(held.values()))
+    elif isinstance(args, dict):
+        yield from _flat(list(args.values()))
     else:
-        yield held
+        yield args
 
 
 def join(
@@ -259,11 +273,12 @@ def _free(weight: torch.Tensor, path: str, *, keep_original: bool) -> None:
     hollow.untyped_storage().resize_(0)
     weight.data = hollow
     # For what reaches it past __torch_function__: torch.tensor(weight), torch.Tensor(weight), compiled code.
-    kernels.forbid_address(weight, f"{path} is kept in float8 alone and has no values: {_CURE}")
+    is_refusing = storages.forbid_address(weight, f"{path} is kept in float8 alone and has no values: {_CURE}")
+    own = None if is_refusing else storages.refuse_operators(weight, _refuse)
     storage = weight.untyped_storage()
     storage.__class__ = _Hollow
     weight.__class__ = QuantizedWeight
-    weight.path, weight.original, weight.hollow = path, original, storage  # type: ignore[attr-defined]
+    weight.path, weight.original, weight.hollow, weight.own = path, original, storage, own  # type: ignore[attr-defined]
 
 
 class Restored(NamedTuple):
@@ -284,16 +299,20 @@ def restore_weights(module: torch.nn.Module) -> Restored:
     exact = 0
     for weight in weights:
         if weight.original is not None:
-            held = weight.original.to(weight.device)
+            values = weight.original.to(weight.device)
             exact += 1
         else:
-            held = float8_format.dequantize(*weight.rows, weight.dtype)
+            values = float8_format.dequantize(*weight.rows, weight.dtype)
         plain = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
-        plain.copy_(held)
-        for name in ("path", "joined", "start", "original", "hollow"):
+        plain.copy_(values)
+        own = weight.own
+        for name in ("path", "joined", "start", "original", "hollow", "own"):
             delattr(weight, name)
         weight.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-        weight.data = plain
+        if own is None:
+            weight.data = plain
+        else:
+            storages.allow_operators(weight, own, plain)
     if exact < len(weights):
         log.warning(
             "hvcompile.restore: %d of %d weights came back from float8, so they are not exactly what they were "

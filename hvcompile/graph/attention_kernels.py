@@ -154,27 +154,11 @@ def pinned(kernel: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
 
     ``attn_mask`` is additive, in the query's dtype, or None; only "math", and "flash" on cpu, are given one.
     """
-    aten = torch.ops.aten
 
     def attend(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
-        given = (query, key, value)
         if kernel == "math" and attn_mask is None and not is_causal and scale is not None:
-            return written_out(*given, dtype=dtype, scale=scale)
-        if kernel == "math":
-            return aten._scaled_dot_product_attention_math.default(
-                *given, attn_mask, 0.0, is_causal, None, scale=scale
-            )[0]
-        if device == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu.default(
-                *given, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if kernel == "flash":
-            return aten._scaled_dot_product_flash_attention.default(*given, 0.0, is_causal, False, scale=scale)[0]
-        if kernel == "cudnn":
-            return aten._scaled_dot_product_cudnn_attention.default(
-                *given, None, False, 0.0, is_causal, False, scale=scale
-            )[0]
-        return aten._scaled_dot_product_efficient_attention.default(*given, None, False, 0.0, is_causal, scale=scale)[0]
+            return written_out(query, key, value, dtype=dtype, scale=scale)
+        return kernels.attention_by(kernel, device, (query, key, value), attn_mask, is_causal, scale)
 
     return attend
 

@@ -17,6 +17,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import hvcompile.float8.attention  # noqa: F401 - registers its operator
+from hvcompile.torch_private import kernels
 from hvcompile.torch_private.fakes import FAKES, numel_hint, size_hint, value
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ UNKNOWN_TO_TORCH: Mapping[Any, Any] = {
     _aten.vdot: _of_vector,
     _aten.addmv: _of_added_vector,
     _aten.addbmm: _of_added_batch,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    kernels.FLASH_ATTENTION_FOR_CPU: _of_attention,
     torch.ops.hvcompile.float8_attention: _of_attention,
 }
 """Products that torch's counter does not count, with formulas that take the operands' shapes."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from hvcompile.torch_private import storages
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import STORED, shape_key, value
 
@@ -136,7 +136,7 @@ def storage(node: fx.Node) -> Hashable:
     tensor = value(node)
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
         return node
-    return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
+    return storages.storage_id(tensor)
 
 
 def settle(graph: fx.Graph) -> None:

@@ -1,4 +1,13 @@
-"""Process groups by name, their stores, and functional collectives that are not waited for at once."""
+"""The door to private ``torch.distributed``: groups by name, their stores, collectives that are not waited for at once.
+
+All names were checked on torch 2.11.0 and 2.13.0.
+
+- ``distributed_c10d._resolve_process_group`` and ``_get_process_group_store``: from a group's name to the group, and to
+  the store through which its ranks met. Functional collectives do the first themselves; nothing public does either.
+- ``torch.ops._c10d_functional.all_to_all_single``, ``broadcast`` and ``wait_tensor``: what functional collectives trace
+  into. The functions around them wait at once while a graph is traced, so that nothing could be computed in the
+  meantime.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +20,14 @@ import torch.distributed as dist
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group of this process that goes by a name."""
+    # Private: nothing public goes from a name to a group (2.11.0, 2.13.0).
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     return resolve(name)  # type: ignore[no-any-return]
 
 
 def store_of(group: dist.ProcessGroup) -> Any:
     """The key-value store through which a group's ranks met."""
+    # Private: nothing public gives a group's own store (2.11.0, 2.13.0).
     return dist.distributed_c10d._get_process_group_store(group)
 
 
@@ -30,6 +41,7 @@ def all_to_all(tensor: torch.Tensor, taken: Sequence[int], given: Sequence[int],
         group: name of the process group.
 
     """
+    # Private: the public functional collective waits at once while a graph is traced (2.11.0, 2.13.0).
     return torch.ops._c10d_functional.all_to_all_single(tensor, list(taken), list(given), group)  # type: ignore[no-any-return]
 
 
@@ -41,9 +53,11 @@ def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
         group: name of the process group.
 
     """
+    # Private: as in ``all_to_all``.
     return torch.ops._c10d_functional.broadcast(tensor, 0, group)  # type: ignore[no-any-return]
 
 
 def wait(moving: torch.Tensor) -> torch.Tensor:
     """What ``all_to_all`` or ``broadcast`` gave, once it is there."""
+    # Private: the other half of those two.
     return torch.ops._c10d_functional.wait_tensor(moving)  # type: ignore[no-any-return]

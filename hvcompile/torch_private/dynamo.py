@@ -1,4 +1,23 @@
-"""Dynamo: what it recorded of a graph, which frame it compiles and for whom, and copies of its graphs."""
+"""The door to private Dynamo and FX: what a graph records, which frame is compiled and for whom, copies of graphs.
+
+All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is said beside the name.
+
+- ``torch._dynamo.exc.TorchDynamoException``: what Dynamo raises where it can't keep a call in one graph.
+- ``torch._guards.CompileContext``: the only place that says whether Dynamo captures a frame anew or again.
+- ``torch._subclasses.fake_tensor.FakeTensorMode`` and ``torch.fx.experimental.symbolic_shapes.ShapeEnv``: to make fake
+  inputs for a graph that is specialised to their sizes.
+- ``Node._dynamo_source`` and ``GraphModule._param_name_to_source``: AOTAutograd reads both to tell parameters from
+  inputs and to deduplicate them; a copy of the graph that lacks them fails in ``process_inputs``.
+- ``Node._rename``: the only way to name a node that is there; assigning ``Node.name`` leaves the graph's names as
+  they were.
+- ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
+- ``torch._dynamo.convert_frame.register_bytecode_hook``: the only way to the code that Dynamo generated for a frame.
+- ``torch._logging._internal.trace_structured`` and its ``trace_log``: artifacts for tlparse.
+- ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
+  the graph.
+- ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
+  backend.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +42,7 @@ UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
 def carry_over(old: fx.GraphModule, new: fx.GraphModule) -> fx.GraphModule:
     """Copy onto ``new`` what the stages below Dynamo read from ``old``; returns ``new``."""
     new.meta = dict(old.meta)
-    for name in ("_param_name_to_source",):
+    for name in ("_param_name_to_source",):  # private: AOTAutograd looks parameters up in it (2.11.0, 2.13.0)
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     return new
@@ -32,9 +51,19 @@ def carry_over(old: fx.GraphModule, new: fx.GraphModule) -> fx.GraphModule:
 def copy_placeholder(graph: fx.Graph, old: fx.Node) -> fx.Node:
     """Copy a placeholder of Dynamo's graph with the source that AOTAutograd looks for."""
     new: Any = graph.node_copy(old)
-    if hasattr(old, "_dynamo_source"):
+    if hasattr(old, "_dynamo_source"):  # private: AOTAutograd deduplicates inputs by it (2.11.0, 2.13.0)
         new._dynamo_source = old._dynamo_source
     return new  # type: ignore[no-any-return]
+
+
+def mark_as_added(placeholder: Any) -> None:
+    """Say of a placeholder that Dynamo has no source for it: a pass added it."""
+    placeholder._dynamo_source = None  # private: AOTAutograd reads it of every placeholder (2.11.0, 2.13.0)
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node that is in a graph another name, or, where that is another's, one like it."""
+    node._rename(name)  # private: nothing public keeps the graph's names in step (2.11.0, 2.13.0)
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -54,6 +83,7 @@ def autocast_of(region: fx.Node) -> torch.autocast:
 
 def compile_id() -> tuple[int, int]:
     """The frame that Dynamo is compiling, and how many times it was compiled before."""
+    # Private: nothing public says which frame Dynamo is at, and how often it was there (2.11.0, 2.13.0).
     current = CompileContext.current_compile_id()
     if current is None:
         return (-1, 0)
@@ -62,18 +92,20 @@ def compile_id() -> tuple[int, int]:
 
 def num_captured() -> int:
     """How many graphs Dynamo has captured in this process so far, by whatever backend they were compiled."""
+    # Private: the public torch.compiler counts nothing (2.11.0, 2.13.0).
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
-# What waits for the frame that Dynamo is compiling, by compile id. Dynamo runs through its hooks while one runs, so
-# that none may take itself out: one stays and hands out.
+# What waits for the frame that Dynamo is compiling, by compile id. Dynamo iterates its hook list, so a hook cannot
+# remove itself; we install one and dispatch.
 _AWAITING: dict[tuple[int, int], Callable[[CodeType, CodeType], None]] = {}
 
 
 @functools.cache
 def _watch_bytecode() -> None:
+    # Private: the only way to the code that Dynamo generated (2.11.0, 2.13.0).
     from torch._dynamo.convert_frame import register_bytecode_hook
 
     def hand_out(code: CodeType, new_code: CodeType) -> None:
@@ -94,6 +126,7 @@ def on_bytecode(tell: Callable[[CodeType, CodeType], None]) -> None:
 def is_tracing() -> bool:
     """Whether torch writes a structured trace (``TORCH_TRACE``)."""
     try:
+        # Private: no public name says whether there is a trace (2.11.0, 2.13.0); where it is gone, there is none.
         from torch._logging._internal import trace_log
     except ImportError:
         return False
@@ -111,6 +144,7 @@ def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None
 
     """
     if is_tracing():
+        # Private: nothing public adds an artifact (2.11.0, 2.13.0).
         from torch._logging._internal import trace_structured
 
         trace_structured("artifact", lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
@@ -152,6 +186,7 @@ def specialise(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
     sizes = [size for node in placeholders for size in (getattr(value(node), "shape", None) or [value(node)])]
     if not any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes):
         return module, [value(node) for node in placeholders]
+    # Private: a fake mode with symbols of its own, as Dynamo makes one (2.11.0, 2.13.0).
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(item, static_shapes=True) if isinstance(item, torch.Tensor) else item for item in inputs]
     with mode, torch.no_grad():
@@ -173,6 +208,7 @@ def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:
 
     A hook would do so too, but Dynamo traces hooks, and the graph would be another one.
     """
+    # Private: what ``Module.compile`` sets and a call runs; nothing public comes between (2.11.0, 2.13.0).
     compiled: Any = module._compiled_call_impl
 
     def keep(*args: Any, **kwargs: Any) -> Any:
@@ -185,6 +221,8 @@ def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:
 
 def tracing_backend() -> Callable[..., Any] | None:
     """The backend that Dynamo is capturing a graph for, in this thread; None where it captures none."""
+    # Private: nothing public tells traced code who compiles it. ``compiler_fn`` and what wraps a backend are attributes
+    # of Dynamo's own objects (2.11.0, 2.13.0).
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:

@@ -1,4 +1,20 @@
-"""Fake tensors and symbolic sizes: reading what Dynamo recorded without installing a guard."""
+"""The door to private fake tensors and symbolic sizes: reading what Dynamo recorded without installing a guard.
+
+All names were checked on torch 2.11.0 and 2.13.0.
+
+- ``torch._subclasses.fake_tensor.FakeTensor`` and ``FakeTensorMode``: to find the fake mode of the captured graph, and
+  to make another fake tensor in it.
+- ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: what an operator that needs to know a
+  data-dependent size raises while it is traced. In 2.11 and 2.12 attention by torch's math kernel is one.
+- ``SymInt.node`` (its ``hint``, ``expr`` and ``shape_env``) and ``ShapeEnv.bound_sympy``: reading a symbolic size
+  without installing a guard on it. ``int(size)`` and ``size == other`` install one.
+- ``ShapeEnv.create_unbacked_symint`` and ``ignore_fresh_unbacked_symbols``: a size that no code may be specialised to,
+  and on which no guard can be put that Dynamo, which knows nothing of the input, would have to check.
+- ``torch._check``: bounds for such a size.
+
+``TAG``, ``STORED``, ``value`` and ``provenance`` are not private torch: they name what the project itself, and Dynamo
+by its ``example_value``, keep in ``node.meta``. They stand here because all the rest reads fake values.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 TAG = "hvcompile"  # node.meta key: the name of the pass that made the node
 STORED = "hvcompile_stored"  # node.meta key: a placeholder for a weight that the runtime keeps
 FAKES: tuple[type, ...] = (FakeTensor,)
+"""What a tensor that Dynamo made to trace with is an instance of."""
 
 
 def value(node: fx.Node) -> Any:
@@ -38,8 +55,9 @@ def size_hint(size: int | torch.SymInt) -> int:
     Of one that depends on data, the most that it can be, or 1 where nothing bounds it.
     """
     if isinstance(size, torch.SymInt):
-        hint = size.node.hint
+        hint = size.node.hint  # private: int(size) would install a guard (2.11.0, 2.13.0)
         if hint is None:
+            # Private: what the graph's shape environment knows of it (2.11.0, 2.13.0).
             most = size.node.shape_env.bound_sympy(size.node.expr).upper
             return int(most) if most.is_Integer and most < sys.maxsize else 1
         return int(hint)
@@ -48,12 +66,13 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 def number_hint(number: Any) -> float | None:
     """A symbolic number's value in the run that was captured; None where it depends on data."""
-    hint = number.node.hint
+    hint = number.node.hint  # private: as in ``size_hint``
     return None if hint is None else float(hint)
 
 
 def is_data_dependent(tensor: torch.Tensor) -> bool:
     """Whether a size of a fake tensor is known only when the graph runs."""
+    # Private: as in ``size_hint``.
     return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in tensor.shape)
 
 
@@ -85,6 +104,7 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The fake mode in which Dynamo captured this graph."""
     for node in graph.nodes:
         if isinstance(value(node), FakeTensor):
+            # Private: a tensor of another mode can't meet the graph's own (2.11.0, 2.13.0).
             return value(node).fake_mode  # type: ignore[no-any-return]
     return None
 
@@ -104,10 +124,12 @@ def fake_like(
 
 def unbacked_size(mode: FakeTensorMode, least: int, most: int | torch.SymInt) -> torch.SymInt:
     """A new size from ``least`` to ``most`` that is known only when the graph runs."""
+    # Private: the public torch.library hands such sizes to fake kernels of operators alone (2.11.0, 2.13.0).
     env: Any = mode.shape_env
     with env.ignore_fresh_unbacked_symbols():  # it is an input: no operation of the graph makes it
         size: torch.SymInt = env.create_unbacked_symint()
     for bound in (size >= least, size <= most):
+        # Private by name, and the way torch's own documentation bounds such a size (2.11.0, 2.13.0).
         torch._check(bound)  # type: ignore[no-untyped-call]
     return size
 
@@ -118,27 +140,29 @@ def is_traceable(operation: Callable[..., Any], *fakes: Any, **kwargs: Any) -> b
     try:
         with mode, torch.no_grad():
             operation(*fakes, **kwargs)
-    except GuardOnDataDependentSymNode:
+    except GuardOnDataDependentSymNode:  # private: its public bases are raised for other reasons (2.11.0, 2.13.0)
         return False
     return True
 
 
 def symbol_of(node: fx.Node) -> Any:
     """The symbol that a node's value is, backed or not; None where it is no number or an expression of symbols."""
-    held = value(node)
-    return held.node.expr if isinstance(held, torch.SymInt) and held.node.expr.is_symbol else None
+    size = value(node)
+    # Private: a size's sympy expression, by which it is known again without a guard (2.11.0, 2.13.0).
+    return size.node.expr if isinstance(size, torch.SymInt) and size.node.expr.is_symbol else None
 
 
 def expression_of(number: Any) -> Any:
     """A number as a sympy expression; None where it is not an integer."""
     if isinstance(number, torch.SymInt):
-        return number.node.expr
+        return number.node.expr  # private: as in ``symbol_of``
     return sympy.Integer(number) if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def symbols_of(graph: fx.Graph) -> dict[int, Any]:
     """Map the position of each symbolic-size placeholder to its symbol."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    # Private: as in ``symbol_of``.
     return {
         index: value(node).node.expr for index, node in enumerate(placeholders) if isinstance(value(node), torch.SymInt)
     }
@@ -147,7 +171,7 @@ def symbols_of(graph: fx.Graph) -> dict[int, Any]:
 def evaluate_size(size: int | torch.SymInt, symbols: Mapping[Any, int]) -> int:
     """The concrete value of a symbolic size, given the value of each symbol."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.expr.subs(dict(symbols)))
+        return int(size.node.expr.subs(dict(symbols)))  # private: as in ``symbol_of``
     return int(size)
 
 
@@ -162,7 +186,7 @@ def fix_size(size: int | torch.SymInt, graph: fx.Graph) -> int:
         return int(size)
     if size.node.hint is None:
         raise ValueError(f"a length, {size}, depends on data")
-    symbols = size.node.expr.free_symbols
+    symbols = size.node.expr.free_symbols  # private: as in ``symbol_of``
     for node in graph.find_nodes(op="placeholder"):
         if symbol_of(node) in symbols:
             int(value(node))

@@ -1,16 +1,24 @@
-"""Operators that torch keeps to itself: scaled products, attention with its log-sum-exp, storages without memory."""
+"""The door to operators that torch keeps to itself: scaled products, and each kernel of attention by its own name.
+
+All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is said beside the name.
+
+- ``torch.ops.aten._scaled_dot_product_*_attention``: what ``scaled_dot_product_attention`` chooses from. Called by name
+  each computes what the graph says, whatever lowers it, and gives the log-sum-exp by which parts of an attention are
+  merged; ``scaled_dot_product_attention`` keeps that to itself. Schemas are the same in both versions.
+- ``torch._scaled_mm``: the public ``torch.nn.functional.scaled_mm`` has no CPU kernel in 2.11, and no Inductor lowering
+  before 2.13. On CPUs 2.11 and 2.12 take one scale a tensor only.
+- ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: see ``fakes``.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
 from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-PYTREE_LOG = logging.getLogger("torch.utils._pytree")
+# Private: the operator that a CPU's flash attention is in a graph of ATen (2.11.0, 2.13.0).
+FLASH_ATTENTION_FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -20,7 +28,7 @@ def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args:
     """
     try:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    except GuardOnDataDependentSymNode:
+    except GuardOnDataDependentSymNode:  # private: see ``fakes``
         if query.device.type != "meta":
             raise
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -49,25 +57,66 @@ def attention_with_lse(
         fp32 (fp64 for fp64). What they are for a query that a bias keeps from all keys, kernels don't agree on.
 
     """
-    aten, given = torch.ops.aten, (query, key, value)
+    # Private, all four: nothing public gives the log-sum-exp (2.11.0, 2.13.0).
+    aten, operands = torch.ops.aten, (query, key, value)
     if query.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-            *given, 0.0, False, attn_mask=bias, scale=scale
-        )
+        out, lse = FLASH_ATTENTION_FOR_CPU.default(*operands, 0.0, False, attn_mask=bias, scale=scale)
     elif kernel == "flash":
-        out, lse = aten._scaled_dot_product_flash_attention.default(*given, 0.0, False, False, scale=scale)[:2]
+        out, lse = aten._scaled_dot_product_flash_attention.default(*operands, 0.0, False, False, scale=scale)[:2]
     elif kernel == "cudnn":
-        found = aten._scaled_dot_product_cudnn_attention.default(*given, None, True, 0.0, False, False, scale=scale)
-        out, lse = found[:2]
+        results = aten._scaled_dot_product_cudnn_attention.default(
+            *operands, None, True, 0.0, False, False, scale=scale
+        )
+        out, lse = results[:2]
     else:
         if bias is not None:
             # The kernel reads rows of the bias that begin at multiples of 16 bytes.
             length = key.shape[2]
             bias = torch.nn.functional.pad(bias, (0, -length % 16))[..., :length]
             bias = bias.expand(*query.shape[:3], length)
-        out, lse = aten._scaled_dot_product_efficient_attention.default(*given, bias, True, 0.0, False, scale=scale)[:2]
+        results = aten._scaled_dot_product_efficient_attention.default(*operands, bias, True, 0.0, False, scale=scale)
+        out, lse = results[:2]
         lse = lse[..., : query.shape[2]]  # the kernel pads it to a multiple of 32
     return out, lse.squeeze(-1) if lse.ndim == 4 else lse
+
+
+def attention_by(
+    kernel: str,
+    device: str,
+    operands: tuple[Any, Any, Any],
+    attn_mask: Any,
+    is_causal: bool,
+    scale: float | None,
+) -> Any:
+    """Attention by one of torch's kernels; graph code.
+
+    Args:
+        kernel: "math", "flash", "cudnn" or "efficient"; on a CPU "math" or "flash".
+        device: "cpu", "cuda" or "meta".
+        operands: query ``[B, H, Q, E]``, key and value ``[B, H, K, E]``.
+        attn_mask: additive, in the query's dtype, or None; only "math", and "flash" on a CPU, take one.
+        is_causal: whether a query sees the keys up to its own place alone.
+        scale: of the scores; None for ``E ** -0.5``.
+
+    Returns:
+        ``[B, H, Q, E]``.
+
+    """
+    # Private, all five: the public sdpa_kernel sets flags of the whole process (2.11.0, 2.13.0).
+    aten = torch.ops.aten
+    if kernel == "math":
+        return aten._scaled_dot_product_attention_math.default(*operands, attn_mask, 0.0, is_causal, None, scale=scale)[
+            0
+        ]
+    if device == "cpu":
+        return FLASH_ATTENTION_FOR_CPU.default(*operands, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention.default(*operands, 0.0, is_causal, False, scale=scale)[0]
+    if kernel == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention.default(
+            *operands, None, False, 0.0, is_causal, False, scale=scale
+        )[0]
+    return aten._scaled_dot_product_efficient_attention.default(*operands, None, False, 0.0, is_causal, scale=scale)[0]
 
 
 def has_row_scales(device: torch.device) -> bool:
@@ -85,44 +134,5 @@ def scaled_mm(
 ) -> torch.Tensor:
     """``(first * first_scale) @ (second * second_scale) + bias`` of float8 matrices; ``second`` is column-major."""
     # On Hopper the fast accumulation sums in 14 bits between additions to float32, as torchao and vLLM have it.
+    # Private: the public function runs on fewer devices and versions, see above (2.11.0, 2.13.0).
     return torch._scaled_mm(first, second, first_scale, second_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
-
-
-def forbid_address(tensor: torch.Tensor, message: str) -> None:
-    """Make whoever asks for a tensor's address, to read or to write, get an error; also through its aliases and views.
-
-    Args:
-        tensor: its storage is its own; what the storage holds is lost to all.
-        message: of the error; torch's own says so too, without the reason, where it was built without CUDA.
-
-    """
-    torch._C._set_throw_on_mutable_data_ptr(tensor)
-    address = tensor.untyped_storage()._cdata
-    set_message = getattr(torch._C, "_set_storage_data_ptr_access_error_msg", None)
-    if set_message is not None:
-        set_message(address, message)
-    elif (offset := _offset_of_read_flag()) is not None:
-        ctypes.memset(address + offset, 1, 1)
-
-
-@functools.cache
-def _offset_of_read_flag() -> int | None:
-    """Where in a storage lies the flag that forbids to read its address; None where it does not lie as in 2.11 to 2.13.
-
-    Found by what another flag, the one before it, changes in a storage made for this, and tried out on that.
-    """
-    length = 80  # bytes; the least that a storage takes in these versions is more
-    tensor = torch.zeros(1)
-    address = tensor.untyped_storage()._cdata
-    before = ctypes.string_at(address, length)
-    torch._C._set_throw_on_mutable_data_ptr(tensor)
-    after = ctypes.string_at(address, length)
-    changed = [place for place in range(length) if before[place] != after[place]]
-    if len(changed) != 2 or changed[1] != changed[0] + 1 or changed[1] + 1 >= length or after[changed[1] + 1]:
-        return None
-    ctypes.memset(address + changed[1] + 1, 1, 1)
-    try:
-        tensor.clone()
-    except RuntimeError:
-        return changed[1] + 1
-    return None

@@ -1,4 +1,22 @@
-"""Lowering: a rewritten graph handed to Inductor, to AOTAutograd, or run as it is."""
+"""The door to private Inductor and AOTAutograd: a rewritten graph lowered by one of them, or run as it is.
+
+All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is said here.
+
+- ``torch._inductor.compile_fx.compile_fx``: what ``backend="inductor"`` itself calls; there is no public entry that
+  takes a Dynamo graph with extra placeholders. Before 2.13 it asks of operands of 4 or 5 dimensions of a ``cat``
+  whether they are channels-last, also where a size depends on data.
+- ``torch._inductor.exc.InductorError``: what it raises, and
+  ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: the cause that its text names in such a case.
+- ``torch._inductor.decomposition.select_decomp_table`` and
+  ``torch._higher_order_ops.invoke_subgraph.NestedCompileRegionOptions``: an ``invoke_subgraph`` inside a ``cond``
+  branch is retraced without Inductor's decompositions and then fails with "both a fallback and a decomp for same op";
+  handing the table to the body cures it.
+- ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
+- ``functorch.compile.aot_module_simplified``: re-exports ``torch._functorch.aot_autograd.aot_module_simplified``, and
+  is imported from there.
+- ``torch.ops.higher_order.cond`` and ``invoke_subgraph``: the operators that the public ``torch.cond`` and
+  ``torch.compiler.nested_compile_region`` trace into, and so the targets of their nodes.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +56,7 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         LoweringError: Inductor asks for a size that depends on data.
 
     """
+    # Private: without them an outlined body inside a branch fails to lower (2.11.0, 2.13.0).
     table = select_decomp_table()
     for body in _outlined_bodies(module):
         body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
@@ -45,6 +64,7 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
     is_ahead = any(isinstance(given, torch.Tensor) and given.device.type != "cpu" for given in inputs)
     try:
+        # Private: no public entry takes a Dynamo graph with added placeholders (2.11.0, 2.13.0).
         compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
     except InductorError as error:
         _, found, asked = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
@@ -60,6 +80,7 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
 
 def to_aot(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     """Trace with AOTAutograd (functionalised ATen) and run the traced graph eagerly."""
+    # A module that torch re-exports its private one by (2.11.0, 2.13.0).
     from functorch.compile import aot_module_simplified, nop
 
     return aot_module_simplified(module, list(inputs), fw_compiler=nop)  # type: ignore[no-any-return]
@@ -81,6 +102,7 @@ LOWERINGS: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
 @contextlib.contextmanager
 def output_code(tell: Callable[[str], object]) -> Iterator[None]:
     """Have ``tell`` called with the code that Inductor generates, or finds in its cache, in this thread."""
+    # Private: the public TORCH_COMPILE_DEBUG writes the code to files, and none where a cache has it (2.11.0, 2.13.0).
     from torch._inductor.graph import GraphLowering
 
     before, thread = getattr(GraphLowering, "save_output_code", None), threading.get_ident()

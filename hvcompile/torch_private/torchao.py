@@ -1,4 +1,12 @@
-"""torchao: whether it can be imported, quietly."""
+"""The door to private torchao: its float8 primitives, and its import, quietly.
+
+All names were checked on torchao 0.18.0 with torch 2.11.0 and 2.13.0.
+
+- ``_choose_scale_float8``, ``_quantize_affine_float8`` and ``_dequantize_affine_float8``: torchao's public float8
+  tensor refuses CPUs; the primitives that it is made of run and compile on them.
+- the logger ``torch.utils._pytree``: from torch 2.12 or 2.13 on it warns of types that torchao registers as it is
+  imported.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +14,12 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from hvcompile.torch_private import kernels
+import torch
 
 log = logging.getLogger(__name__)
+
+# Private: a module's logger has its name (2.11.0, 2.13.0).
+PYTREE_LOG = logging.getLogger("torch.utils._pytree")
 
 
 def is_available() -> bool:
@@ -19,6 +30,41 @@ def is_available() -> bool:
     except ImportError:
         return False
     return True
+
+
+def choose_scale(rows: torch.Tensor, block: list[int], dtype: torch.dtype, least: float) -> torch.Tensor:
+    """The scale of each block of a matrix: its largest magnitude over the largest value of a float8 dtype.
+
+    Args:
+        rows: float32 ``[rows, K]``.
+        block: rows and columns that share a scale; they divide those of ``rows``.
+        dtype: a float8 one.
+        least: what a block's largest magnitude counts as where it is smaller.
+
+    Returns:
+        float32, as many rows and columns as there are blocks.
+
+    """
+    # Private: torchao's public float8 tensor refuses CPUs (torchao 0.18.0).
+    from torchao.quantization.quant_primitives import _choose_scale_float8
+
+    return _choose_scale_float8(rows, block, dtype, hp_value_lb=least)  # type: ignore[no-any-return]
+
+
+def quantize(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float32 matrix over its scale, rounded to a float8 dtype."""
+    # Private: as in ``choose_scale``.
+    from torchao.quantization.quant_primitives import _quantize_affine_float8
+
+    return _quantize_affine_float8(rows, scale, dtype)  # type: ignore[no-any-return]
+
+
+def dequantize(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Data times scale, in ``dtype``."""
+    # Private: as in ``choose_scale``.
+    from torchao.quantization.quant_primitives import _dequantize_affine_float8
+
+    return _dequantize_affine_float8(data, scale, dtype)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -32,11 +78,11 @@ def quiet_import() -> Iterator[None]:
     lowered = _Lowered()
     torchao.addHandler(lowered)
     torchao.propagate = False
-    kernels.PYTREE_LOG.addFilter(_is_not_about_torchao)
+    PYTREE_LOG.addFilter(_is_not_about_torchao)
     try:
         yield
     finally:
-        kernels.PYTREE_LOG.removeFilter(_is_not_about_torchao)
+        PYTREE_LOG.removeFilter(_is_not_about_torchao)
         torchao.propagate = propagates
         torchao.removeHandler(lowered)
 

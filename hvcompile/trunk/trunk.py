@@ -212,7 +212,7 @@ class Trunk:
         for name, example in zip(names, examples, strict=True):
             with self.graph.inserting_after(anchor):
                 anchor = self.graph.placeholder(name)
-            anchor._dynamo_source = None  # AOTAutograd reads it of every placeholder
+            dynamo.mark_as_added(anchor)
             anchor.meta = {TAG: made_by, "example_value": example}
             placeholders.append(anchor)
         made = Derived(
@@ -294,6 +294,6 @@ class Trunk:
         mode = fakes.fake_mode(self.graph)
         if mode is None:
             raise ValueError("the graph has no tensor, so no input can be added to it")
-        placeholder._dynamo_source = None  # AOTAutograd reads it of every placeholder
+        dynamo.mark_as_added(placeholder)
         placeholder.meta["example_value"] = fakes.fake_like(mode, tuple(shape), dtype, device)
         return placeholder
