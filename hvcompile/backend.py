@@ -129,7 +129,7 @@ def _compile(
     # Now, not at the first call: Dynamo's guards are made next, and see the weights as they will be.
     dump.hold(given, [place for layout in calling.stored for place in layout.positions])
     for layout, stored in zip(calling.stored, trunk.stored, strict=True):
-        joined = layout.of(given)
+        joined = layout.join(given)
         dump.store(stored.data.name, joined.data)
         dump.store(stored.scale.name, joined.scale)
     return run
