@@ -203,7 +203,7 @@ def store_weights(trunk: Trunk, calling: Calling, args: Sequence[Any], observer:
     """
     observer.before_weights_go(args, [place for layout in calling.stored for place in layout.positions])
     for layout, stored in zip(calling.stored, trunk.stored, strict=True):
-        copy = layout.of(args)
+        copy = layout.join(args)
         observer.on_stored(stored, copy.data, copy.scale)
 
 

@@ -141,7 +141,7 @@ def test_large_scores_and_what_is_not_a_number() -> None:
 
 
 class Threads:
-    """Ranks of one group as threads, in place of ``inductor.all_to_all`` and ``inductor.process_group``."""
+    """Ranks of one group as threads, in place of those of ``torch_private.distributed``."""
 
     def __init__(self, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ranks, self.here = ranks, threading.local()

@@ -1,4 +1,4 @@
-"""The first call of a compiled graph, kept on disk: what a dump's files are run on."""
+"""The first call of a compiled graph, saved: the inputs that a dump's files run on, and the outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 class FirstCall:
-    """Runs a compiled graph; hands its first call's inputs on before, and its outputs after.
+    """Runs a compiled graph, and passes on the inputs of its first call, and then the outputs.
 
     Args:
         run: the compiled graph.
-        save_inputs: is given the inputs; returns whether the outputs are wanted.
-        save_outputs: is given the outputs.
+        save_inputs: called with the inputs, before the first call; returns whether the outputs are wanted.
+        save_outputs: called with the outputs, after it.
 
     """
 
@@ -41,7 +41,7 @@ class FirstCall:
 
 
 def can_save(item: Any) -> bool:
-    """Whether ``torch.load(weights_only=True)`` gives an input back as it was; not so subclasses of tensors."""
+    """Whether ``torch.load(weights_only=True)`` restores an input as it was; it doesn't for subclasses of tensors."""
     if isinstance(item, torch.Tensor):
         return type(item) in {torch.Tensor, torch.nn.Parameter} and item.layout is torch.strided
     return item is None or isinstance(item, (bool, int, float))
@@ -53,7 +53,7 @@ def num_bytes(item: Any) -> int:
 
 
 def compact(item: Any) -> Any:
-    """A tensor with its strides, but without the rest of the storage that it may be a view of."""
+    """A tensor of the same strides without the rest of the storage that it may be a view of; others as they are."""
     if not isinstance(item, torch.Tensor):
         return item
     item = item.detach()
@@ -70,8 +70,8 @@ def _length(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def save(held: Any, file: Path) -> None:
-    """Write a file that is complete or not there.
+def save(content: Any, file: Path) -> None:
+    """Write a file with ``torch.save``; it is complete, or not there.
 
     Raises:
         OSError: the disk is full, or the file can't be written.
@@ -79,9 +79,9 @@ def save(held: Any, file: Path) -> None:
     """
     part = file.with_suffix(".part")
     try:
-        torch.save(held, part)
+        torch.save(content, part)
         part.replace(file)
-    except RuntimeError as error:  # what torch's archive writer raises where the system says no
+    except RuntimeError as error:  # torch's archive writer raises it for an error of the system
         raise OSError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A dump read back: its graph folders, and what is in one, checked."""
+"""Reading a dump: its graph folders, and the checked content of one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Dumped:
 
     @property
     def lower(self) -> str:
-        """What the last graph was handed to."""
+        """What the last graph was lowered by, one of ``LOWERINGS``."""
         return str(self.journal["lower"])
 
     @property
@@ -43,18 +43,18 @@ class Dumped:
         return {row["name"]: row for row in self.journal["passes"]}
 
     def groups(self) -> dict[str, str]:
-        """The process groups over which the graphs talk to other ranks: their names, and the first file of each."""
-        found: dict[str, str] = {}
+        """The process groups over which the graphs talk to other ranks, by name, with the first file that does."""
+        first_file: dict[str, str] = {}
         for file in self.files:
             for match in _COLLECTIVE.finditer(file.read_text("utf-8")):
-                found.setdefault(match[2], file.name)
-        return found
+                first_file.setdefault(match[2], file.name)
+        return first_file
 
     def dtypes(self) -> set[torch.dtype]:
-        """The floating-point types of the captured graph's inputs.
+        """The floating-point dtypes of the captured graph's inputs.
 
         Raises:
-            InputError: the file can't be run, or what is saved beside it can't be read.
+            InputError: the file can't be run, or the tensors beside it can't be read.
 
         """
         file = self.files[0]
@@ -69,7 +69,7 @@ class Dumped:
         return {item.dtype for item in inputs if isinstance(item, torch.Tensor) and item.dtype.is_floating_point}
 
     def notes(self) -> Iterator[str]:
-        """What to know of this dump before its figures are believed."""
+        """What to know of this dump before its figures are believed, one sentence each."""
         yield from self.journal["notes"]
         if not (self.folder / "inputs.pt").exists():
             yield "there is no inputs.pt (the model was compiled and not run, say): inputs are drawn at random"
@@ -81,36 +81,26 @@ class Dumped:
 
 
 def of_rank(directory: Path, rank: int, num_ranks: int) -> Path:
-    """What a rank reads of a dump: its own folder where several ranks wrote it, the whole where one process did.
+    """What a rank reads of a dump: its own folder if several ranks wrote it, the whole if one process did.
 
     Args:
         directory: of a dump, or below it.
         rank: of this process.
-        num_ranks: that run now; they have to be as many as the dump is of.
+        num_ranks: how many run now; as many must have written the dump.
+
+    Returns:
+        A directory for ``folders``.
 
     Raises:
-        InputError: they are not, or a folder is missing.
+        InputError: another number of ranks wrote it, or a folder is missing.
 
     """
     name, ranks = str(directory), _rank_folders(directory)
     if not ranks:
-        above = next((path for path in (directory, directory.parent) if re.fullmatch(r"rank_\d+", path.name)), None)
-        needed = max(map(_num_ranks, folders(directory)))
-        root = shlex.quote(str(above.parent)) if above is not None else "DIRECTORY"
-        if num_ranks > 1:
-            advice = f"give {root}, which holds all" if above is not None else "run it without torchrun"
-            raise InputError(
-                f"{name!r} is the dump of one {'rank' if above is not None else 'process'}, and {num_ranks} ranks were "
-                f"started: {advice}"
-            )
-        if needed > 1 and any(read(folder).groups() for folder in folders(directory)):
-            raise InputError(
-                f"{name!r} is what one of {needed} ranks dumped, and its graphs talk to the others: run all of them, "
-                f"{command(root, needed)}"
-            )
+        _check_of_one(directory, num_ranks)
         return directory
     graphs = [folder for path in ranks.values() for folder in _graph_folders(path)]
-    numbers = {_num_ranks(folder, unsaid=len(ranks)) for folder in graphs} or {len(ranks)}
+    numbers = {_num_ranks(folder, default=len(ranks)) for folder in graphs} or {len(ranks)}
     if len(numbers) > 1:
         raise InputError(
             f"{name!r} holds dumps of runs on {' and on '.join(map(str, sorted(numbers)))} ranks: dump again into an "
@@ -127,11 +117,30 @@ def of_rank(directory: Path, rank: int, num_ranks: int) -> Path:
     return ranks[rank]
 
 
+def _check_of_one(directory: Path, num_ranks: int) -> None:
+    """Refuse a dump without folders of ranks where several run, or where its graphs need several."""
+    name = str(directory)
+    rank_folder = next((path for path in (directory, directory.parent) if re.fullmatch(r"rank_\d+", path.name)), None)
+    root = shlex.quote(str(rank_folder.parent)) if rank_folder is not None else "DIRECTORY"
+    needed = max(map(_num_ranks, folders(directory)))
+    if num_ranks > 1:
+        advice = f"give {root}, which holds all" if rank_folder is not None else "run it without torchrun"
+        raise InputError(
+            f"{name!r} is the dump of one {'rank' if rank_folder is not None else 'process'}, and {num_ranks} ranks "
+            f"were started: {advice}"
+        )
+    if needed > 1 and any(read(folder).groups() for folder in folders(directory)):
+        raise InputError(
+            f"{name!r} is what one of {needed} ranks dumped, and its graphs talk to the others: run all of them, "
+            f"{command(root, needed)}"
+        )
+
+
 def device(directory: Path) -> torch.device:
     """Where a dump was computed: the first GPU that an input is on, or the CPU.
 
     Raises:
-        InputError: it is no dump.
+        InputError: the directory is no dump.
 
     """
     first, *_ = _files(folders(directory)[0]) or [directory / "journal.json"]
@@ -140,12 +149,15 @@ def device(directory: Path) -> torch.device:
 
 
 def command(directory: str, num_ranks: int) -> str:
-    """How to look at a dump of several ranks."""
+    """The command that bisects a dump of several ranks."""
     return f"torchrun --nproc-per-node={num_ranks} -m hvcompile bisect {directory}"
 
 
 def folders(directory: Path) -> list[Path]:
-    """The graph folders of a dump, oldest first; ``directory`` may be one itself.
+    """The graph folders of a dump, oldest first.
+
+    Args:
+        directory: of a dump, or one of its graph folders.
 
     Raises:
         InputError: there is no such directory, or it is no dump.
@@ -158,17 +170,17 @@ def folders(directory: Path) -> list[Path]:
         raise InputError(f"{name!r} is a file: give the directory of a dump, such as {str(directory.parent)!r}")
     if (directory / "journal.json").exists() or _files(directory):
         return [directory]
-    found = _graph_folders(directory)
-    if not found:
+    graphs = _graph_folders(directory)
+    if not graphs:
         raise InputError(
             f"{name!r} is no dump: it has no graph_... folder with numbered graphs. Run the model with HVCOMPILE_DUMP "
             "set to a directory, and give that"
         )
-    return sorted(found, key=lambda path: (_files(path)[0].stat().st_mtime_ns, path.name))
+    return sorted(graphs, key=lambda path: (_files(path)[0].stat().st_mtime_ns, path.name))
 
 
 def read(folder: Path) -> Dumped:
-    """What is in a graph's folder.
+    """Read a graph's folder and check that it is complete.
 
     Raises:
         InputError: a file is missing or broken, or was written under another version of torch.
@@ -195,17 +207,17 @@ def read(folder: Path) -> Dumped:
 
 
 def _rank_folders(directory: Path) -> dict[int, Path]:
-    found = directory.glob("rank_*") if directory.is_dir() else ()
-    return {int(path.name[5:]): path for path in found if path.is_dir() and path.name[5:].isdecimal()}
+    paths = directory.glob("rank_*") if directory.is_dir() else ()
+    return {int(path.name[5:]): path for path in paths if path.is_dir() and path.name[5:].isdecimal()}
 
 
 def _graph_folders(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.is_dir() and path.name.startswith("graph_") and _files(path)]
 
 
-def _num_ranks(folder: Path, unsaid: int = 1) -> int:
-    """How many ranks ran a graph; ``unsaid`` where its journal does not say."""
-    return int(_journal(folder).get("ranks", unsaid))
+def _num_ranks(folder: Path, default: int = 1) -> int:
+    """How many ranks ran a graph; ``default`` if its journal does not say."""
+    return int(_journal(folder).get("ranks", default))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -220,12 +232,12 @@ def _journal(folder: Path) -> dict[str, Any]:
         )
     try:
         journal: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        made_by, passes = journal["torch"], journal["passes"]
+        version, passes = journal["torch"], journal["passes"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{str(file)!r} is no journal of a dump ({error!r}): dump again") from error
-    if made_by != torch.__version__:
+    if version != torch.__version__:
         raise InputError(
-            f"{str(folder)!r} was dumped on torch {made_by} and this is torch {torch.__version__}, whose lowerings are "
+            f"{str(folder)!r} was dumped on torch {version} and this is torch {torch.__version__}, whose lowerings are "
             "others: bisect it in the environment that it comes from, or dump again here"
         )
     complete = (

@@ -23,7 +23,23 @@ _WITH_TORCH = {"torch._C", "torch.functional", "torch.nn", "torch.nn.functional"
 
 
 class GraphSource:
-    """A module and those that it refers to as source text, each once, callees first."""
+    """A module, and all modules that it refers to, as source text: each once, callees first.
+
+    Args:
+        root: the module.
+        fixed: inputs for which not every number is legal, see ``fixed_values``.
+        derived: inputs that the text computes from the others.
+
+    Attributes:
+        imports: statements.
+        classes: one for each module.
+        build: statements that make the modules and return the root.
+        constants: tensors of the modules, by name, to be saved beside the file.
+        names: of the root's inputs; weights go by their path in the model.
+        inputs: an expression for each example input.
+        derived: statements that compute derived inputs.
+
+    """
 
     def __init__(self, root: fx.GraphModule, fixed: Mapping[str, float], derived: Sequence[Derived] = ()) -> None:
         self.imports = {"import torch"}
@@ -54,12 +70,12 @@ class GraphSource:
         return f"inputs[{first}:{first + len(item.placeholders)}] = {results}"
 
     def _add(self, module: fx.GraphModule, hint: str) -> str:
-        """Write out a module unless that is done; returns the name of its instance."""
+        """Write out a module unless that has been done; returns the name of its instance."""
         if module in self._names:
             return self._names[module]
-        held = _referenced(module)
+        attributes = _referenced(module)
         children = {
-            target: self._add(item, target) for target, item in held.items() if isinstance(item, fx.GraphModule)
+            target: self._add(item, target) for target, item in attributes.items() if isinstance(item, fx.GraphModule)
         }
         name = re.sub(r"\W", "_", hint)
         while name in self._names.values():
@@ -73,9 +89,9 @@ class GraphSource:
         class_name = re.sub(r"(?:^|_)([a-z0-9])", lambda match: match[1].upper(), name)
         self.classes.append(f"class {class_name}(torch.nn.Module):\n{textwrap.indent(code, ' ' * 4)}")
         self.build.append(f"{name} = {class_name}()")
-        owners = {target[: dot.start()]: None for target in held for dot in re.finditer(r"\.", target)}
+        owners = {target[: dot.start()]: None for target in attributes for dot in re.finditer(r"\.", target)}
         self.build += [f"{name}.{owner} = torch.nn.Module()" for owner in owners]
-        for target, item in held.items():
+        for target, item in attributes.items():
             if isinstance(item, torch.Tensor):
                 self.constants[f"{name}.{target}"] = item.detach()
                 self.build.append(f'{name}.{target} = constants["{name}.{target}"]')
@@ -87,7 +103,7 @@ class GraphSource:
 
 
 def _referenced(module: fx.GraphModule) -> dict[str, Any]:
-    """What a module's graph reads from the module, by dotted path, in graph order."""
+    """The attributes of a module that its graph reads, by dotted path, in graph order."""
     targets = [str(node.target) for node in module.graph.nodes if node.op in {"get_attr", "call_module"}]
     return {target: operator.attrgetter(target)(module) for target in targets}
 
@@ -95,17 +111,17 @@ def _referenced(module: fx.GraphModule) -> dict[str, Any]:
 def _short_names(graph: fx.Graph, paths: Mapping[str, str]) -> dict[str, str]:
     """What to call a graph's inputs: weights by their path in the model, the others by the name of their node.
 
-    Dynamo's own name spells out every ``_modules`` on the way, and differs from the node's by its first letter.
+    Dynamo's own name spells out every ``_modules`` on the way, and its first letter differs from that of the node's.
     """
-    taken = {node.name for node in graph.nodes}
+    used = {node.name for node in graph.nodes}
     renamed: dict[str, str] = {}
     for node in graph.find_nodes(op="placeholder"):
         short = node.name
         if node.name in paths:
             short = re.sub(r"\W|^(?=\d)", "_", paths[node.name])
-            while short in taken:
+            while short in used:
                 short += "_"
-            taken.add(short)
+            used.add(short)
         renamed |= {node.name: short} | ({str(node.target): short} if _is_alias(node) else {})
     return renamed
 
@@ -115,25 +131,25 @@ def _is_alias(placeholder: fx.Node) -> bool:
 
 
 def _forward(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
-    """A graph as the source of a method ``forward``, and the globals that it names."""
+    """A graph as the source of a method ``forward``, and the globals that it uses, by name."""
     placeholders = list(graph.find_nodes(op="placeholder"))
     inputs = {node.name for node in placeholders}
     aliases = {f"{node.name} = {node.target}" for node in placeholders if _is_alias(node)}  # both get one name
     comments = _comments(graph)
 
     def annotate(lines: list[str]) -> list[str]:
-        done: list[str] = []
+        annotated: list[str] = []
         for line in lines:
             if line.startswith("\n#") or line.rstrip() in aliases:
                 continue  # fx's own comment gives the source line, with its absolute path, of nearly every statement
             counter = re.fullmatch(r"# COUNTER: (\d+)\n", line)
             if counter and int(counter[1]) in comments:
-                done.append(f"\n# {comments[int(counter[1])]}\n")
+                annotated.append(f"\n# {comments[int(counter[1])]}\n")
             if line.startswith(";  ") and line.endswith(" = None\n"):  # freed after the last use; not so the inputs,
                 freed = [name for name in line[3:-1].split(" = ")[:-1] if name not in inputs]  # which the caller holds
                 line = f";  {' = '.join(freed)} = None\n" if freed else "\n"  # noqa: PLW2901
-            done.append(line)
-        return done
+            annotated.append(line)
+        return annotated
 
     with graph.on_generate_code(lambda current: lambda lines: annotate(current(lines) if current else lines)):
         code = graph.python_code("self", verbose=True, expanded_def=True)
@@ -142,24 +158,25 @@ def _forward(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
 
 
 def _comments(graph: fx.Graph) -> dict[int, str]:
-    """Where the module or the pass that the nodes come from changes: what to say there, by place in the graph."""
+    """A comment for each index in the graph from which on nodes come from another module or pass."""
     stacks = {node: node.meta["nn_module_stack"] for node in graph.nodes if node.meta.get("nn_module_stack")}
     paths = {node: module_path(str([*stack.values()][-1][0])) for node, stack in stacks.items()}
     inner = {path[:length] for path in paths.values() for length in range(len(path))}
     comments: dict[int, str] = {}
     current, start = "", None
-    for place, node in enumerate(graph.nodes):
+    for index, node in enumerate(graph.nodes):
         if node.op == "get_attr":  # a reference belongs to the call after it
-            start = place if start is None else start
+            start = index if start is None else start
             continue
         tag, path = node.meta.get(TAG), paths.get(node)
         is_part = node.target is operator.getitem and isinstance(value(node.args[0]), tuple)
         if node.op != "placeholder" and (tag or path is not None) and not is_part:
             if path and path not in inner and path[:-1] in paths.values():
                 path = path[:-1]  # a module without modules, such as a linear, is named with what surrounds it
-            said = " ".join([".".join(path or ("the model",))] * (path is not None) + [f"({tag})"] * bool(tag))
-            if said != current:
-                comments[place if start is None else start] = current = said
+            parts = [".".join(path or ("the model",))] if path is not None else []
+            comment = " ".join([*parts, f"({tag})"] if tag else parts)
+            if comment != current:
+                comments[index if start is None else start] = current = comment
         start = None
     return comments
 
@@ -175,27 +192,30 @@ def _import_lines(name: str, item: Any) -> set[str]:
     module, attribute = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
     if getattr(sys.modules.get(str(module)), attribute, None) is item:
         return {f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")}
-    for held in (getattr(item, name, None) for name in ("f", "op", "method")):  # Dynamo's wrappers of NumPy functions
-        if isinstance(held, str):
-            return {f"{name} = {name}_type({held!r})"} | _import_lines(f"{name}_type", type(item))
-        if callable(held):
-            made = _import_lines(f"{name}_type", type(item)) | _import_lines(f"{name}_of", held)
-            return {f"{name} = {name}_type({name}_of)"} | made
+    for wrapped in (getattr(item, field, None) for field in ("f", "op", "method")):  # Dynamo's wrappers of NumPy's
+        if isinstance(wrapped, str):
+            return {f"{name} = {name}_type({wrapped!r})"} | _import_lines(f"{name}_type", type(item))
+        if callable(wrapped):
+            lines = _import_lines(f"{name}_type", type(item)) | _import_lines(f"{name}_of", wrapped)
+            return {f"{name} = {name}_type({name}_of)"} | lines
     return {f"{name} = None  # a {type(item).__name__} made at run time: what uses it can't run from this file"}
 
 
 def _torch_imports(code: str) -> set[str]:
-    """Imports of the parts of torch that the code names by their full path; not all come with torch itself."""
-    found = set()
+    """Imports of the parts of torch that the code names by their full path; ``import torch`` does not load all."""
+    lines = set()
     for path in set(re.findall(r"(?<![\w.])torch(?:\.\w+)+", code)):
         parts = path.split(".")
         names = {".".join(parts[:length]) for length in range(2, len(parts))} - _WITH_TORCH
-        found |= {f"import {name}" for name in names if getattr(sys.modules.get(name), "__file__", None)}
-    return found
+        lines |= {f"import {name}" for name in names if getattr(sys.modules.get(name), "__file__", None)}
+    return lines
 
 
 def fixed_values(root: fx.GraphModule) -> dict[str, float]:
-    """Inputs for which not every number is legal, by name: Python numbers that Dynamo made tensors, and indices."""
+    """A legal number for each input that not every number is legal for, by name.
+
+    These are Python numbers that Dynamo made tensors of, and indices.
+    """
     fixed: dict[str, float] = {}
     for module in root.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else []:
@@ -209,23 +229,23 @@ def fixed_values(root: fx.GraphModule) -> dict[str, float]:
 
 
 def _example(placeholder: fx.Node, name: str, fixed: Mapping[str, float]) -> str:
-    """The expression for one example input; a symbolic size has the value of the run that was captured."""
-    held = value(placeholder)
-    if not isinstance(held, torch.Tensor):
-        number = size_hint(held) if isinstance(held, torch.SymInt) else held
+    """The expression for one example input; a symbolic size has its value in the captured run."""
+    tensor = value(placeholder)
+    if not isinstance(tensor, torch.Tensor):
+        number = size_hint(tensor) if isinstance(tensor, torch.SymInt) else tensor
         return f'KEPT.get("{name}", {number if isinstance(number, (bool, int, float)) else None})'
-    shape = tuple(map(size_hint, held.shape))
+    shape = tuple(map(size_hint, tensor.shape))
     if not source_name(placeholder) and STORED not in placeholder.meta:  # state, or yet to be derived from inputs
-        return f'torch.full({shape}, 0, dtype={held.dtype}, device="{held.device}")'
+        return f'torch.full({shape}, 0, dtype={tensor.dtype}, device="{tensor.device}")'
     if placeholder.name in fixed:
         number = fixed[placeholder.name]
-        return f'KEPT.get("{name}", torch.full({shape}, {number}, dtype={held.dtype}, device="{held.device}"))'
-    arguments = [f'"{name}"', str(shape), str(held.dtype)]
-    if held.device.type != "cpu":
-        arguments.append(f'device="{held.device}"')
+        return f'KEPT.get("{name}", torch.full({shape}, {number}, dtype={tensor.dtype}, device="{tensor.device}"))'
+    arguments = [f'"{name}"', str(shape), str(tensor.dtype)]
+    if tensor.device.type != "cpu":
+        arguments.append(f'device="{tensor.device}"')
     if is_weight(placeholder) and len(shape) > 1 and 0 not in shape:
-        arguments.append(f"scale={(shape[0] / numel_hint(held)) ** 0.5:.4g}")  # keeps activations of order one
-    stride = tuple(map(size_hint, held.stride()))
+        arguments.append(f"scale={(shape[0] / numel_hint(tensor)) ** 0.5:.4g}")  # keeps activations of order one
+    stride = tuple(map(size_hint, tensor.stride()))
     if 0 not in shape and stride != torch.empty(shape, device="meta").stride():
         arguments.append(f"stride={stride}")
     return f"draw({', '.join(arguments)})"

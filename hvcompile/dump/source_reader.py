@@ -1,8 +1,8 @@
-"""A dumped file as a graph again, node for node: what ``GraphSource`` wrote, read back without tracing.
+"""A dumped file as a graph again, node for node: reads what ``GraphSource`` wrote, without tracing.
 
-Tracing the file instead would not do: Dynamo refuses a call of ``invoke_subgraph`` in user code, and ``symbolic_trace``
-computes what has no input (``arange``, an autocast switch) rather than recording it. One statement of a ``forward`` is
-one node, so the syntax tree says all.
+Tracing the file would fail: Dynamo refuses a call of ``invoke_subgraph`` in user code, and ``symbolic_trace`` runs an
+operation without inputs (``arange``, an autocast switch) instead of recording it. One statement of a ``forward`` is one
+node, so the syntax tree is enough.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _IN_PLACE: dict[type[ast.operator], Callable[..., Any]] = {
 
 
 def load(path: Path) -> types.ModuleType:
-    """Import a dumped file: ``build()`` and ``example_inputs()``; raises what running it raises.
+    """Import a dumped file, for its ``build()`` and ``example_inputs()``; raises what running the file raises.
 
-    Read anew each time and without bytecode beside it: a dump is there to be edited, and a cached file of the same
-    second and size would pass for the edited one.
+    The file is read anew each time, and no bytecode is cached. Users edit dumps, and a cached file of the same second
+    and size would pass for the edited one.
     """
     module = types.ModuleType(f"dumped_{path.stem}")
     module.__file__ = str(path)
@@ -49,7 +49,7 @@ def load(path: Path) -> types.ModuleType:
 
 
 def read_graph(file: types.ModuleType) -> fx.GraphModule:
-    """The graph that a loaded file's ``build()`` computes; a body that several places call is one module here too."""
+    """The graph that a loaded file's ``build()`` computes; a body that several nodes call stays one module."""
     return _Reader(file).module(file.build())
 
 
@@ -60,20 +60,20 @@ class _Reader:
         tree = ast.parse(Path(str(file.__file__)).read_text("utf-8"))
         self._globals = vars(file)
         self._classes = {item.name: item for item in tree.body if isinstance(item, ast.ClassDef)}
-        self._made: dict[torch.nn.Module, fx.GraphModule] = {}
+        self._modules: dict[torch.nn.Module, fx.GraphModule] = {}
 
     def module(self, instance: torch.nn.Module) -> fx.GraphModule:
-        if instance not in self._made:
+        if instance not in self._modules:
             for name, child in list(instance.named_modules(remove_duplicate=False)):
                 if "." not in name and child is not instance and type(child).__name__ in self._classes:
                     setattr(instance, name, self.module(child))
             forward = next(
                 item for item in self._classes[type(instance).__name__].body if isinstance(item, ast.FunctionDef)
             )
-            made = fx.GraphModule(instance, self._graph(forward))
-            made.graph.lint()
-            self._made[instance] = made
-        return self._made[instance]
+            module = fx.GraphModule(instance, self._graph(forward))
+            module.graph.lint()
+            self._modules[instance] = module
+        return self._modules[instance]
 
     def _graph(self, forward: ast.FunctionDef) -> fx.Graph:
         graph = fx.Graph()
@@ -87,13 +87,13 @@ class _Reader:
     def _statement(self, graph: fx.Graph, statement: ast.stmt, names: dict[str, Any]) -> None:
         match statement:
             case ast.Assign(value=ast.Constant(value=None)):
-                pass  # frees what was used for the last time
+                pass  # frees a value after its last use
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 names[name] = self._node(graph, value, names, name)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 names[name] = self._node(graph, value, names, name)
-            case ast.Assign(targets=[ast.Subscript(value=base, slice=place)], value=value):
-                operands = [self._evaluate(item, names) for item in (base, place, value)]
+            case ast.Assign(targets=[ast.Subscript(value=base, slice=index)], value=value):
+                operands = [self._evaluate(item, names) for item in (base, index, value)]
                 _call(graph, "call_function", operator.setitem, operands)
             case ast.AugAssign(target=ast.Name(id=name), op=kind, value=value):
                 operands = [names[name], self._evaluate(value, names)]
@@ -106,29 +106,29 @@ class _Reader:
                 raise ValueError(f"line {statement.lineno} is no statement of a graph: {ast.unparse(statement)}")
 
     def _node(self, graph: fx.Graph, value: ast.expr, names: dict[str, Any], name: str) -> Any:
-        """What a statement computes; a new node is called as the statement calls it."""
+        """What a statement computes; a new node gets the name that the statement assigns to."""
         path = _path(value)
         if path:
-            made = fx.Proxy(graph.get_attr(path))
+            result = fx.Proxy(graph.get_attr(path))
         elif isinstance(value, ast.Call):
             operands = [self._evaluate(item, names) for item in value.args]
             named = {str(item.arg): self._evaluate(item.value, names) for item in value.keywords}
             path, function = _path(value.func), value.func
             if path:
-                made = _call(graph, "call_module", path, operands, named)
+                result = _call(graph, "call_module", path, operands, named)
             elif (
                 isinstance(function, ast.Attribute)
                 and isinstance(function.value, ast.Name)
                 and (function.value.id in names)
             ):
-                made = _call(graph, "call_method", function.attr, [names[function.value.id], *operands], named)
+                result = _call(graph, "call_method", function.attr, [names[function.value.id], *operands], named)
             else:
-                made = _call(graph, "call_function", self._evaluate(function, names), operands, named)
+                result = _call(graph, "call_function", self._evaluate(function, names), operands, named)
         else:
-            made = self._evaluate(value, names)  # an operator, an index or an attribute: the proxy makes the node
-        if name and isinstance(made, fx.Proxy) and not isinstance(value, ast.Name):
-            dynamo.rename(made.node, name)
-        return made
+            result = self._evaluate(value, names)  # an operator, an index or an attribute: the proxy makes the node
+        if name and isinstance(result, fx.Proxy) and not isinstance(value, ast.Name):
+            dynamo.rename(result.node, name)
+        return result
 
     def _evaluate(self, value: ast.expr, names: dict[str, Any]) -> Any:
         code = compile(ast.fix_missing_locations(ast.Expression(value)), "<a dumped graph>", "eval")
@@ -149,16 +149,17 @@ def _path(value: ast.expr) -> str:
     return ""
 
 
-def _nodes(held: Any) -> Any:
-    if isinstance(held, fx.Proxy):
-        return held.node
-    if isinstance(held, (tuple, list)):
-        return type(held)(_nodes(item) for item in held)
-    if isinstance(held, slice):
-        return slice(_nodes(held.start), _nodes(held.stop), _nodes(held.step))
-    if isinstance(held, dict):
-        return {key: _nodes(item) for key, item in held.items()}
-    return held
+def _nodes(operand: Any) -> Any:
+    """An operand with the node of each proxy in its place."""
+    if isinstance(operand, fx.Proxy):
+        return operand.node
+    if isinstance(operand, (tuple, list)):
+        return type(operand)(_nodes(item) for item in operand)
+    if isinstance(operand, slice):
+        return slice(_nodes(operand.start), _nodes(operand.stop), _nodes(operand.step))
+    if isinstance(operand, dict):
+        return {key: _nodes(item) for key, item in operand.items()}
+    return operand
 
 
 def _call(
@@ -168,33 +169,29 @@ def _call(
 
 
 def fix_numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Write the inputs that are Python numbers into a graph and the bodies it calls; the graph takes them all the same.
+    """Write the inputs that are Python numbers into a graph and into the bodies that it calls, as literals.
 
-    Traced with such inputs a number becomes a literal, and a call of ``invoke_subgraph`` that is handed a literal is an
-    assertion in Inductor (``FakeTensorProp.run_node``). A body that gets different numbers from different calls keeps
-    its input.
+    Tracing with such inputs makes literals of them, and Inductor asserts that ``invoke_subgraph`` gets none
+    (``FakeTensorProp.run_node``). A body that gets different numbers from different calls keeps its input.
+
+    Args:
+        module: the graph, which is changed. Its placeholders stay, so it takes the same inputs as before.
+        inputs: one for each placeholder.
+
+    Returns:
+        ``module``.
+
     """
-    values: dict[fx.Node, Any] = {}  # of placeholders; None where it is no number, or not always the same
-    for placeholder, held in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        values[placeholder] = held if isinstance(held, (int, float)) and not isinstance(held, bool) else None
-    if not any(held is not None for held in values.values()):
-        return module
     modules = [item for item in module.modules() if isinstance(item, fx.GraphModule)]
     calls = [(node, *_callees(owner, node)) for owner in modules for node in owner.graph.nodes if _is_call(node)]
-    before: dict[fx.Node, Any] = {}
-    while before != values:  # callers may come after what they call
-        before = dict(values)
-        for _, bodies, operands in calls:
-            for body in bodies:
-                for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
-                    if not isinstance(operand, fx.Node) or operand.op != "placeholder":
-                        values[placeholder] = None
-                    elif operand in values:
-                        is_same = values.setdefault(placeholder, values[operand]) == values[operand]
-                        values[placeholder] = values[operand] if is_same else None
+    values = _numbers(module, inputs, [(bodies, operands) for _, bodies, operands in calls])
+    if all(number is None for number in values.values()):
+        return module
     for node, (body, *_), operands in calls:
         inner = body.graph.find_nodes(op="placeholder")
-        left = tuple(item for place, item in zip(inner, operands, strict=True) if values.get(place) is None)
+        left = tuple(
+            operand for placeholder, operand in zip(inner, operands, strict=True) if values.get(placeholder) is None
+        )
         node.args = (*node.args[:3], left) if node.target is lowering.COND else (*node.args[:2], *left)
     for item in modules:
         for placeholder in item.graph.find_nodes(op="placeholder"):
@@ -205,6 +202,27 @@ def fix_numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule
         item.graph.lint()
         item.recompile()
     return module
+
+
+def _numbers(
+    module: fx.GraphModule, inputs: Sequence[Any], calls: Sequence[tuple[list[fx.GraphModule], list[Any]]]
+) -> dict[fx.Node, Any]:
+    """The number that a placeholder always gets; None if it gets something else, or not always the same."""
+    values: dict[fx.Node, Any] = {}
+    for placeholder, item in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        values[placeholder] = item if isinstance(item, (int, float)) and not isinstance(item, bool) else None
+    before: dict[fx.Node, Any] = {}
+    while before != values:  # callers may come after what they call
+        before = dict(values)
+        for bodies, operands in calls:
+            for body in bodies:
+                for placeholder, operand in zip(body.graph.find_nodes(op="placeholder"), operands, strict=True):
+                    if not isinstance(operand, fx.Node) or operand.op != "placeholder":
+                        values[placeholder] = None
+                    elif operand in values:
+                        is_same = values.setdefault(placeholder, values[operand]) == values[operand]
+                        values[placeholder] = values[operand] if is_same else None
+    return values
 
 
 def _is_call(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """Attention on float8 operands as Triton kernels: two that quantise, and one that attends with an online softmax.
 
-The arithmetic is that of ``float8_attention.reference``, which the tests hold these kernels to under Triton's
-interpreter (``TRITON_INTERPRET=1``). Imported where a kernel is about to run, since Triton need not be installed.
+The arithmetic is that of ``float8.attention.reference``; tests compare the two under Triton's interpreter
+(``TRITON_INTERPRET=1``). Import this file where a kernel is about to run, since Triton need not be installed.
 
 Source: Dao, FlashAttention-2 (arXiv:2307.08691), for the order of the loops; Zhang et al., SageAttention2
 (arXiv:2411.10958), for scales a block and smoothed keys.
@@ -18,15 +18,15 @@ import triton.language as tl
 
 from hvcompile.float8.format import DTYPE, KEY_BLOCK, LARGEST, SMALLEST_MAGNITUDE
 
-# Triton reads globals of a kernel where they are constants of its own, and annotations of its arguments as if they were
-# code. Lengths are not specialised to being multiples of 16, so that prompts of any length run one kernel.
+# Triton reads a kernel's globals only if they are its own constants, and takes annotations of its arguments for code.
+# Lengths are not specialised to multiples of 16, so that prompts of any length run one kernel.
 _LARGEST: tl.constexpr = tl.constexpr(LARGEST)
 _TINY: tl.constexpr = tl.constexpr(SMALLEST_MAGNITUDE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile(  # type: ignore[no-untyped-def]
-    given,
+    source,
     place,
     head,
     tokens,
@@ -38,17 +38,17 @@ def _tile(  # type: ignore[no-untyped-def]
     width: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A block of a head's tokens in float32, zeros beyond them; its rows and columns, and which of it is there."""
+    """A block of a head's tokens in float32, zeros beyond them; its rows, its columns, and a mask of what is there."""
     rows, columns = place * block + tl.arange(0, block), tl.arange(0, width)
     is_there = (rows[:, None] < tokens) & (columns[None, :] < head_size)
-    start = given + (head // heads) * stride_batch + (head % heads) * stride_head
-    held = tl.load(start + rows[:, None].to(tl.int64) * stride_token + columns[None, :], mask=is_there, other=0.0)
-    return held.to(tl.float32), rows, columns, is_there
+    start = source + (head // heads) * stride_batch + (head % heads) * stride_head
+    tile = tl.load(start + rows[:, None].to(tl.int64) * stride_token + columns[None, :], mask=is_there, other=0.0)
+    return tile.to(tl.float32), rows, columns, is_there
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _quantize_rows(  # type: ignore[no-untyped-def]
-    given,
+    source,
     mean,
     data,
     scale,
@@ -63,31 +63,31 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
     block: tl.constexpr,
     is_key: tl.constexpr,
 ):
-    """Queries with a scale a token, or keys less their mean with a scale a block; padded with zeros."""
+    """Quantise queries with a scale for each token, or keys less their mean with one for each block; pad with zeros."""
     place, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    held, rows, columns, is_there = _tile(
-        given, place, head, tokens, heads, stride_batch, stride_head, stride_token, head_size, width, block
+    tile, rows, columns, is_there = _tile(
+        source, place, head, tokens, heads, stride_batch, stride_head, stride_token, head_size, width, block
     )
     if is_key:
-        middle = tl.load(mean + head * head_size + columns, mask=columns < head_size, other=0.0)
-        held = tl.where(is_there, held - middle[None, :], 0.0)
+        mean_row = tl.load(mean + head * head_size + columns, mask=columns < head_size, other=0.0)
+        tile = tl.where(is_there, tile - mean_row[None, :], 0.0)
     blocks = tl.num_programs(0)
-    most = tl.max(tl.abs(held), 1)
+    row_peak = tl.max(tl.abs(tile), 1)
     if is_key:
-        step = tl.maximum(tl.max(most, 0), _TINY) / _LARGEST
+        step = tl.maximum(tl.max(row_peak, 0), _TINY) / _LARGEST
         tl.store(scale + head * blocks + place, step)
-        held = held / step
+        tile = tile / step
     else:
-        step = tl.maximum(most, _TINY) / _LARGEST
+        step = tl.maximum(row_peak, _TINY) / _LARGEST
         tl.store(scale + head * blocks * block + rows, step * factor)
-        held = held / step[:, None]
+        tile = tile / step[:, None]
     end = data + (head * blocks * block + rows[:, None]) * width + columns[None, :]
-    tl.store(end, held.to(data.dtype.element_ty))
+    tl.store(end, tile.to(data.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _quantize_channels(  # type: ignore[no-untyped-def]
-    given,
+    source,
     mean,
     scale,
     data,
@@ -100,17 +100,17 @@ def _quantize_channels(  # type: ignore[no-untyped-def]
     width: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Values less their mean with scales of their channels, transposed: the second product reads keys along rows."""
+    """Quantise values less their mean with a scale for each channel, transposed, as the second product reads them."""
     place, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    held, rows, columns, is_there = _tile(
-        given, place, head, tokens, heads, stride_batch, stride_head, stride_token, head_size, width, block
+    tile, rows, columns, is_there = _tile(
+        source, place, head, tokens, heads, stride_batch, stride_head, stride_token, head_size, width, block
     )
     step = tl.load(scale + head * head_size + columns, mask=columns < head_size, other=1.0)
-    middle = tl.load(mean + head * head_size + columns, mask=columns < head_size, other=0.0)
-    held = tl.where(is_there, (held - middle[None, :]) / step[None, :], 0.0)
+    mean_row = tl.load(mean + head * head_size + columns, mask=columns < head_size, other=0.0)
+    tile = tl.where(is_there, (tile - mean_row[None, :]) / step[None, :], 0.0)
     blocks = tl.num_programs(0)
     end = data + (head * width + columns[:, None]) * (blocks * block) + rows[None, :]
-    tl.store(end, tl.trans(held).to(data.dtype.element_ty))
+    tl.store(end, tl.trans(tile).to(data.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -120,7 +120,7 @@ def _attend_block(  # type: ignore[no-untyped-def]
     keys,
     key_scale,
     values,
-    most,
+    peak,
     total,
     summed,
     start,
@@ -131,20 +131,20 @@ def _attend_block(  # type: ignore[no-untyped-def]
     key_block: tl.constexpr,
     is_last: tl.constexpr,
 ):
-    """One block of keys and values: the running maximum, sum of weights and weighted sum with it."""
+    """Add a block of keys and values: returns the new maximum, sum of weights, and weighted sum of values."""
     columns, channels = start + tl.arange(0, block), tl.arange(0, width)
-    held = tl.load(keys + columns[None, :] * width + channels[:, None])
-    scores = tl.dot(query, held) * (query_scale * tl.load(key_scale + start // key_block))[:, None]
+    tile = tl.load(keys + columns[None, :] * width + channels[:, None])
+    scores = tl.dot(query, tile) * (query_scale * tl.load(key_scale + start // key_block))[:, None]
     if is_last:
         scores = tl.where(columns[None, :] < num_keys, scores, float("-inf"))
-    now = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - (now - 8.0)[:, None])
-    shrink = tl.exp2(most - now)
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - (new_peak - 8.0)[:, None])
+    shrink = tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weights, 1)
-    taken = tl.load(values + channels[None, :] * padded + columns[:, None])
+    near_values = tl.load(values + channels[None, :] * padded + columns[:, None])
     # Added to the sum in float32: Hopper's own float8 accumulation keeps fewer bits.
-    summed = summed * shrink[:, None] + tl.dot(weights.to(taken.dtype), taken)
-    return now, total, summed
+    summed = summed * shrink[:, None] + tl.dot(weights.to(near_values.dtype), near_values)
+    return new_peak, total, summed
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])  # type: ignore[untyped-decorator]
@@ -174,22 +174,22 @@ def _attend(  # type: ignore[no-untyped-def]
     """A block of queries of one head against all its keys."""
     place, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, channels = place * query_block + tl.arange(0, query_block), tl.arange(0, width)
-    held = tl.load(query + (head * padded_queries + rows[:, None]) * width + channels[None, :])
+    queries = tl.load(query + (head * padded_queries + rows[:, None]) * width + channels[None, :])
     scale = tl.load(query_scale + head * padded_queries + rows)
     keys, values = key + head * padded_keys * width, value + head * width * padded_keys
     key_scales = key_scale + head * (padded_keys // key_block)
-    most = tl.full([query_block], float("-inf"), tl.float32)
+    peak = tl.full([query_block], float("-inf"), tl.float32)
     total = tl.zeros([query_block], tl.float32)
     summed = tl.zeros([query_block, width], tl.float32)
     whole = num_keys // block * block
     for start in range(0, whole, block):
-        most, total, summed = _attend_block(
-            held, scale, keys, key_scales, values, most, total, summed, start, num_keys, padded_keys,
+        peak, total, summed = _attend_block(
+            queries, scale, keys, key_scales, values, peak, total, summed, start, num_keys, padded_keys,
             width, block, key_block, False,
         )  # fmt: skip
     if whole < num_keys:
-        most, total, summed = _attend_block(
-            held, scale, keys, key_scales, values, most, total, summed, whole, num_keys, padded_keys,
+        peak, total, summed = _attend_block(
+            queries, scale, keys, key_scales, values, peak, total, summed, whole, num_keys, padded_keys,
             width, block, key_block, True,
         )  # fmt: skip
     steps = tl.load(value_scale + head * head_size + channels, mask=channels < head_size, other=0.0)
@@ -202,9 +202,9 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 def launch(capability: tuple[int, int]) -> dict[str, int]:
-    """How the last kernel is launched: queries and keys a block, warps, and stages of loads.
+    """How to launch the attention kernel: queries and keys in a block, warps, and stages of loads.
 
-    With these no register is spilled, as ``tests/test_float8_attention_kernels.py`` has the compiler say.
+    With these no register is spilled; ``tests/test_float8_attention_kernels.py`` asks the compiler.
 
     Args:
         capability: the device's compute capability.
@@ -217,20 +217,23 @@ def launch(capability: tuple[int, int]) -> dict[str, int]:
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: dict[str, int] | None = None
 ) -> torch.Tensor:
-    """Attention in float8; see ``float8_attention.attend``.
+    """Attention in float8; see ``float8.attention.attend``.
 
     Args:
         query: ``[batch, heads, queries, head size]``.
         key: ``[batch, heads, keys, head size]``.
         value: as ``key``.
         scale: of the products.
-        how: overrides of ``launch``.
+        how: replaces some of what ``launch`` returns.
+
+    Returns:
+        As ``float8.attention.attend``.
 
     """
     query, key, value = (item if item.stride(-1) == 1 else item.contiguous() for item in (query, key, value))
     batch, heads, num_queries, size = query.shape
     num_keys, count = key.shape[2], batch * heads
-    width = max(32, triton.next_power_of_2(size))  # the least that float8 products take
+    width = max(32, triton.next_power_of_2(size))  # the smallest size that float8 products take
     chosen = launch(torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)) | (how or {})
     blocks = [triton.cdiv(number, KEY_BLOCK) for number in (num_queries, num_keys)]
     padded_queries, padded_keys = (number * KEY_BLOCK for number in blocks)
@@ -243,8 +246,8 @@ def attend(
     values = empty(count, width, padded_keys, dtype=DTYPE)
     out = empty(batch, num_queries, heads, size, dtype=query.dtype).transpose(1, 2)
     key_mean, value_mean = key.mean(2, dtype=torch.float32), value.mean(2, dtype=torch.float32)
-    least, most = value.aminmax(dim=2)
-    value_scale = torch.maximum(most - value_mean, value_mean - least).clamp_min(SMALLEST_MAGNITUDE) / LARGEST
+    lowest, highest = value.aminmax(dim=2)
+    value_scale = torch.maximum(highest - value_mean, value_mean - lowest).clamp_min(SMALLEST_MAGNITUDE) / LARGEST
 
     shape: dict[str, Any] = {"head_size": size, "width": width, "block": KEY_BLOCK}
     strides = [item.stride()[:3] for item in (query, key, value, out)]

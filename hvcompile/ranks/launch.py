@@ -1,4 +1,4 @@
-"""A run on several ranks as torchrun starts it: joining the process group, and who speaks."""
+"""A run on several ranks as torchrun starts it: this rank's number, folder and device, and joining the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 120.0
 
 
 def num_ranks() -> int:
-    """How many ranks torchrun started, or a script of its own initialised; 1 where none did."""
+    """How many ranks run: those of the process group, else those that torchrun started, else 1."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
@@ -32,32 +32,44 @@ def rank() -> int:
 
 
 def of_this_rank(directory: Path | None) -> Path | None:
-    """A directory of this rank's own inside one that several ranks are given."""
+    """The folder of this rank in a directory that several ranks share; the directory itself for a process alone."""
     return directory / f"rank_{rank()}" if directory is not None and num_ranks() > 1 else directory
 
 
 def device_of_this_rank(device: str | None) -> str | None:
-    """The GPU of this rank, where torchrun started several and the user did not ask for the CPU.
+    """The device of this rank: a GPU of its own if there are several ranks and the user did not ask for the CPU.
+
+    Args:
+        device: that the user asked for; None for no choice.
+
+    Returns:
+        ``device`` itself, where the process is alone or computes on the CPU.
 
     Raises:
-        InputError: one numbered GPU was asked for, which several ranks can't share.
+        InputError: the user asked for one numbered GPU, which several ranks can't share; or there are too few GPUs.
 
     """
     if num_ranks() == 1 or device == "cpu" or not torch.cuda.is_available():
         return device
     if device is not None and torch.device(device).index is not None:
         raise InputError(f"device {device!r} can't be shared by {num_ranks()} ranks: give cuda, and each takes its own")
-    place, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
-    if place >= count:
-        raise InputError(f"rank {rank()} is number {place} on a machine of {count} GPUs: start as many ranks as GPUs")
-    return f"cuda:{place}"
+    index, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"rank {rank()} is number {index} on a machine of {count} GPUs: start as many ranks as GPUs")
+    return f"cuda:{index}"
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Where a rank computed before, which has to be where it computes now.
+    """Check that this rank computes where it did before.
+
+    Args:
+        device: where it computed before.
+
+    Returns:
+        The device.
 
     Raises:
-        InputError: it is not.
+        InputError: it computes elsewhere now.
 
     """
     if num_ranks() == 1 or device.type == "cpu":
@@ -73,12 +85,14 @@ def own_device(device: torch.device) -> torch.device:
 
 
 GRACE_SECONDS = 10.0
-"""How long a rank leaves it to the first one to say what is wrong for all of them."""
+"""How long the other ranks leave it to rank 0 to report an error that all have."""
 
 
 @contextlib.contextmanager
 def joined(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
-    """Initialise the process group that torchrun prepared, and take it down at the end; nothing where it did not.
+    """Initialise the process group that torchrun prepared, and destroy it at the end.
+
+    Does nothing where a process is alone, or the group is initialised already.
 
     Args:
         device: where this rank computes: NCCL joins GPUs, gloo CPUs.

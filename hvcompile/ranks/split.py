@@ -1,4 +1,4 @@
-"""How a sequence lies on the ranks of a group, and where it is in a tensor; one rank's part of it, and the whole."""
+"""How a sequence is split over the ranks of a group, where it is in a tensor, and how to cut and join the parts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hvcompile.ranks import collectives
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """How a sequence lies on the ranks of a group: each holds ``local`` tokens, the last ones perhaps padding.
+    """How a sequence is split over the ranks of a group: each holds ``local`` tokens, the last ones perhaps padding.
 
     Attributes:
         group: name of the process group.
-        rank: this process's place in it.
+        rank: this process's rank in it.
         ranks: its size.
         length: tokens of the whole sequence.
-        ring: stretches of the sequence, one after the other, between which the keys travel. As many ranks as each has
-            in a row (``ulysses``) share out its heads.
+        ring: into how many consecutive stretches the sequence is cut. Keys travel from stretch to stretch. The ranks
+            of one stretch (``ulysses`` of them) share out its heads.
 
     """
 
@@ -37,7 +37,7 @@ class Split:
 
     @property
     def start(self) -> int:
-        """Place of this rank's first token in the whole sequence."""
+        """Index of this rank's first token in the whole sequence."""
         return self.rank * self.local
 
     @property
@@ -56,16 +56,16 @@ class Split:
         return self.rank // self.ulysses
 
     def valid(self, stretch: int) -> int:
-        """Tokens of a stretch that are no padding."""
+        """Tokens of a stretch without padding."""
         return min(max(self.length - stretch * self.stretch, 0), self.stretch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A stretch of a dimension: tokens ``start`` to ``stop`` of the split sequence, or as many that every rank has.
+    """A stretch of a dimension: tokens ``start`` to ``stop`` of the split sequence, or as many tokens on every rank.
 
-    A rank holds *all* its tokens of the split sequence even where a segment covers only some of them (a slice): those
-    outside it hold nothing of meaning.
+    A rank holds *all* its tokens of the split sequence, even if a segment covers only some of them (a slice). Values of
+    the others have no meaning.
     """
 
     start: int
@@ -81,7 +81,7 @@ class Layout:
     segments: tuple[Segment, ...]
 
     def at(self, dim: int) -> Layout:
-        """The same along another dimension."""
+        """The same layout along another dimension."""
         return dataclasses.replace(self, dim=dim)
 
     def size(self, split: Split) -> int:
@@ -95,7 +95,7 @@ class Layout:
 
     @property
     def num_split(self) -> int:
-        """Stretches that are split."""
+        """How many segments are split."""
         return sum(item.is_split for item in self.segments)
 
     def is_complete(self, split: Split) -> bool:
@@ -103,25 +103,38 @@ class Layout:
         return all(not item.is_split or (item.start, item.stop) == (0, split.length) for item in self.segments)
 
     def offsets(self, split: Split) -> list[tuple[int, int, Segment]]:
-        """Each segment with its place on one rank and its place in the whole tensor."""
-        found, local, whole = [], 0, 0
+        """Each segment, after the index where it begins on one rank and the index where it does in the whole tensor."""
+        offsets, local, whole = [], 0, 0
         for item in self.segments:
-            found.append((local, whole, item))
+            offsets.append((local, whole, item))
             local += split.local if item.is_split else item.stop - item.start
             whole += item.stop - item.start
-        return found
+        return offsets
 
     def __str__(self) -> str:
         parts = (f"{item.stop - item.start} {'split' if item.is_split else 'whole'}" for item in self.segments)
         return f"dimension {self.dim} [{' | '.join(parts)}]"
 
 
-# An operation's layouts: None for a value that is whole on every rank, a list for a tuple of values.
+# Of what an operation returns: None for a value that is whole on every rank, a list for a tuple of values.
 Layouts = Layout | None | list["Layout | None"]
 
 
 def take_local(whole: Any, *, split: Split, dim: int, ndim: int, start: int, stop: int) -> Any:
-    """Take this rank's part of tokens ``start`` to ``stop``, zeros where it has none; graph code."""
+    """Cut this rank's part out of a whole tensor; graph code.
+
+    Args:
+        whole: holds tokens ``start`` to ``stop`` of the split sequence along ``dim``.
+        split: of the sequence.
+        dim: the sequence's dimension.
+        ndim: dimensions of the tensor.
+        start: first token.
+        stop: token after the last.
+
+    Returns:
+        ``split.local`` tokens along ``dim``; zeros for tokens that are not in ``whole``.
+
+    """
     after = split.local * split.ranks - stop
     if start or after:
         whole = torch.nn.functional.pad(whole, (0, 0) * (ndim - 1 - dim) + (start, after))
@@ -131,8 +144,8 @@ def take_local(whole: Any, *, split: Split, dim: int, ndim: int, start: int, sto
 def localise(whole: Any, *, split: Split, layout: Layout, ndim: int) -> Any:
     """One rank's part of a whole tensor; graph code."""
     parts = []
-    for _, place, item in layout.offsets(split):
-        part = whole if len(layout.segments) == 1 else whole.narrow(layout.dim, place, item.stop - item.start)
+    for _, offset, item in layout.offsets(split):
+        part = whole if len(layout.segments) == 1 else whole.narrow(layout.dim, offset, item.stop - item.start)
         if item.is_split:
             part = take_local(part, split=split, dim=layout.dim, ndim=ndim, start=item.start, stop=item.stop)
         parts.append(part)
@@ -142,10 +155,10 @@ def localise(whole: Any, *, split: Split, layout: Layout, ndim: int) -> Any:
 def delocalise(local: Any, *, split: Split, layout: Layout) -> Any:
     """The whole tensor from one rank's part, with an all-gather for each split segment; graph code."""
     parts = []
-    for place, _, item in layout.offsets(split):
+    for offset, _, item in layout.offsets(split):
         if item.is_split:
-            part = collectives.gather(local.narrow(layout.dim, place, split.local), split.group, layout.dim)
+            part = collectives.gather(local.narrow(layout.dim, offset, split.local), split.group, layout.dim)
             parts.append(part.narrow(layout.dim, 0, split.length))
         else:
-            parts.append(local.narrow(layout.dim, place, item.stop - item.start))
+            parts.append(local.narrow(layout.dim, offset, item.stop - item.start))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.dim)

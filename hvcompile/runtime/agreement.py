@@ -1,10 +1,10 @@
 """Ranks that run one graph together compare what they are about to do, and stop where they differ.
 
-A collective that one rank enters and another does not, or enters with another shape, hangs or corrupts. So before a
-graph is compiled, and before every call, every rank puts the facts that matter into the key-value store through
-which the ranks met, and reads those of the others. That needs no collective and no device, says who is missing, and
-comes back on every rank within a stated time. What is new in every step is compared in the graph (``shared_inputs``),
-and what came of it is read here.
+If one rank enters a collective and another does not, or does with another shape, the collective hangs or corrupts. So
+before a graph is compiled, and before every call, every rank puts the facts that matter into the key-value store
+through which the ranks met, and reads those of the others. That needs no collective and no device. It says who is
+missing, and it returns on every rank within a stated time. Inputs that are new in every step are compared in the graph
+(``rewriting.sharding.shared_inputs``); the result is read here.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ log = logging.getLogger(__name__)
 
 DOING = "what it does now"
 SHOWN = 4
-"""Differences named in a message at most."""
+"""The most differences that a message names."""
 ADVICE = (
     'Give all of them the same model, options, inputs and seed; options={"context_parallel": False} lets each run alone'
 )
 
 
 def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
-    """Wait for all ranks of a group and return where their facts are equal.
+    """Wait for all ranks of a group, and return if their facts are equal.
 
     Args:
         group: the ranks, and how long to wait for them.
-        doing: what comes next, in a few words; ranks about to do different things differ.
+        doing: what comes next, in a few words; it must be equal too.
         facts: what must be equal, the most telling first.
 
     Raises:
-        DisagreementError: a rank differs (the message names it, what differs and how), or did not come in time.
+        DisagreementError: a rank differs (the message names the rank, the fact and both values), or did not come in
+            time.
 
     """
     process_group = collectives.process_group(group.name)
@@ -71,7 +72,7 @@ def compare(group: Group, doing: str, facts: Mapping[str, str]) -> None:
             "else (another model, or context_parallel switched off). All ranks that share a sequence make the same "
             'calls; options={"context_parallel": False} lets each run alone'
         ) from error
-    if any(held != theirs[0] for held in theirs):
+    if any(other != theirs[0] for other in theirs):
         differences = _differences(dict(zip(names, theirs, strict=True)))
         raise DisagreementError(f"ranks that share a sequence differ: {differences}. {ADVICE}")
 
@@ -81,8 +82,8 @@ def _series(group: Group) -> str:
 
 
 def _ranks_of(process_group: dist.ProcessGroup) -> tuple[int, ...]:
-    """Which rank of all each of a group's ranks is."""
-    return tuple(dist.get_global_rank(process_group, place) for place in range(process_group.size()))
+    """The global rank of each of a group's ranks."""
+    return tuple(dist.get_global_rank(process_group, rank) for rank in range(process_group.size()))
 
 
 def _missing(process_group: dist.ProcessGroup, group: Group, names: Sequence[int]) -> str:
@@ -99,19 +100,19 @@ def _missing(process_group: dist.ProcessGroup, group: Group, names: Sequence[int
 def _differences(facts: Mapping[int, Mapping[str, str]]) -> str:
     """What differs from the first rank, given each rank's facts."""
     (reference, first), *others = facts.items()
-    said = []
-    for rank, held in others:
-        keys = [key for key in dict.fromkeys([*first, *held]) if first.get(key) != held.get(key)]
+    messages = []
+    for rank, other in others:
+        keys = [key for key in dict.fromkeys([*first, *other]) if first.get(key) != other.get(key)]
         keys = [DOING] if DOING in keys else keys  # the rest can't be compared
         for key in keys:
-            found, wanted = (item.get(key, "absent") for item in (held, first))
-            said.append(f"{key} is {found} on rank {rank}, {wanted} on rank {reference}")
-    return _some(said)
+            actual, expected = (item.get(key, "absent") for item in (other, first))
+            messages.append(f"{key} is {actual} on rank {rank}, {expected} on rank {reference}")
+    return _some(messages)
 
 
-def _some(said: Sequence[str]) -> str:
-    rest = f" (and {len(said) - SHOWN} more)" if len(said) > SHOWN else ""
-    return "; ".join(said[:SHOWN]) + rest
+def _some(messages: Sequence[str]) -> str:
+    rest = f" (and {len(messages) - SHOWN} more)" if len(messages) > SHOWN else ""
+    return "; ".join(messages[:SHOWN]) + rest
 
 
 class CompilingTogether(Observer):
@@ -160,25 +161,25 @@ class CompilingTogether(Observer):
             compare(dataclasses.replace(trunk.group, timeout_seconds=patience), "done compiling", {})
 
 
-def _weight_facts(given: Mapping[fx.Node, Any]) -> dict[str, str]:
-    """A hash of some of each weight's elements; of what is kept in float8 there is none to take."""
+def _weight_facts(inputs: Mapping[fx.Node, Any]) -> dict[str, str]:
+    """A hash of some elements of each weight; weights in float8 are left out."""
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
-    for node, tensor in given.items():
+    for node, tensor in inputs.items():
         is_plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedWeight)
         if is_weight(node) and is_plain and tensor.layout is torch.strided and not tensor.is_meta:
             name = source_name(node) or node.name
             by_device.setdefault(tensor.device, {})[f"the content of {name}"] = sketch(tensor)
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     for sketches in by_device.values():  # one transfer each
         contents = torch.stack(list(sketches.values())).tolist()
-        found |= dict(zip(sketches, map(_hexadecimal, contents), strict=True))
-    return found
+        facts |= dict(zip(sketches, map(_hexadecimal, contents), strict=True))
+    return facts
 
 
 def _graph_facts(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.GraphModule) -> dict[str, str]:
     facts = {"torch": torch.__version__, "the trunk": trunk.lists}
     for row in journal:
-        facts |= {f"{row.section}.{name}": repr(held) for name, held in row.options.items() if row.section}
+        facts |= {f"{row.section}.{name}": repr(option) for name, option in row.options.items() if row.section}
     described = {}
     for node in captured.graph.find_nodes(op="placeholder"):
         described[source_name(node) or node.name] = (is_weight(node), _describe(node))
@@ -199,10 +200,10 @@ def _without_addresses(operations: list[tuple[str, str, str]]) -> list[str]:
 
 
 def _describe(node: fx.Node) -> str:
-    held = value(node)
+    item = value(node)
     if is_tensor(node):
-        return f"{held.dtype} {[fakes.size_hint(size) for size in held.shape]} on {held.device.type}"
-    return str(fakes.size_hint(held) if isinstance(held, torch.SymInt) else held)
+        return f"{item.dtype} {[fakes.size_hint(size) for size in item.shape]} on {item.device.type}"
+    return str(fakes.size_hint(item) if isinstance(item, torch.SymInt) else item)
 
 
 def _hexadecimal(content: int) -> str:
@@ -214,13 +215,13 @@ def _digest(items: Sequence[Any]) -> str:
 
 
 class _Reading:
-    """A small tensor on its way to the host; it is waited for only where it is read."""
+    """A small tensor on its way to the host; only ``read`` waits for it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor.detach().to("cpu", non_blocking=True)
-        # An event by itself records on the current device, which need not be this one.
-        is_there = tensor.device.type == "cpu"
-        self._done = None if is_there else torch.accelerator.current_stream(tensor.device).record_event()
+        # An event by itself records on the current device, which may be another.
+        is_on_host = tensor.device.type == "cpu"
+        self._done = None if is_on_host else torch.accelerator.current_stream(tensor.device).record_event()
 
     def read(self) -> list[list[float]]:
         if self._done is not None:
@@ -230,10 +231,13 @@ class _Reading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallInputs:
-    """A compiled graph's inputs that are no weights, by place, and what each is called.
+    """A compiled graph's inputs except weights: the name of each, by its position.
 
-    ``numbers`` are no tensors; ``conditions`` stay the same for a generation; ``shared`` ones, the sample and the
-    timesteps, are compared in the graph as well.
+    Attributes:
+        numbers: inputs that are no tensors.
+        conditions: tensors that stay the same for a generation.
+        shared: the sample and the timesteps, which are also compared in the graph.
+
     """
 
     numbers: Mapping[int, str]
@@ -242,18 +246,20 @@ class CallInputs:
 
 
 class Agreement:
-    """Whether the ranks that run a graph together are given the same inputs.
+    """Whether the ranks that run a graph together get the same inputs.
 
-    Before every call numbers, shapes and conditions are compared through the store, on the host: ranks whose inputs
-    differ there may be about to run collectives that don't fit each other. With the first call under some conditions
-    the content of the sample and the timesteps is too. For those of later calls that would wait for the device; they
-    are compared in the graph, where all ranks compute with the first one's. What came of that is read ``LAG`` calls
-    later, when it is long done.
+    Before every call the ranks compare numbers, shapes and conditions through the store, on the host. If these differ,
+    the ranks may be about to run collectives that don't fit each other. In the first call under some conditions they
+    also compare the content of the sample and the timesteps.
+
+    In later calls that would wait for the device. Instead, every step broadcasts rank 0's sample and timestep, and the
+    graph measures how far each rank's own are from them. If they are further apart than ``limits`` allow, every rank
+    raises ``DisagreementError`` ``LAG`` calls later, when the figures have long arrived.
 
     Args:
         group: the ranks.
         inputs: of the graph.
-        limits: how far the shared inputs may be apart, relatively.
+        limits: for each shared input, how far a rank's own may be from rank 0's, as a share of it.
 
     """
 
@@ -264,24 +270,24 @@ class Agreement:
         self._limits = list(zip(inputs.shared.values(), limits, strict=True))
         self._standing = self._stand()
         self._known: collections.OrderedDict[Any, None] = collections.OrderedDict()
-        self._saw: collections.deque[_Reading] = collections.deque()
+        self._readings: collections.deque[_Reading] = collections.deque()
         self._has_warned = False
 
     @property
     def is_in_graph(self) -> bool:
-        """Whether the graph compares inputs, and its last output is for ``saw``."""
+        """Whether the graph compares inputs; its last output is then for ``record``."""
         return bool(self._limits)
 
     def before(self, numbers: Sequence[Any], conditions: Sequence[int], args: Sequence[Any]) -> None:
-        """Compare what is due before a call.
+        """Compare a call's inputs before it runs, and the shared inputs of the call ``LAG`` calls ago.
 
         Args:
-            numbers: of the call, as ``CallInputs.numbers`` has them.
-            conditions: fingerprints, as ``CallInputs.conditions`` has them.
+            numbers: of the call, in the order of ``CallInputs.numbers``.
+            conditions: their fingerprints, in the order of ``CallInputs.conditions``.
             args: the compiled graph's inputs.
 
         Raises:
-            DisagreementError: see ``compare``; or inputs of an earlier call differed.
+            DisagreementError: see ``compare``; or the inputs of an earlier call differed.
             RuntimeError: the process group is not the one that the graph was compiled for.
 
         """
@@ -294,11 +300,11 @@ class Agreement:
         inputs, key = self._inputs, (tuple(numbers), tuple(conditions))
         is_new = key not in self._known
         try:
-            while len(self._saw) >= (1 if is_new else self.LAG):
-                self._judge(self._saw[0], len(self._saw))
-                self._saw.popleft()
+            while len(self._readings) >= (1 if is_new else self.LAG):
+                self._judge(self._readings[0], len(self._readings))
+                self._readings.popleft()
         except DisagreementError:
-            self._saw.clear()  # as all ranks do now
+            self._readings.clear()  # as all ranks do now
             raise
         facts = {
             f"the shape of {name}": str(list(args[place].shape))
@@ -317,28 +323,28 @@ class Agreement:
             self._known.popitem(last=False)
 
     def _stand(self) -> tuple[int, int, tuple[int, ...]]:
-        """Where this process stands: its rank and the number of ranks, in the group, and what rank each is of all."""
+        """The rank of this process in the group, the number of its ranks, and the global rank of each."""
         process_group = collectives.process_group(self._group.name)
         is_fake = dist.get_backend(process_group) == "fake"
         return process_group.rank(), process_group.size(), () if is_fake else _ranks_of(process_group)
 
     def forget(self) -> None:
-        """Let go of what has not been read yet."""
-        self._saw.clear()
+        """Drop the figures that have not been read yet."""
+        self._readings.clear()
 
-    def saw(self, apart: torch.Tensor) -> None:
-        """Take how far the inputs of a call were apart: ``[ranks, inputs]``, see ``trunk.SharedInputs``."""
-        self._saw.append(_Reading(apart))
+    def record(self, apart: torch.Tensor) -> None:
+        """Keep how far the inputs of a call were apart, ``[ranks, inputs]``; see ``trunk.SharedInputs``."""
+        self._readings.append(_Reading(apart))
 
-    def look(self) -> None:
-        """Compare what has not been read yet, and wait for the device; the next call looks at the same again.
+    def check_recorded(self) -> None:
+        """Check the figures that have not been read yet; waits for the device. The next call checks them again.
 
         Raises:
             DisagreementError: inputs of one of the last calls differed.
 
         """
-        for place, reading in enumerate(self._saw):
-            self._judge(reading, len(self._saw) - place)
+        for index, reading in enumerate(self._readings):
+            self._judge(reading, len(self._readings) - index)
 
     def _judge(self, reading: _Reading, calls_ago: int) -> None:
         _, _, names = self._standing
@@ -347,11 +353,11 @@ class Agreement:
         beyond, within = [], []
         for rank, row in zip(names, reading.read(), strict=True):
             for (name, limit), relative in zip(self._limits, row, strict=True):
-                said = f"{name} on rank {rank} is off by {relative:.3g} (relative)"
-                if not relative <= limit:  # what is not a number is beyond
-                    beyond.append(f"{said}, allowed is {limit:g}")
+                message = f"{name} on rank {rank} is off by {relative:.3g} (relative)"
+                if not relative <= limit:  # a NaN is beyond
+                    beyond.append(f"{message}, allowed is {limit:g}")
                 elif relative:
-                    within.append(said)
+                    within.append(message)
         if beyond:
             when = f"{calls_ago} call{'s' if calls_ago > 1 else ''} ago"
             raise DisagreementError(

@@ -142,7 +142,7 @@ class CompiledTrunk:
         agreement = self._calling.agreement
         if agreement is None or not agreement.is_in_graph:
             return results
-        agreement.saw(results[-1])
+        agreement.record(results[-1])
         return results[:-1]
 
     def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | Declined]]:
@@ -172,16 +172,16 @@ class CompiledTrunk:
         """The float8 weights to pass, and their revision."""
         with model.lock:
             stored = model.stored.setdefault(self._number, StoredFloat8(self._calling.stored))
-            return stored.of(args), stored.revision
+            return stored.tensors_for(args), stored.revision
 
     def _generation(self, args: Sequence[Any]) -> _Generation:
         with self._lock:
-            conditions = tuple(self._fingerprints.of(args[place]) for place in self._calling.conditions)
+            conditions = tuple(self._fingerprints.fingerprint_of(args[place]) for place in self._calling.conditions)
         return self._numbers(args), conditions
 
     def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation) -> Slot:
         with model.lock:
-            weights = model.weights[self._number].look(self._weights(args))
+            weights = model.weights[self._number].revision_of(self._weights(args))
             thread = weakref.ref(threading.current_thread())
             key = (thread, self._number, weights, stored_revision, *generation)
             model.calls += 1

@@ -1,4 +1,4 @@
-"""Hashes of tensors, by which inputs are told apart."""
+"""Hashes of tensors, which tell inputs apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 def fingerprint(tensor: torch.Tensor) -> int:
     """A 64-bit hash of a tensor's bits; waits for the device.
 
-    A weighted sum modulo 2**64 with position-dependent odd weights: order matters, and it is one reduction.
+    It is a sum modulo 2**64 with odd weights that depend on the position, so order matters. It takes one reduction.
     """
     return int(hash_of(tensor).item())
 
@@ -31,24 +31,24 @@ def hash_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sketch(tensor: torch.Tensor) -> torch.Tensor:
-    """``hash_of`` at most 512 elements that are spread evenly over a tensor; cheap however large it is."""
+    """``hash_of`` at most 512 elements, spread evenly over a tensor; cheap however large it is."""
     flat = tensor.detach().reshape(-1)
     return hash_of(flat[:: max(1, flat.numel() // 256)])
 
 
 class Fingerprints:
-    """Fingerprints of condition tensors, remembered for tensors that come again unmodified."""
+    """Fingerprints of condition tensors; those of unmodified tensors are remembered, 64 at most."""
 
     def __init__(self) -> None:
         self._known: collections.deque[tuple[weakref.ref[torch.Tensor], int, int]] = collections.deque(maxlen=64)
 
-    def of(self, tensor: torch.Tensor) -> int:
-        """The tensor's fingerprint, computed where it is not known."""
+    def fingerprint_of(self, tensor: torch.Tensor) -> int:
+        """Look up a tensor's fingerprint; computed, which waits for the device, where it is not known."""
         if tensor.is_inference():  # carries no version counter, so it may change unseen
             return fingerprint(tensor)
-        for reference, version, known in self._known:
+        for reference, version, content in self._known:
             if reference() is tensor and version == tensor._version:
-                return known
-        known = fingerprint(tensor)
-        self._known.append((weakref.ref(tensor), tensor._version, known))
-        return known
+                return content
+        content = fingerprint(tensor)
+        self._known.append((weakref.ref(tensor), tensor._version, content))
+        return content

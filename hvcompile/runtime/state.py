@@ -1,11 +1,12 @@
-"""State between calls of a compiled graph: whose it is, which generation's, and when it goes.
+"""State between calls of a compiled graph: which model and which generation it belongs to, and when it goes.
 
-A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledTrunk`` owns
-the exchange. State is kept in slots. A slot belongs to one model with its weights as they are, one thread, one compiled
-graph, one set of shapes and one set of conditions (text embeddings, masks ...), so the two halves of classifier-free
-guidance, two prompts, two pipelines and two threads each have their own. Nothing is read back from the device to find a
-slot as long as a pipeline hands in the same, unmodified condition tensors step after step; for a new tensor, one number
-is.
+A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledTrunk`` passes
+it on. State is kept in slots. A slot belongs to one model with its weights as they are, one thread, one compiled graph,
+one set of shapes and one set of conditions (text embeddings, masks ...). So the two halves of classifier-free guidance,
+two prompts, two pipelines and two threads each have their own.
+
+As long as a pipeline passes the same, unmodified condition tensors in every step, finding a slot reads nothing from the
+device. For each new tensor it reads one number.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import Kept
 from hvcompile.runtime.weights import StoredFloat8, WeightRevisions
 
-# Steps whose decision is kept for ``stats``; counts go on beyond it.
+# Steps whose decision is kept for ``stats``; hits and misses are counted beyond it.
 KEPT_STEPS = 10_000
 
 
 class Step(NamedTuple):
-    """One call's decision: its slot, whether blocks 2..N were reused, and block 1's relative difference.
+    """One call's decision.
 
-    ``difference`` is infinite where there was nothing to compare with.
+    Attributes:
+        slot: number of the slot, unique in the model.
+        reused: whether the cached residuals of blocks 2..N were reused.
+        difference: relative difference of block 1's residual; infinite where there was nothing to compare with.
+
     """
 
     slot: int
@@ -45,7 +50,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a compiled model did so far.
+    """What a compiled model has done so far.
 
     Attributes:
         graphs: distinct graphs that Dynamo captured for this model; more than one means graph breaks.
@@ -53,11 +58,11 @@ class Stats:
         hits: steps that reused the cached residuals.
         misses: steps that computed all blocks.
         slots: slots that hold state now.
-        bytes: bytes that the slots and derived inputs hold.
+        bytes: of the slots' and derived inputs' tensors.
         steps: the last decisions, oldest first, at most ``KEPT_STEPS`` of them.
         journal: for each captured graph, what every pass did.
-        unfit: calls that ran a graph compiled for what the first one is not fit for, such as a mask with a hole in it;
-            its journal says why.
+        unfit: calls that another graph had to compute, since the first does not fit their inputs, such as a mask with
+            a hole in it; the other graph's journal says why.
 
     """
 
@@ -83,11 +88,11 @@ class Slot:
 
 @dataclasses.dataclass(eq=False)
 class ModelState:
-    """Everything that is kept for one model; dies with the model."""
+    """Everything that is kept for one model; it goes when the model does."""
 
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
-    # Weakly: they go with the compiled graphs.
+    # Held weakly: they go with the compiled graphs.
     agreements: weakref.WeakSet[Agreement] = dataclasses.field(default_factory=weakref.WeakSet)
     slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
     weights: dict[int, WeightRevisions] = dataclasses.field(
@@ -104,14 +109,14 @@ class ModelState:
     steps: collections.deque[Step] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=KEPT_STEPS))
 
     def add_pending(self, slot: int, record: torch.Tensor) -> None:
-        """Take a decision that lies on the device; nothing waits for it until a great many do."""
+        """Add a decision, float32 ``[2]``, that is still on the device; ``KEPT_STEPS`` of them are fetched at once."""
         with self.lock:
             self.pending.append((slot, record))
         if len(self.pending) >= KEPT_STEPS:
             self.read_pending()
 
     def read_pending(self) -> None:
-        """Fetch the decisions that still lie on the device."""
+        """Fetch the decisions that are still on the device; waits for it."""
         with self.lock:
             pending, self.pending = self.pending, []
             for slot, record in pending:
@@ -121,13 +126,13 @@ class ModelState:
                 self.misses += int(not reused)
 
 
-# An index, not a store: it maps a parameter of a model to what is kept for it, and lets go when the model does.
+# An index, not a store: it maps a parameter of a model to the model's state, and holds the parameter weakly.
 _MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _MODELS_LOCK = threading.Lock()
 
 
 def model_state(anchor: torch.Tensor) -> ModelState:
-    """What is kept for the model that this parameter belongs to."""
+    """The state of the model that this parameter belongs to; made where there is none."""
     with _MODELS_LOCK:
         if anchor not in _MODELS:
             _MODELS[anchor] = ModelState()
@@ -135,7 +140,7 @@ def model_state(anchor: torch.Tensor) -> ModelState:
         return state  # type: ignore[no-any-return]
 
 
-def _kept_of(module: torch.nn.Module) -> list[ModelState]:
+def _states_in(module: torch.nn.Module) -> list[ModelState]:
     with _MODELS_LOCK:
         tensors = itertools.chain(module.parameters(), module.buffers())
         return [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
@@ -148,7 +153,7 @@ def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
             f"expected the compiled torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}: "
             "give the module, also where only its forward was compiled"
         )
-    states = _kept_of(module)
+    states = _states_in(module)
     if not states:
         raise UncompiledModelError(
             f"this {type(module).__name__} has not run under hvfast yet: compile it with "
@@ -158,27 +163,28 @@ def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
 
 
 def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
-    """What a compiled model did so far; waits for the device.
+    """What a compiled model has done so far; waits for the device.
 
     Args:
         model: the module given to ``torch.compile``, or what that returned.
 
     Raises:
         UncompiledModelError: the model has not run under this backend.
-        DisagreementError: ranks that share a sequence were given different inputs in one of the last steps.
+        DisagreementError: in one of the last steps, ranks that share a sequence got different inputs.
 
     """
     states = _states_of(model)
     for state in states:
         state.read_pending()
         for agreement in list(state.agreements):
-            agreement.look()
-    captured, slots, steps, tensors = [], [], [], []
+            agreement.check_recorded()
+    num_slots, captured, steps, tensors = 0, [], [], []
     for state in states:
         with state.lock:
             captured += list(state.graphs.values())
-            slots += list(state.slots.values())
             steps += list(state.steps)
+            num_slots += len(state.slots)
+            tensors += [tensor for slot in state.slots.values() for tensor in slot.tensors]
             tensors += [tensor for kept in list(state.kept.values()) for tensor in kept.tensors()]
     graphs = len({frame for (frame, _), _ in captured})
     return Stats(
@@ -186,10 +192,8 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
         recompiles=len(captured) - graphs,
         hits=sum(state.hits for state in states),
         misses=sum(state.misses for state in states),
-        slots=len(slots),
-        bytes=sum(
-            tensor.untyped_storage().nbytes() for tensor in [*(t for slot in slots for t in slot.tensors), *tensors]
-        ),
+        slots=num_slots,
+        bytes=sum(tensor.untyped_storage().nbytes() for tensor in tensors),
         steps=steps,
         journal=[journal for _, journal in captured],
         unfit=sum(state.unfit for state in states),
@@ -199,10 +203,17 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
 def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
     """Forget all cached state and statistics of a model, so that its next step is computed.
 
-    Not needed for a new prompt, shape or schedule: those are found from the inputs. It is needed where the inputs
-    can't tell: before a generation with the same conditions as one that was broken off at a *later* timestep than the
-    new one begins at, between generations with the same conditions that run step by step in turn in one thread, and
-    after conditions or weights were written through ``.data`` or another view that PyTorch does not track.
+    A new prompt, shape or schedule needs no call: the inputs show it. Call ``reset`` in four cases, which they don't:
+
+    - a generation has the same conditions as one that was broken off, and begins at an *earlier* timestep than that
+      one ended at;
+    - generations with the same conditions run step by step in turn, in one thread;
+    - one-step generations differ in seed and embedded guidance alone;
+    - conditions or weights were written to through ``.data`` or another view that PyTorch does not track, or were made
+      under ``torch.inference_mode()`` and written to.
+
+    Args:
+        model: the module given to ``torch.compile``, or what that returned.
 
     Raises:
         UncompiledModelError: the model has not run under this backend.
@@ -223,13 +234,16 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
 def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
     """Bring back the weights that hvfast keeps in float8, so that the model can be saved, moved, changed or run.
 
-    Exactly where the model was compiled with ``options={"fp8": {"keep_original": "cpu"}}``; else to within float8's
-    precision (half a step of three mantissa bits; what is far below the largest value of its row may become 0), which
-    a warning says. The next call of the compiled model compiles again and quantises them anew, with what was changed
-    in between.
+    They are exact if the model was compiled with ``options={"fp8": {"keep_original": "cpu"}}``. Else they are within
+    float8's precision, and a warning says so: half a step of three mantissa bits, and values far below the largest of
+    their row may become 0. The next call of the compiled model compiles again and quantises the weights anew, with
+    what was changed in between.
 
     Args:
         model: the module, or what ``torch.compile`` made of it.
+
+    Returns:
+        How many weights came back exactly, and how many did not; see ``Restored``.
 
     Raises:
         TypeError: ``model`` is neither.
@@ -239,7 +253,7 @@ def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
     restored = restore_weights(module)
-    for state in _kept_of(module):
+    for state in _states_in(module):
         with state.lock:
             for stored in state.stored.values():
                 stored.forget()

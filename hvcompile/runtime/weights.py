@@ -21,19 +21,19 @@ _VERSION = operator.attrgetter("_version")
 _JOINED = operator.attrgetter("joined")
 
 
-def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes the items at these places out of a sequence."""
-    if len(places) > 1:
-        return operator.itemgetter(*places)
-    return lambda items: tuple(items[place] for place in places)
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that returns the items at these positions of a sequence."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda items: tuple(items[position] for position in positions)
 
 
 class WeightRevisions:
     """The weights of the last call of one compiled graph, and a number that changes when any of them does.
 
-    That is where a weight is written to in place (a fused LoRA, ``load_state_dict``) or is another tensor, be it one
-    that stood elsewhere before. Read on the host alone. A write through ``.data``, or into a tensor made under
-    ``torch.inference_mode()``, leaves no trace and is not seen.
+    A weight changes if it is written to in place (a fused LoRA, ``load_state_dict``) or is another tensor, even one
+    that was another weight before. All is read on the host. Two kinds of write leave no trace and are not seen: through
+    ``.data``, and into a tensor made under ``torch.inference_mode()``.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class WeightRevisions:
         self._versioned: list[weakref.ref[torch.Tensor]] = []
         self._versions = -1
 
-    def look(self, weights: Sequence[torch.Tensor]) -> int:
-        """The revision of these weights."""
+    def revision_of(self, weights: Sequence[torch.Tensor]) -> int:
+        """Compare a call's weights with those of the last call; returns their revision."""
         # Compared by identity, as id() would not do: a freed weight's id comes again.
         is_same = len(weights) == len(self._seen) and all(map(operator.is_, weights, map(operator.call, self._seen)))
         if not is_same:
@@ -64,35 +64,55 @@ class WeightRevisions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightLayout:
-    """Weights that the graph takes as one float8 matrix: their positions among the inputs and paths in the model."""
+    """Weights that the graph takes as one float8 matrix.
+
+    Attributes:
+        positions: of the weights among the captured graph's inputs.
+        paths: of the weights in the model.
+        granularity: "row" for a scale a row of the matrix, else one for all.
+        keep_original: whether exact copies stay in the CPU's memory.
+
+    """
 
     positions: tuple[int, ...]
     paths: tuple[str, ...]
     granularity: Granularity
     keep_original: bool
 
-    def of(self, args: Sequence[Any]) -> Joined:
-        """The matrix for a call with these inputs; made, and the weights freed, where it is not there yet."""
-        weights = [args[place] for place in self.positions]
+    def join(self, args: Sequence[Any]) -> Joined:
+        """The float8 matrix of a call's weights.
+
+        Where it does not exist yet it is made, and the memory of the original weights is freed.
+
+        Args:
+            args: the captured graph's inputs.
+
+        """
+        weights = [args[position] for position in self.positions]
         return join(weights, self.paths, granularity=self.granularity, keep_original=self.keep_original)
 
 
 class StoredFloat8:
-    """One model's float8 weights as they are passed to one compiled graph, and a number that changes when any does."""
+    """One model's float8 weights, as one compiled graph takes them, and a number that changes when any of them does."""
 
     def __init__(self, layouts: Sequence[WeightLayout]) -> None:
         self._layouts = layouts
-        self._sources = picker([place for layout in layouts for place in layout.positions])
+        self._sources = picker([position for layout in layouts for position in layout.positions])
         self.revision = 0
         self._seen: list[weakref.ref[torch.Tensor]] = []
         self._joined: list[Joined] = []
         self._tensors: list[torch.Tensor] = []
 
-    def of(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        """What to pass for a call with these inputs."""
+    def tensors_for(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The matrices and scales to pass in a call, in the order of the layouts; weights may be freed for it.
+
+        Args:
+            args: the captured graph's inputs.
+
+        """
         sources = self._sources(args)
         if not self._is_as_before(sources):
-            joined = [(layout, layout.of(args)) for layout in self._layouts]
+            joined = [(layout, layout.join(args)) for layout in self._layouts]
             self._tensors = [tensor for _, item in joined for tensor in (item.data, item.scale)]
             self._joined = [item for layout, item in joined for _ in layout.positions]
             self._seen = [weakref.ref(source) for source in sources]
@@ -100,7 +120,7 @@ class StoredFloat8:
         return self._tensors
 
     def forget(self) -> None:
-        """Let go of what is held; the next call looks anew."""
+        """Release the tensors; the next call makes or looks up its own."""
         self._seen, self._joined, self._tensors = [], [], []
 
     def _is_as_before(self, sources: Sequence[torch.Tensor]) -> bool:
@@ -109,5 +129,5 @@ class StoredFloat8:
             return False
         try:
             return all(map(operator.is_, map(_JOINED, sources), self._joined))
-        except AttributeError:  # restored, which not every version of Dynamo guards against
+        except AttributeError:  # a restored weight, which not every version of Dynamo guards against
             return False

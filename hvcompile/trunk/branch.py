@@ -18,8 +18,14 @@ from hvcompile.trunk.operands import contiguous_like
 class Branch:
     """A branch of a ``cond`` under construction.
 
-    ``env`` maps nodes of the outer graph to what stands for them inside. Both branches of a ``cond`` take the same
-    operands, return tensors of equal strides, and may not return an operand; ``finish`` sees to the last two.
+    Both branches of a ``cond`` take the same operands and return tensors of equal strides, and neither may return an
+    operand. ``finish`` sees to the strides and the results.
+
+    Attributes:
+        graph: the branch's.
+        env: for each node of the outer graph, the node inside that stands for it.
+        results: what the branch returns, once it is finished.
+
     """
 
     def __init__(self, root: fx.GraphModule, passed: Mapping[fx.Node, fx.Node], tag: str) -> None:
@@ -73,14 +79,18 @@ def add_cond(
     *,
     before: fx.Node,
 ) -> list[fx.Node]:
-    """Add ``cond(predicate, first branch, second branch)`` before a node and return the nodes of its results.
+    """Add ``cond(predicate, first branch, second branch)`` before a node.
 
     Args:
-        root: gains the branches as submodules under the names given.
+        root: gains the branches as submodules.
         predicate: a bool scalar.
-        branches: name -> branch and its results; the first runs where the predicate holds.
+        branches: by the name of the submodule, a branch and the nodes that it returns; the first runs if the predicate
+            holds.
         operands: what both branches take, in the order of their placeholders; no two may share storage.
-        before: the node before which the call stands.
+        before: the node before which the call is inserted.
+
+    Returns:
+        The nodes of the results.
 
     """
     operands = tuple(operands)
@@ -96,8 +106,8 @@ def add_cond(
         targets = [root.graph.get_attr(name) for name in branches]
         call = root.graph.call_function(COND, (predicate, *targets, operands))
         call.meta = {TAG: tag, "example_value": tuple(results)}
-        for place, (result, shape) in enumerate(zip(results, shapes, strict=True)):
-            output = root.graph.call_function(operator.getitem, (call, place))
+        for index, (result, shape) in enumerate(zip(results, shapes, strict=True)):
+            output = root.graph.call_function(operator.getitem, (call, index))
             output.meta = {TAG: tag, "example_value": result}
             outputs.append(output if shape is None else _unflatten(output, shape, tag))
     return outputs
@@ -106,8 +116,8 @@ def add_cond(
 def _shape_by_operands(fake: torch.Tensor, operands: Sequence[fx.Node]) -> list[int | tuple[fx.Node, int]] | None:
     """Each size of a tensor, or the operand and dimension that has it; None where the tensor need not be flattened.
 
-    ``cond`` compares the strides of its branches' results as products of sizes. A contiguous tensor whose sizes hold
-    a floor division has strides such as ``Max(1, s0 * (s1 // 2))``, which it can't tell for such a product.
+    ``cond`` compares the strides of its branches' results as products of sizes. If a contiguous tensor's size holds a
+    floor division, a stride is of the form ``Max(1, s0 * (s1 // 2))``, which ``cond`` does not take for a product.
     """
     if not any(isinstance(stride, torch.SymInt) for stride in fake.stride()) or is_data_dependent(fake):
         return None

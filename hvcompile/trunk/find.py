@@ -1,9 +1,9 @@
 """Finding the repeated blocks of a captured graph, from ``nn_module_stack`` and data flow alone.
 
-Dynamo records for every compute node the modules it was traced in. A path with an index in it,
+Dynamo records for every compute node the modules that it was traced in. A path with an index in it, such as
 ``transformer_blocks.3.attn.to_q``, places the node in a member of a module list. The members of one list, run one
 after the other, are candidates for the trunk. Small lists (embedders, refiners, adapters) are candidates too, so the
-trunk is the chain of lists that does the most arithmetic; a list joins the chain of the list before it only where the
+trunk is the chain of lists that does the most arithmetic. A list joins the chain of the list before it only if the
 tokens that enter it are exactly the tokens that left the other.
 
 No class name and no module name is looked at; names serve only to tell one module from another.
@@ -22,8 +22,8 @@ from hvcompile.graph.paths import module_path
 from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import numel_hint, shape_key, value
 
-# Members of one list that together do less than this share of the arithmetic of the largest list run in alternation
-# with them are work between the blocks (an adapter, a projection), not blocks.
+# Lists may take turns. If the members of one do together less than this share of the arithmetic of the largest of
+# these, they are work between the blocks (an adapter, a projection), not blocks.
 MINOR_LIST_SHARE = 0.1
 
 
@@ -37,7 +37,7 @@ class ModuleCall:
 
     @property
     def path(self) -> str:
-        """The member's dotted path, such as ``transformer_blocks.3``."""
+        """The member's dotted path in the model, such as ``transformer_blocks.3``."""
         return ".".join((*self.list_path, str(self.index)))
 
 
@@ -55,20 +55,20 @@ class Block:
 
 
 def owner_of(node: fx.Node, depth: int) -> ModuleCall | None:
-    """The list member that a node was traced in, at the ``depth``-th index of its module path; None outside any."""
+    """The list member that a node was traced in, at the ``depth``-th index of its module path; None if in no list."""
     for call, (expression, _) in (node.meta.get("nn_module_stack") or {}).items():
         path = module_path(str(expression))
-        indices = [place for place, part in enumerate(path) if part.isdigit()]
+        indices = [position for position, part in enumerate(path) if part.isdigit()]
         if len(indices) > depth and indices[depth] == len(path) - 1:
             return ModuleCall(list_path=path[:-1], index=int(path[-1]), call=str(call))
     return None
 
 
 def find_blocks(graph: fx.Graph, depth: int) -> list[Block]:
-    """All calls of list members in graph order, the members' lists being at the ``depth``-th index of the path.
+    """All calls of list members in graph order, where the list is at the ``depth``-th index of the module path.
 
-    Arithmetic on sizes that are known outside the blocks is left out wherever it was traced: Dynamo traces it in the
-    first block that needs it, and later blocks read the result.
+    Arithmetic on sizes that are known outside the blocks belongs to no block. Dynamo traces it in the first block that
+    needs it, and later blocks read the result.
     """
     blocks: dict[ModuleCall, Block] = {}
     sizes: set[fx.Node] = {node for node in graph.find_nodes(op="placeholder") if is_scalar(node)}
@@ -141,8 +141,8 @@ def leaving(block: Block) -> list[fx.Node]:
 def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block]) -> bool:
     """Whether the tokens that ``later`` works on are the tokens that left ``earlier``, no more and no fewer.
 
-    Walks back from the first block of ``later``, through work that is in no block, to the blocks it came from. A list
-    that supplies only one of several streams (a text refiner) supplies fewer tokens than the first block hands on.
+    Walks back from the first block of ``later``, through work that is in no block, to the blocks that it came from. A
+    list that supplies one of several streams (a text refiner) supplies fewer tokens than the first block passes on.
     """
     last, members = earlier.blocks[-1], set(map(id, earlier.blocks))
     tokens_in = tokens_out = 0
@@ -177,7 +177,7 @@ def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block])
         counted |= leaves
     results = [value(node) for node in leaving(later.blocks[0]) if is_tensor(node)]
     if not {shape_key(result) for result in results} & streams:
-        return False  # a head or a projection: it changes the shape of what it is given
+        return False  # a head or a projection: it changes the shape of its input
     return 0 < sum(map(numel_hint, results)) <= tokens_in == tokens_out
 
 
@@ -189,8 +189,8 @@ def _has_repeats(run: _ListRun) -> bool:
 def find_trunk(graph: fx.Graph) -> list[Block] | Declined:
     """The trunk's blocks in order of execution, or why there are none.
 
-    Looks at the outermost index of each module path first, and deeper only where no list there has two blocks: the
-    model may itself stand in a list.
+    Looks at the outermost index of each module path first, and deeper only if no list there has two blocks: the model
+    may itself be in a list.
     """
     counter = FlopCounter()
     for depth in range(3):
@@ -203,7 +203,7 @@ def find_trunk(graph: fx.Graph) -> list[Block] | Declined:
             else:
                 chains.append([run])
         candidates = [chain for chain in chains if sum(len(run.blocks) for run in chain) > 1]
-        if depth:  # inside a block stand lists too, such as the layers of its MLP; only alike members are blocks
+        if depth:  # a block contains lists too, such as the layers of its MLP; only alike members are blocks
             candidates = [chain for chain in candidates if any(map(_has_repeats, chain))]
         if candidates:
             best = max(candidates, key=lambda chain: sum(run.arithmetic(counter) for run in chain))

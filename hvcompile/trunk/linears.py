@@ -19,51 +19,58 @@ from hvcompile.trunk.trunk import Body
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Linear:
-    """One linear layer of a body: its node, and the placeholders of its weight and bias."""
+    """One linear layer of a body.
+
+    Attributes:
+        node: the call of ``linear``.
+        weight: placeholder of its weight.
+        bias: its bias.
+        source: its input; if that is a tensor cut into slices and put together again, the tensor.
+        is_written_to: whether something in the body writes into the input.
+
+    """
 
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     source: fx.Node
-    """What it is applied to, looked at through slices that are put together again."""
     is_written_to: bool
-    """Whether something in the body writes into what it is applied to."""
 
 
 def linears_of(body: Body) -> Iterator[Linear]:
-    """The linear layers of a body whose weight is handed in and read by nothing else."""
+    """The linear layers of a body whose weight is an operand that nothing else reads."""
     mutated = (mutated_operand(node) for node in body.module.graph.nodes)
     written = {storage(node) for node in mutated if node is not None}
     for node in body.module.graph.nodes:
         if node.op != "call_function" or op_name(node) != "linear":
             continue
-        names = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        weight, bias = names["weight"], names.get("bias")
+        arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+        weight, bias = arguments["weight"], arguments.get("bias")
         if isinstance(weight, fx.Node) and weight.op == "placeholder" and list(weight.users) == [node]:
-            source = whole(names["input"])
+            source = whole(arguments["input"])
             read = {storage(item) for item in (source, *node.all_input_nodes) if is_tensor(item)}
             is_written_to = not written.isdisjoint(read)
             yield Linear(node=node, weight=weight, bias=bias, source=source, is_written_to=is_written_to)
 
 
 def may_join(linears: Sequence[Linear]) -> bool:
-    """Whether what reads the layers' results can do so where these are columns of one wider tensor.
+    """Whether the layers' results may become columns of one wider tensor, for all that reads them.
 
-    A view that is legal of a tensor of its own need not be of a part of another.
+    A view that is legal of a whole tensor may not be legal of a part of another.
     """
     sizes = [int(value(item.weight).shape[0]) for item in linears]
-    for place, item in enumerate(linears):
+    for index, item in enumerate(linears):
         result: torch.Tensor = value(item.node)
         with fakes.fake_mode_of(result):
             wide = result.new_empty((*result.shape[:-1], sum(sizes)))
-            if not _views_hold(item.node, torch.split(wide, sizes, -1)[place]):
+            if not _views_hold(item.node, torch.split(wide, sizes, -1)[index]):
                 return False
     return True
 
 
 def _views_hold(node: fx.Node, result: torch.Tensor) -> bool:
-    """Whether every view of a node's result, and every view of that, is one of another tensor of that shape too."""
-    held: dict[fx.Node, Any] = {node: result}
+    """Whether every view of a node, and every view of these, is also legal where the node has another result."""
+    values: dict[fx.Node, Any] = {node: result}
     waiting = list(node.users)
     while waiting:
         user = waiting.pop(0)
@@ -72,7 +79,7 @@ def _views_hold(node: fx.Node, result: torch.Tensor) -> bool:
         if mutated_operand(user) is not None:
             return False
         try:
-            held[user] = run_on(user, lambda item: held.get(item, value(item)))
+            values[user] = run_on(user, lambda item: values.get(item, value(item)))
         except (RuntimeError, ValueError):
             return False
         waiting += user.users
@@ -80,7 +87,7 @@ def _views_hold(node: fx.Node, result: torch.Tensor) -> bool:
 
 
 def whole(node: fx.Node) -> fx.Node:
-    """What a tensor was cut from, where it is all the pieces in order, put together again; else the tensor itself."""
+    """The tensor that a node is made of, if it is all the pieces of it, joined in order; else the node itself."""
     if op_name(node) not in {"cat", "concat"} or not isinstance(node.args[0], (tuple, list)):
         return node
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -102,18 +109,18 @@ def _piece(node: fx.Node, dim: Any) -> tuple[fx.Node, Any, Any] | None:
     if not isinstance(dim, int) or not all(isinstance(item, slice) and item.step in {None, 1} for item in index):
         return None
     dim %= tensor.ndim
-    if dim >= len(index) or any(item != slice(None) for place, item in enumerate(index) if place != dim):
+    if dim >= len(index) or any(item != slice(None) for other, item in enumerate(index) if other != dim):
         return None
     size = fakes.expression_of(tensor.shape[dim])
     bounds = []
     for bound, default in ((index[dim].start, 0), (index[dim].stop, size)):
-        held = value(bound) if isinstance(bound, fx.Node) else bound
-        expression = default if held is None else fakes.expression_of(held)
+        number = value(bound) if isinstance(bound, fx.Node) else bound
+        expression = default if number is None else fakes.expression_of(number)
         if expression is None:
             return None
         is_from_end = getattr(expression, "could_extract_minus_sign", lambda: expression < 0)()  # noqa: B023
         bounds.append(size + expression if is_from_end else expression)
-    # A bound beyond the tensor would be cut off; that the piece is as long as its bounds say shows that none was.
+    # A bound beyond the tensor would be cut off. The piece is as long as its bounds say, so none was.
     if fakes.expression_of(value(node).shape[dim]) != bounds[1] - bounds[0]:
         return None
     return source, bounds[0], bounds[1]

@@ -1,6 +1,6 @@
-"""Outlining: blocks that compute the same thing on other operands become calls of one shared body.
+"""Outlining: blocks that compute the same on other operands become calls of one shared body.
 
-A pass then edits a body once and Inductor compiles it once, however deep the model is. Sharing is structural: two
+A pass then edits a body once, and Inductor compiles it once, however deep the model is. Sharing is structural: two
 blocks are alike if they run the same operations with the same literals on operands of the same layout.
 """
 
@@ -43,39 +43,38 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     module = dynamo.clone_graph_module(captured)
     drop_grad_switches(module.graph)
     count_from_start(module.graph)
-    found = find_trunk(module.graph)
-    if isinstance(found, Declined):
-        return found
+    blocks = find_trunk(module.graph)
+    if isinstance(blocks, Declined):
+        return blocks
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
-    sizes = symbolic_sizes(module.graph, before=found[0].nodes[0])
-    _adopt_context_switches(module.graph, found)
-    operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in found]
-    declined = _check_graph(module.graph, found)
+    sizes = symbolic_sizes(module.graph, before=blocks[0].nodes[0])
+    _adopt_context_switches(module.graph, blocks)
+    operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in blocks]
+    declined = _check_graph(module.graph, blocks)
     if declined is not None:
         return declined
     within = contexts(module.graph)
-    for block, reads in zip(found, operands, strict=True):
+    for block, reads in zip(blocks, operands, strict=True):
         declined = _check_block(block, reads, within)
         if declined is not None:
             return declined
 
-    families = families_of(found, operands, [_autocast_around(block, within) for block in found])
-    bodies: dict[int, Body] = {}
+    families = families_of(blocks, operands, [_autocast_around(block, within) for block in blocks])
+    bodies: dict[int, Body] = {}  # by the block's index, as ``outputs``
     outputs: dict[int, list[fx.Node | None]] = {}
     for number, (first, members) in enumerate(families.items()):
-        read = {members[place][node] for place in members for node in leaving(found[place])}
-        positions = sorted(read)
-        body = Body(f"block_{number}", _build_body(module, found[first], operands[first], positions), {})
-        for place, numbers in members.items():
-            nodes = {row: node for node, row in numbers.items()}
-            bodies[place], outputs[place] = body, [nodes.get(position) for position in positions]
-    find_streams(found, operands, bodies, outputs)
+        positions = sorted({members[index][node] for index in members for node in leaving(blocks[index])})
+        body = Body(f"block_{number}", _build_body(module, blocks[first], operands[first], positions), {})
+        for index, position_of in members.items():
+            node_at = {position: node for node, position in position_of.items()}
+            bodies[index], outputs[index] = body, [node_at.get(position) for position in positions]
+    find_streams(blocks, operands, bodies, outputs)
 
-    trunk = Trunk(module, [], describe_lists(found))
+    trunk = Trunk(module, [], describe_lists(blocks))
     renamed: dict[fx.Node, fx.Node] = {}
-    for place, block in enumerate(found):
-        current = [renamed.get(operand, operand) for operand in operands[place]]
-        trunk.blocks.append(_outline(module, block, bodies[place], current, outputs[place], renamed))
+    for index, block in enumerate(blocks):
+        current = [renamed.get(operand, operand) for operand in operands[index]]
+        trunk.blocks.append(_outline(module, block, bodies[index], current, outputs[index], renamed))
     for node in reversed(module.graph.nodes):
         if node.op == "call_method" and node.meta.get(TAG) == "outline" and not node.users:
             module.graph.erase_node(node)  # an order restored for blocks that are calls now
@@ -86,29 +85,29 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     return trunk
 
 
-def _adopt_context_switches(graph: fx.Graph, found: Sequence[Block]) -> None:
-    """Give a block the autocast regions that only its nodes stand in: Dynamo records no module for the switches."""
+def _adopt_context_switches(graph: fx.Graph, blocks: Sequence[Block]) -> None:
+    """Give a block the autocast regions around its nodes alone: Dynamo records no module for their switches."""
     within = contexts(graph)
-    owners = {node: block for block in found for node in block.nodes}
+    owners = {node: block for block in blocks for node in block.nodes}
     for region in {region for regions in within.values() for region in regions}:
         members = [node for node in graph.nodes if region in within[node] and not is_context_switch(node)]
         holders = {id(owners[node]) if node in owners else None for node in members}
         if len(holders) == 1 and None not in holders:
             block = owners[members[0]]
             switches = {region, *region.users} - set(block.nodes)
-            wanted = set(block.nodes) | switches
-            block.nodes = [node for node in graph.nodes if node in wanted]
+            owned = set(block.nodes) | switches
+            block.nodes = [node for node in graph.nodes if node in owned]
 
 
 def _autocast_around(block: Block, within: dict[fx.Node, tuple[fx.Node, ...]]) -> Hashable:
-    """The settings of the autocast regions that a block stands in, outermost first."""
+    """The settings of the autocast regions around a block, outermost first."""
     return tuple(repr(region.args) for region in within[block.nodes[0]] if region not in block.nodes)
 
 
-def _check_graph(graph: fx.Graph, found: Sequence[Block]) -> Declined | None:
+def _check_graph(graph: fx.Graph, blocks: Sequence[Block]) -> Declined | None:
     """Why no block of a graph can be outlined."""
-    owned = {node for block in found for node in block.nodes}
-    first, last = found[0].nodes[0], found[-1].nodes[-1]
+    owned = {node for block in blocks for node in block.nodes}
+    first, last = blocks[0].nodes[0], blocks[-1].nodes[-1]
     reached = False
     for node in graph.nodes:
         reached = reached or node is first
@@ -166,16 +165,16 @@ def _placeholder_name(operand: fx.Node, block: Block) -> str:
     """A weight's path inside its block, such as ``attn_to_q_weight``; else the operand's own name."""
     path = ".".join(module_path(dynamo.source_name(operand)))
     prefix = f"{block.path}."
-    inside = operand.op == "placeholder" and path.startswith(prefix)
+    if operand.op != "placeholder" or not path.startswith(prefix):
+        return operand.name
     name = path.removeprefix(prefix).replace(".", "_")
-    return (
-        operand.name if not inside else name if name.isidentifier() else f"part_{name}"
-    )  # "0.weight", of a Sequential
+    return name if name.isidentifier() else f"part_{name}"  # "0.weight", of a Sequential
 
 
 def _build_body(
-    root: fx.GraphModule, block: Block, operands: Sequence[fx.Node], outputs: Sequence[int]
+    root: fx.GraphModule, block: Block, operands: Sequence[fx.Node], positions: Sequence[int]
 ) -> fx.GraphModule:
+    """A block's nodes as a graph of their own, which returns the nodes at these positions."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for operand in operands:
@@ -187,10 +186,10 @@ def _build_body(
     for node in block.nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = copy.copy(node.meta)
-    # A body may not hand back one of its operands or a view of one, and its caller relies on contiguous streams.
+    # A body may not return one of its operands or a view of one, and its caller relies on contiguous streams.
     results = []
-    for place in outputs:
-        result = env[block.nodes[place]]
+    for position in positions:
+        result = env[block.nodes[position]]
         cloned = graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
         cloned.meta = provenance(result, "outline", contiguous_like(value(result)))
         results.append(cloned)
@@ -208,7 +207,7 @@ def _outline(
     outputs: Sequence[fx.Node | None],
     renamed: dict[fx.Node, fx.Node],
 ) -> BlockCall:
-    """Replace a block's nodes by a call of its body; ``renamed`` gathers what later calls take for the nodes read."""
+    """Replace a block by a call of its body; ``renamed`` collects what later calls take for the nodes that go."""
     graph, inside, last = module.graph, set(block.nodes), block.nodes[-1]
     setattr(module, body.name, body.module)
     with graph.inserting_after(last):

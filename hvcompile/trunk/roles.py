@@ -1,8 +1,8 @@
-"""What each input of a captured graph is for: weights, the sample being denoised, clocks, and conditions.
+"""What each input of a captured graph is for: weights, the sample that is denoised, clocks, and conditions.
 
-A step of one generation changes the sample and the clocks (the timestep) and leaves the conditions (text embeddings,
-masks, rotary tables) alone. So equal conditions are how the runtime tells one generation from another, and a clock
-that turns back is how the graph tells that a new one has begun. All of it is read from data flow, never from names.
+A step of a generation changes the sample and the clocks (the timestep). It leaves the conditions (text embeddings,
+masks, rotary tables) alone. So the runtime tells generations apart by their conditions, and the graph sees by a clock
+that turns back that a new one has begun. All roles are read from data flow, never from names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import numel_hint, size_hint, value
 from hvcompile.trunk.trunk import Trunk
 
-# Operations that mix channels or tokens, or take a number for a size: past one of these a value is no longer a time.
+# Operations that mix channels or tokens, or take a number as a size: after one of these a value is no longer a time.
 _MIXING = {
     *("arange", "linspace", "full", "ones", "zeros", "linear", "matmul", "bmm", "addmm", "layer_norm", "embedding"),
     *("scaled_dot_product_attention", "einsum"),
@@ -26,9 +26,16 @@ _MIXING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputRoles:
-    """Placeholders of a captured graph by role; ``sample`` is None where no input has the rank of the output.
+    """Placeholders of a captured graph by role.
 
-    ``python_time`` names a timestep that came as a Python number, which the graph can't keep state of.
+    Attributes:
+        weights: parameters and buffers.
+        sample: what is denoised; None where no input has as many dimensions as the output.
+        clocks: the timesteps.
+        conditions: all other tensors.
+        python_time: name of a timestep that is a Python number, which the graph can't keep state of; None if there is
+            none.
+
     """
 
     weights: tuple[fx.Node, ...]
@@ -39,7 +46,7 @@ class InputRoles:
 
     @property
     def changing(self) -> tuple[fx.Node, ...]:
-        """What is new in every step: the sample, if there is one, and the clocks."""
+        """The inputs that are new in every step: the sample, if there is one, and the clocks."""
         return (*([] if self.sample is None else [self.sample]), *self.clocks)
 
 
@@ -87,7 +94,7 @@ def classify(trunk: Trunk) -> InputRoles:
 
     others = [node for node in inputs if node is not sample and value(node).dtype != torch.bool]
     others = [node for node in others if not value(node).is_complex()]
-    # A timestep that is embedded by other means than sines is at least a number for each sample.
+    # A timestep that is not embedded by sines is at least one number for each sample.
     clocks = [node for node in others if _is_time_like(node)] or [node for node in others if is_small(node)]
     numbers = [node for node in trunk.inputs if is_scalar(node) and ".size()" not in source_name(node)]
     python_time = next((source_name(node) or node.name for node in numbers if _is_time_like(node)), None)

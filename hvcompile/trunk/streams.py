@@ -15,7 +15,7 @@ from hvcompile.trunk.trunk import Body
 # Operations whose result is a tuple of parts of a tensor.
 _SPLITTING = {"split", "chunk", "unbind", "tensor_split"}
 
-# Operations through which a residual stream passes unchanged but for what is added to it, and for a scale.
+# Operations through which a residual stream passes; they add to it or scale it, but change nothing else.
 _CARRIERS = {
     "add",
     "sub",
@@ -35,30 +35,38 @@ _CARRIERS = {
 
 
 def find_streams(
-    found: Sequence[Block],
+    blocks: Sequence[Block],
     operands: Sequence[Sequence[fx.Node]],
     bodies: dict[int, Body],
     outputs: dict[int, list[fx.Node | None]],
 ) -> None:
-    """Fill in each body's streams: from what consecutive calls of it hand on, else from inside the body."""
+    """Fill in each body's streams: from what consecutive calls of it pass on, else from inside the body.
+
+    Args:
+        blocks: in order.
+        operands: of each block, what it reads.
+        bodies: by the index of the block.
+        outputs: by the index of the block, its node for each output of the body; None where it has none.
+
+    """
     likely: dict[Body, set[int]] = {body: set() for body in bodies.values()}
-    for place in range(1, len(found)):
-        before = {node: number for number, node in enumerate(outputs[place - 1]) if node is not None}
-        for position, operand in enumerate(operands[place]):
-            if operand in before and is_tensor(operand):
-                likely[bodies[place]].add(position)
-                if bodies[place] is bodies[place - 1]:
-                    bodies[place].streams[before[operand]] = position
-    for place, body in bodies.items():
-        for number in range(len(outputs[place])):
-            if number not in body.streams:
-                source = _stream_of(body.module, number, likely[body])
-                if source is not None and source not in body.streams.values():
-                    body.streams[number] = source
+    for index in range(1, len(blocks)):
+        output_of = {node: output for output, node in enumerate(outputs[index - 1]) if node is not None}
+        for position, operand in enumerate(operands[index]):
+            if operand in output_of and is_tensor(operand):
+                likely[bodies[index]].add(position)
+                if bodies[index] is bodies[index - 1]:
+                    bodies[index].streams[output_of[operand]] = position
+    for index, body in bodies.items():
+        for output in range(len(outputs[index])):
+            if output not in body.streams:
+                carried = _stream_of(body.module, output, likely[body])
+                if carried is not None and carried not in body.streams.values():
+                    body.streams[output] = carried
 
 
 def is_residual(body: Body, position: int) -> bool:
-    """Whether an output is the operand that it continues plus something, rather than something new in its place."""
+    """Whether an output is the operand that it continues plus something, rather than a new value in its place."""
     placeholders = list(body.module.graph.find_nodes(op="placeholder"))
     results: Any = body.module.graph.output_node().args[0]
     return placeholders[body.streams[position]] in residual_sources(results[position])
@@ -66,7 +74,7 @@ def is_residual(body: Body, position: int) -> bool:
 
 def residual_sources(output: fx.Node) -> set[fx.Node]:
     """The placeholders whose value reaches a node through additions, slices and concatenations alone."""
-    found: set[fx.Node] = set()
+    sources: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [output]
     while stack:
@@ -75,10 +83,10 @@ def residual_sources(output: fx.Node) -> set[fx.Node]:
             continue
         seen.add(node)
         if node.op == "placeholder":
-            found.add(node)
+            sources.add(node)
         elif op_name(node).rstrip("_") in _CARRIERS or node.target is operator.iadd:
             stack.extend(item for item in node.all_input_nodes if is_tensor(item) or op_name(item) in _SPLITTING)
-    return found
+    return sources
 
 
 def _stream_of(body: fx.GraphModule, position: int, likely: set[int]) -> int | None:

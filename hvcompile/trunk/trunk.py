@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 class Body:
     """One subgraph shared by all blocks that compute the same thing.
 
-    ``streams`` maps an output's position to the position of the operand that it is the next version of: the residual
-    streams (video, text) that run through the trunk.
+    Attributes:
+        name: of the submodule, in the trunk's module.
+        module: the subgraph.
+        streams: for each output that is the next version of an operand, their positions, output to operand. These are
+            the residual streams (video, text) that run through the trunk.
+
     """
 
     name: str
@@ -35,7 +39,14 @@ class Body:
 
 @dataclasses.dataclass(eq=False)
 class BlockCall:
-    """One block of the trunk: a call of its body, in the top-level graph or, once a pass has moved it, in a branch."""
+    """One block of the trunk: a call of its body.
+
+    Attributes:
+        path: of the block in the model, such as ``transformer_blocks.3``.
+        body: what is called.
+        call: the node, in the top-level graph or, once a pass has moved it, in a branch.
+
+    """
 
     path: str
     body: Body
@@ -54,9 +65,16 @@ class BlockCall:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class State:
-    """A tensor that lives from one call of the compiled graph to the next: a placeholder and the next value.
+    """A tensor that lives from one call of the compiled graph to the next; the runtime owns it, and starts with zeros.
 
-    ``shape`` may hold symbolic sizes. The runtime owns the tensor; it starts as zeros.
+    Attributes:
+        name: unique among the trunk's states.
+        placeholder: the value that a call gets.
+        shape: may hold symbolic sizes.
+        dtype: of the tensor.
+        device: of the tensor.
+        next_value: the node of the value that the next call gets; None until the pass has made it.
+
     """
 
     name: str
@@ -69,9 +87,15 @@ class State:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class StoredWeights:
-    """Linear layers' weights that the graph takes as one float8 matrix: placeholders for its data and its scales.
+    """Weights of linear layers that the graph takes as one float8 matrix, which ``float8.weights.join`` makes.
 
-    The runtime makes both from the sources, of which nothing else in the graph reads any (``quantized_weights.join``).
+    Attributes:
+        sources: placeholders of the weights, stacked in this order; nothing else in the graph reads them.
+        data: placeholder of the float8 matrix.
+        scale: placeholder of its scales.
+        granularity: how many scales there are.
+        keep_original: whether the runtime keeps the weights, in the CPU's memory.
+
     """
 
     sources: tuple[fx.Node, ...]
@@ -83,15 +107,15 @@ class StoredWeights:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Derived:
-    """Inputs of the trunk's graph that follow from other inputs: a graph of its own, run anew only where those changed.
+    """Inputs of the trunk's graph that follow from other inputs; their own graph runs anew only if those changed.
 
     Attributes:
-        made_by: name of the pass; what runs instead where ``read`` refuses is that pass's ``instead``.
+        made_by: name of the pass. If ``read`` refuses, that pass's ``instead`` says what runs in its place.
         module: takes ``sources`` in order and returns a tuple; it runs as it is, not compiled.
         sources: placeholders of the captured graph: conditions, weights, sizes.
-        placeholders: what was added to the trunk's graph, one a value.
-        read: makes of ``module``'s results the values that the placeholders are given, or says why the trunk's graph
-            does not compute what was captured for them; None where the results are the values.
+        placeholders: what was added to the trunk's graph, one for each value.
+        read: makes the placeholders' values of ``module``'s results, or says why the trunk's graph does not compute
+            for them what was captured; None where the results are the values.
 
     """
 
@@ -104,7 +128,7 @@ class Derived:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks that run a graph together: the name of their process group, and how long they wait for each other."""
+    """Ranks that run a graph together: their process group's name, and how long they wait for each other."""
 
     name: str
     timeout_seconds: float
@@ -112,7 +136,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How the sequence is split over ranks, and which nodes of the top-level graph hold one rank's part of it."""
+    """How the sequence is split over ranks, and the layout of the top-level nodes that hold one rank's part of it."""
 
     split: Split
     streams: Mapping[fx.Node, Layout]
@@ -120,12 +144,12 @@ class Sharding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedInputs:
-    """Inputs of which every rank takes the first one's.
+    """Inputs of which every rank takes rank 0's: the sample and the timesteps.
 
     Attributes:
-        nodes: what stands in the graph for each placeholder, the sample and the timesteps.
-        apart: how far each rank's own are from the first one's; float32 ``[ranks, len(nodes)]``, each the sum of
-            absolute differences over that of the first one's absolute values.
+        nodes: for each placeholder, the node of rank 0's value.
+        apart: how far each rank's own inputs are from rank 0's, float32 ``[ranks, len(nodes)]``: the sum of absolute
+            differences over the sum of rank 0's absolute values.
 
     """
 
@@ -135,10 +159,22 @@ class SharedInputs:
 
 @dataclasses.dataclass(eq=False)
 class Trunk:
-    """A captured graph with its blocks outlined, and the inputs that passes have added to it: weights, then state.
+    """A captured graph with its blocks outlined, and the inputs that passes have added to it.
 
     Prologue and epilogue are the nodes before the first and after the last block; they stay in ``module``'s graph.
-    ``group`` is set where ranks run it together, ``sharding`` where they split its sequence, and then ``shared``.
+
+    Attributes:
+        module: holds the top-level graph and the bodies.
+        blocks: in order of execution.
+        lists: the module lists that the blocks come from, as text.
+        stored: weights that passes have put into float8.
+        states: tensors that live from call to call.
+        observed: a step's decision, which the runtime records: the nodes of "reused" and "difference"; may be empty.
+        derived: inputs that follow from others.
+        group: the ranks that run the graph together; None where it runs alone.
+        sharding: how they split its sequence; None where they don't.
+        shared: set where ``sharding`` is.
+
     """
 
     module: fx.GraphModule
@@ -188,7 +224,7 @@ class Trunk:
     def add_state(
         self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
     ) -> State:
-        """Add a state tensor as a placeholder after all others; set ``next_value`` once its node exists."""
+        """Add a state tensor as a placeholder after all others; set ``next_value`` when its node exists."""
         placeholder = self._add_placeholder(f"state_{name}", shape, dtype, device)
         state = State(name=name, placeholder=placeholder, shape=tuple(shape), dtype=dtype, device=device)
         self.states.append(state)
@@ -204,9 +240,19 @@ class Trunk:
         sources: Sequence[fx.Node],
         read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None = None,
     ) -> Derived:
-        """Add inputs that ``module`` gives, a placeholder for each name, before weights and state; see ``Derived``."""
-        derived = {node for item in self.derived for node in item.placeholders}
-        later = set(self.added) - derived
+        """Add inputs that ``module`` computes; see ``Derived``.
+
+        Args:
+            names: of the placeholders, which stand before those of weights and state.
+            examples: a fake value for each.
+            made_by: as of ``Derived``.
+            module: as of ``Derived``.
+            sources: as of ``Derived``.
+            read: as of ``Derived``.
+
+        """
+        already = {node for item in self.derived for node in item.placeholders}
+        later = set(self.added) - already
         anchor = [node for node in self.graph.find_nodes(op="placeholder") if node not in later][-1]
         placeholders = []
         for name, example in zip(names, examples, strict=True):
@@ -215,26 +261,37 @@ class Trunk:
             dynamo.mark_as_added(anchor)
             anchor.meta = {TAG: made_by, "example_value": example}
             placeholders.append(anchor)
-        made = Derived(
+        derived = Derived(
             made_by=made_by,
             module=module,
             sources=tuple(sources),
             placeholders=tuple(placeholders),
             read=read,
         )
-        self.derived.append(made)
-        return made
+        self.derived.append(derived)
+        return derived
 
     def split_body(self, body: Body, blocks: Sequence[BlockCall], suffix: str, tag: str) -> Body:
-        """A body for some of a body's blocks to themselves: a copy of it where others keep it, else the body itself."""
+        """Give some of a body's blocks a body of their own.
+
+        Args:
+            body: that they share with others.
+            blocks: that get a body of their own.
+            suffix: of its name.
+            tag: name of the pass.
+
+        Returns:
+            A copy of the body; the body itself where all its blocks are among these.
+
+        """
         if all(block in blocks for block in self.blocks if block.body is body):
             return body
         name, count = f"{body.name}_{suffix}", 0
         while hasattr(self.module, name):
             count += 1
             name = f"{body.name}_{suffix}_{count}"
-        made = Body(name, dynamo.clone_graph_module(body.module), dict(body.streams))
-        setattr(self.module, name, made.module)
+        copied = Body(name, dynamo.clone_graph_module(body.module), dict(body.streams))
+        setattr(self.module, name, copied.module)
         for block in blocks:
             with self.graph.inserting_before(block.call):
                 reference = self.graph.get_attr(name)
@@ -243,11 +300,11 @@ class Trunk:
             block.call.args = (reference, name, *block.operands)
             if isinstance(old, fx.Node) and not old.users:
                 self.graph.erase_node(old)
-            block.body = made
-        return made
+            block.body = copied
+        return copied
 
     def add_operand(self, body: Body, node: fx.Node) -> fx.Node:
-        """Hand one more value to every call of a body; returns the placeholder that it is inside."""
+        """Pass one more value to every call of a body; returns its placeholder inside."""
         last = list(body.module.graph.find_nodes(op="placeholder"))[-1]
         with body.module.graph.inserting_after(last):
             placeholder = body.module.graph.placeholder(node.name)
@@ -258,10 +315,10 @@ class Trunk:
         return placeholder
 
     def drop_operand(self, body: Body, placeholder: fx.Node) -> None:
-        """Hand a value that a body no longer reads to none of its calls."""
+        """Stop passing a value that a body no longer reads."""
         position = list(body.module.graph.find_nodes(op="placeholder")).index(placeholder)
         body.module.graph.erase_node(placeholder)
-        body.streams = {output: place - (place > position) for output, place in body.streams.items()}
+        body.streams = {output: operand - (operand > position) for output, operand in body.streams.items()}
         for block in self.blocks:
             if block.body is body:
                 args = list(block.call.args)
@@ -271,7 +328,15 @@ class Trunk:
     def store(
         self, sources: Sequence[fx.Node], name: str, *, granularity: Granularity, keep_original: bool
     ) -> StoredWeights:
-        """Add the float8 matrix of some weights ``[N, K]``, stacked, as placeholders after all others."""
+        """Add the float8 matrix of some weights ``[N, K]``, stacked, as placeholders after all others.
+
+        Args:
+            sources: placeholders of the weights; all have the same K.
+            name: of the matrix, from which the placeholders get theirs.
+            granularity: "row" for a scale a row, else one for all.
+            keep_original: whether the runtime keeps the weights.
+
+        """
         first: torch.Tensor = value(sources[0])
         rows = sum(value(node).shape[0] for node in sources)
         data = self._add_placeholder(f"{name}_float8", (rows, first.shape[1]), float8_format.DTYPE, first.device)
