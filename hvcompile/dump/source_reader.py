@@ -60,10 +60,10 @@ class _Reader:
         tree = ast.parse(Path(str(file.__file__)).read_text("utf-8"))
         self._globals = vars(file)
         self._classes = {item.name: item for item in tree.body if isinstance(item, ast.ClassDef)}
-        self._modules: dict[torch.nn.Module, fx.GraphModule] = {}
+        self._rebuilt: dict[torch.nn.Module, fx.GraphModule] = {}
 
     def module(self, instance: torch.nn.Module) -> fx.GraphModule:
-        if instance not in self._modules:
+        if instance not in self._rebuilt:
             for name, child in list(instance.named_modules(remove_duplicate=False)):
                 if "." not in name and child is not instance and type(child).__name__ in self._classes:
                     setattr(instance, name, self.module(child))
@@ -72,8 +72,8 @@ class _Reader:
             )
             module = fx.GraphModule(instance, self._graph(forward))
             module.graph.lint()
-            self._modules[instance] = module
-        return self._modules[instance]
+            self._rebuilt[instance] = module
+        return self._rebuilt[instance]
 
     def _graph(self, forward: ast.FunctionDef) -> fx.Graph:
         graph = fx.Graph()
