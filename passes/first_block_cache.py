@@ -16,7 +16,7 @@ from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import settle
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
-from hvcompile.ranks import collectives
+from hvcompile.rewriting.reuse import near_end, new_generation, relative_change
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
@@ -178,77 +178,24 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
-        is_new, direction = _follow_clock(steps, clock, last_clock, direction, sample, last_sample)
-        follow = {
-            "direction": direction,
-            "last_clock": clock.clone(),
-            # It comes back as state, which is contiguous, whatever the sample's layout is.
-            "last_sample": sample.clone(memory_format=torch.contiguous_format),
-        }
+        is_new, follow = new_generation(
+            steps, clock=clock, last_clock=last_clock, direction=direction, sample=sample, last_sample=last_sample
+        )
         steps = torch.where(is_new, torch.zeros_like(steps), steps)
         allowed = is_new.logical_not() & (steps >= self.warmup_steps)
         if self.max_consecutive_hits is not None:
             allowed = allowed & (streak < self.max_consecutive_hits)
         if past_clocks is not None:
-            follow["past_clocks"], is_known, is_near_end = self._look_ahead(is_new, clock, last_clock, past_clocks)
+            is_known, is_near_end, kept_clocks = near_end(
+                self.last_steps_computed, is_new, past_clocks=past_clocks, last_clock=last_clock, clock=clock
+            )
             allowed = allowed & is_known & is_near_end.logical_not()
-        change, allowed = _relative_change(residual, first, allowed, is_ours, group)
+            follow["past_clocks"] = torch.stack(kept_clocks)
+        change, allowed = relative_change(residual, first, allowed, is_ours=is_ours, group=group)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & (difference <= self.threshold) & allowed
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
-
-    def _look_ahead(self, is_new: Any, clock: Any, last_clock: Any, past_clocks: Any) -> tuple[Any, Any, Any]:
-        """The next past clocks, whether the end of the generation can be told, and whether it is near."""
-        # A generation begins with three equal values; a value that comes again changes nothing.
-        earliest, earlier = torch.where(is_new, torch.stack([clock, clock]), past_clocks)
-        last = torch.where(is_new, clock, last_clock)
-        earliest, earlier = torch.where(clock == last, earliest, earlier), torch.where(clock == last, earlier, last)
-        is_known = ((earliest != earlier) & (earlier != clock)).any()
-        is_near_end = (steps_left(earliest, earlier, clock) < self.last_steps_computed + 0.5).any()
-        return torch.stack([earliest, earlier]), is_known, is_near_end
-
-
-def _follow_clock(
-    steps: Any, clock: Any, last_clock: Any, direction: Any, sample: Any, last_sample: Any
-) -> tuple[Any, Any]:
-    """Whether a step begins a new generation, and the direction of the clock's movement with it; graph code."""
-    moved = (clock - last_clock).sign()
-    turned_back = (moved * direction < 0).any()
-    # Two generations of one step each look like two steps of one. They differ in the sample where no clock has
-    # moved, and where one of several has (guidance is one too) they may have begun from the same sample.
-    has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
-    is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
-    is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
-    is_new = (steps == 0) | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
-    moved = torch.where(moved == 0, direction, moved)
-    return is_new, torch.where(is_new, torch.zeros_like(moved), moved)
-
-
-def _relative_change(residual: Any, first: Any, allowed: Any, is_ours: Any, group: str | None) -> tuple[Any, Any]:
-    """How much block 1's residual has changed, and whether all ranks of the group allow a reuse; graph code."""
-    change, extent = (residual.float() - first.float()).abs(), first.float().abs()
-    if group is None:
-        return change.mean() / extent.mean(), allowed
-    nothing = torch.zeros_like(change)
-    sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent)]
-    # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
-    sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
-    return sums[0] / sums[1], allowed & (sums[2] == 0)
-
-
-def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
-    """Steps until each clock reaches its end, this one included; infinite for a clock without three distinct values.
-
-    The clock is taken as a projective function of the step number (a constant cross-ratio): exact for even spacing
-    and for flow matching's shift ``s*x / (1 + (s - 1)*x)`` of it. Arguments are float64 ``[K]``, oldest first.
-    """
-    rises = clock > last
-    end = torch.where(rises, torch.where(clock <= 1, torch.ones_like(clock), torch.full_like(clock, 1000.0)), 0.0)
-    ratio = (earlier - clock) * (last - end) / ((last - clock) * (earlier - end))
-    left = 2 * (ratio - 1) / (2 - ratio)
-    is_moving = (earlier != last) & (last != clock)
-    return torch.where(is_moving, left, torch.full_like(clock, math.inf))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,13 @@ from torch import fx
 
 from hvcompile.errors import OptionError
 from hvcompile.float8 import attention as float8_attention
-from hvcompile.float8 import format as float8_format
-from hvcompile.float8 import linear as float8_linear
 from hvcompile.float8.attention import MOST_HEAD_SIZE
 from hvcompile.graph.attention import arguments, attentions, is_part
 from hvcompile.graph.attention_kernels import describe
 from hvcompile.graph.inline import run_on_fakes
-from hvcompile.graph.nodes import is_tensor
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
+from hvcompile.rewriting.float8_device import check_device, device_of, runs_elsewhere
 from hvcompile.torch_private.fakes import provenance, shape_key, value
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
@@ -171,21 +169,13 @@ def check_attention(node: fx.Node) -> Declined | None:
 
 def _check_device(trunk: Trunk, context: Context) -> Declined | None:
     """Why this device or installation can't."""
-    device = next((value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None)
-    if device is None:
-        return Declined("the blocks take no tensor")
-    if device.type == "meta":
-        planned = context.planned_for
-        is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
-        return None if is_fit else Declined("it is not known to run on a GPU with float8 products")
-    if device.type == "cpu" and context.requested:
-        return None
-    unfit = float8_linear.reason_unfit(device)
-    if unfit:
-        return Declined(unfit)
-    if not float8_attention.has_triton():
-        return Declined("triton, of which the float8 kernel is made, can't be imported: pip install triton")
-    return None
+    device = device_of(trunk)
+    if isinstance(device, Declined):
+        return device
+    declined = check_device(device, context)
+    if declined is not None or runs_elsewhere(device, context) or float8_attention.has_triton():
+        return declined
+    return Declined("triton, of which the float8 kernel is made, can't be imported: pip install triton")
 
 
 def _rewrite(trunk: Trunk, plan: _Plan) -> PassReport:

@@ -17,10 +17,11 @@ from hvcompile.float8 import linear as float8_linear
 from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.inline import run_on_fakes
-from hvcompile.graph.nodes import is_tensor, op_name
+from hvcompile.graph.nodes import op_name
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting.float8_audit import measure_errors
+from hvcompile.rewriting.float8_device import check_device, device_of
 from hvcompile.rewriting.float8_plan import Plan, groups_of, placeholder_names
 from hvcompile.torch_private import fakes, torchao
 from hvcompile.torch_private.fakes import TAG, value
@@ -156,22 +157,14 @@ class Float8Linears(Pass):
 
 def _check_device(trunk: Trunk, context: Context) -> Declined | None:
     """Why this device or installation can't."""
-    device = next((value(node).device for block in trunk.blocks for node in block.operands if is_tensor(node)), None)
-    if device is None:
-        return Declined("the blocks take no tensor")
+    device = device_of(trunk)
+    if isinstance(device, Declined):
+        return device
     if any(isinstance(item, QuantizedWeight) for item in context.given.values()):
         return None  # it did apply, and there is no way back but to restore
-    unfit = float8_linear.reason_unfit(device)
-    if device.type == "meta":
-        planned = context.planned_for
-        is_fit = context.requested or (planned is not None and float8_format.DTYPE in planned.flops)
-        unfit = "" if is_fit else "it is not known to run on a GPU with float8 products"
-    elif device.type == "cpu" and context.requested:
-        unfit = ""
-    if unfit:
-        return Declined(unfit)
-    if torchao.is_available():  # importing it takes a second, where it is of any use
-        return None
+    declined = check_device(device, context)
+    if declined is not None or torchao.is_available():  # importing it takes a second, where it is of any use
+        return declined
     missing = "torchao can't be imported: pip install 'hvcompile[fp8]'"
     log.warning("float8 products would run on %s, but %s", device, missing)
     return Declined(missing)

@@ -16,8 +16,9 @@ from trunks import recovered
 
 import hvcompile
 from hvcompile import journal, pipeline
-from hvcompile.passes.first_block_cache import FirstBlockCache, steps_left
+from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.pipeline import Context
+from hvcompile.rewriting.reuse import steps_left
 from hvcompile.torch_private.fakes import TAG
 from hvcompile.torch_private.lowering import COND, INVOKE_SUBGRAPH
 

@@ -1,0 +1,110 @@
+"""Whether a step may reuse the last computed one: the parts of the first-block cache's decision, as graph code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hvcompile.ranks import collectives
+
+
+def new_generation(
+    steps: Any, *, clock: Any, last_clock: Any, direction: Any, sample: Any, last_sample: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Whether a step begins a generation, and what the next step compares with.
+
+    Args:
+        steps: done in this generation, int64 scalar.
+        clock: this step's timesteps, float64 ``[K]``.
+        last_clock: those of the step before, same shape.
+        direction: sign of the clock's movement in this generation, 0 where it has not moved yet, same shape.
+        sample: what is denoised, any shape.
+        last_sample: that of the step before, same shape.
+
+    Returns:
+        A bool scalar, and the next ``direction``, ``last_clock`` and ``last_sample``.
+
+    """
+    moved = (clock - last_clock).sign()
+    turned_back = (moved * direction < 0).any()
+    # Two generations of one step each look like two steps of one. They differ in the sample where no clock has
+    # moved, and where one of several has (guidance is one too) they may have begun from the same sample.
+    has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
+    is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
+    is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
+    is_new = (steps == 0) | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
+    moved = torch.where(moved == 0, direction, moved)
+    follow = {
+        "direction": torch.where(is_new, torch.zeros_like(moved), moved),
+        "last_clock": clock.clone(),
+        # It comes back as state, which is contiguous, whatever the sample's layout is.
+        "last_sample": sample.clone(memory_format=torch.contiguous_format),
+    }
+    return is_new, follow
+
+
+def near_end(last_steps: int, is_new: Any, *, past_clocks: Any, last_clock: Any, clock: Any) -> tuple[Any, Any, Any]:
+    """Whether a step is one of the last of its generation.
+
+    Args:
+        last_steps: how many timesteps are the last ones.
+        is_new: whether the step begins a generation, bool scalar.
+        past_clocks: the two values that each clock had before its last, float64 ``[2, K]``, oldest first.
+        last_clock: the timesteps of the step before, float64 ``[K]``.
+        clock: this step's, same shape.
+
+    Returns:
+        Whether that can be told (there are three timesteps), whether it is one, both bool scalars; and the two
+        rows of the next ``past_clocks``.
+
+    """
+    # A generation begins with three equal values; a value that comes again changes nothing.
+    earliest, earlier = torch.where(is_new, torch.stack([clock, clock]), past_clocks)
+    last = torch.where(is_new, clock, last_clock)
+    earliest, earlier = torch.where(clock == last, earliest, earlier), torch.where(clock == last, earlier, last)
+    is_known = ((earliest != earlier) & (earlier != clock)).any()
+    is_near_end = (steps_left(earliest, earlier, clock) < last_steps + 0.5).any()
+    return is_known, is_near_end, [earliest, earlier]
+
+
+def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
+    """Steps until each clock reaches its end, this one included; infinite for a clock without three distinct values.
+
+    The clock is taken as a projective function of the step number (a constant cross-ratio): exact for even spacing
+    and for flow matching's shift ``s*x / (1 + (s - 1)*x)`` of it. Arguments are float64 ``[K]``, oldest first.
+    """
+    rises = clock > last
+    end = torch.where(rises, torch.where(clock <= 1, torch.ones_like(clock), torch.full_like(clock, 1000.0)), 0.0)
+    ratio = (earlier - clock) * (last - end) / ((last - clock) * (earlier - end))
+    left = 2 * (ratio - 1) / (2 - ratio)
+    is_moving = (earlier != last) & (last != clock)
+    return torch.where(is_moving, left, torch.full_like(clock, math.inf))
+
+
+def relative_change(
+    residual: Any, first: Any, allowed: Any, *, is_ours: Any = None, group: str | None = None
+) -> tuple[Any, Any]:
+    """How much a residual has changed, and whether the step may reuse; over a group, where there is one.
+
+    Args:
+        residual: of this step, any shape.
+        first: of the last computed step, same shape.
+        allowed: whether this rank may reuse, bool scalar.
+        is_ours: which of its elements count on this rank, bool, broadcasts to it; None for all.
+        group: name of the process group whose ranks decide alike; None for a single rank.
+
+    Returns:
+        The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; and whether all ranks
+        may reuse, a bool scalar.
+
+    """
+    change, extent = (residual.float() - first.float()).abs(), first.float().abs()
+    if group is None:
+        return change.mean() / extent.mean(), allowed
+    nothing = torch.zeros_like(change)
+    sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent)]
+    # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
+    sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
+    return sums[0] / sums[1], allowed & (sums[2] == 0)
