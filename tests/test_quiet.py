@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -92,3 +94,32 @@ def test_an_import_that_fails_still_fails() -> None:
     with pytest.raises(ModuleNotFoundError), quiet.importing("no_such_library"):
         import no_such_library  # type: ignore[import-not-found]  # noqa: F401
     assert warnings.showwarning is show
+
+
+FAKE_PYTHON = """#!/bin/sh
+# Stands in for python: "-m venv FOLDER" makes an environment of stand-ins; pip talks unless it is told twice not to.
+case "$*" in
+  "-m venv "*)
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+    printf '#!/bin/sh\\necho "hvcompile $*"\\n' > "$3/bin/hvcompile" && chmod +x "$3/bin/hvcompile" ;;
+  *"--quiet --quiet"*) ;;
+  *) echo "[notice] a new release of pip" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_video_prints_our_own_lines(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    command = ["make", "video", f"PYTHON={python}", f"VENV={tmp_path / 'env'}", "PROMPT=a cat"]
+    root = Path(__file__).resolve().parents[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    runs = [
+        subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    first, second = (done.stdout.splitlines() for done in runs)
+    assert first[0].startswith("Setting up ")
+    assert first[1:] == second == ["hvcompile generate a cat --output out.mp4"]
+    assert [done.stderr for done in runs] == ["", ""]

@@ -51,26 +51,30 @@ def _lowered_warnings() -> Iterator[None]:
 @contextlib.contextmanager
 def _lowered_log(library: str) -> Iterator[None]:
     """Within, warnings on a library's logger go to this module's, for debugging."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # what can't be imported says so where it is needed
         importlib.import_module(f"{library}.utils.logging")  # puts its handler in place
     logger = logging.getLogger(library)
-    lowering = [(handler, _Lowering()) for handler in logger.handlers]
-    for handler, filter_ in lowering:
-        handler.addFilter(filter_)
+    lowering, handlers = _Lowering(library), tuple(logger.handlers)
+    for handler in handlers:
+        handler.addFilter(lowering)
     try:
         yield
     finally:
-        for handler, filter_ in lowering:
-            handler.removeFilter(filter_)
+        for handler in handlers:
+            handler.removeFilter(lowering)
 
 
 class _Lowering(logging.Filter):
-    """Keeps warnings from a handler, and logs them for debugging instead."""
+    """Keeps a library's warnings from its handlers, which others may share, and logs each for debugging instead."""
+
+    _latest: logging.LogRecord | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno > logging.WARNING:
+        if record.levelno > logging.WARNING or not super().filter(record):
             return True
-        log.debug("%s: %s", record.name, record.getMessage())
+        if record is not self._latest:  # each handler asks
+            self._latest = record
+            log.debug("%s: %s", record.name, record.getMessage())
         return False
 
 
