@@ -1,21 +1,22 @@
 # make video: an environment of its own, then a video.  make test: the environment, then all tests.
-#  make check: everything a change needs before it is sent.
+#  make check: everything a change needs before it is sent.  make docs: the site, in build/docs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 PROMPT ?= a red circle moves to the left over a blue background
 
-.PHONY: setup video test check bench core pareto clean
+.PHONY: setup video test check docs bench core pareto clean
 
 setup: $(VENV)/.done
 
 # torch comes first and pinned: asked for by a range, pip would take the newest build with gigabytes of CUDA packages.
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 video: setup
@@ -30,16 +31,19 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
 
+docs: setup
+	$(BIN)/sphinx-build -W -q -b html docs build/docs
+
 bench: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/hvcompile bench --threads 1
 
 core: setup
 	$(BIN)/python benchmarks/core.py
 
 pareto: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/pareto.py --threads 1
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache
