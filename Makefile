@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Errors alone: neither its warnings nor its word that there is a newer one.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 PROMPT ?= a red circle moves to the left over a blue background
 
@@ -13,11 +14,12 @@ setup: $(VENV)/.done
 
 # torch comes first and pinned: asked for by a range, pip would take the newest build with gigabytes of CUDA packages.
 $(VENV)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade pip
-	$(PIP) install --constraint constraints.txt torch
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "An environment in $(VENV): torch, diffusers and what the tests need. Once, and it takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt --upgrade pip
+	@$(PIP) install --constraint constraints.txt torch
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 video: setup
 	$(BIN)/hvcompile generate "$(PROMPT)" --output out.mp4
@@ -35,14 +37,14 @@ docs: setup
 	$(BIN)/sphinx-build -W -q -b html docs build/docs
 
 bench: setup
-	$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/hvcompile bench --threads 1
 
 core: setup
 	$(BIN)/python benchmarks/core.py
 
 pareto: setup
-	$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/pareto.py --threads 1
 
 clean:
