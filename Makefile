@@ -1,12 +1,14 @@
 # make video: an environment of its own, then a video.  make test: the environment, then all tests.
-#  make check: everything a change needs before it is sent.
+#  make check: everything a change needs before it is sent.  make docs: the site, in build/docs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Errors alone: neither its warnings nor its word that there is a newer one.
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 PROMPT ?= a red circle moves to the left over a blue background
 
-.PHONY: setup video test check bench core pareto clean
+.PHONY: setup video test check docs bench core pareto clean
 
 setup: $(VENV)/.done
 
@@ -15,11 +17,11 @@ setup: $(VENV)/.done
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 $(VENV)/.done: pyproject.toml constraints.txt
-	@echo "Setting up $(VENV): torch, diffusers and hvcompile; this takes some minutes."
+	@echo "An environment in $(VENV): torch, diffusers and what the tests need. Once, and it takes some minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --upgrade pip
+	@$(PIP) install --constraint constraints.txt --upgrade pip
 	@$(PIP) install --constraint constraints.txt torch
-	@$(PIP) install --constraint constraints.txt --editable '.[cli,diffusers,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 video: setup
@@ -34,16 +36,19 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
 
+docs: setup
+	$(BIN)/sphinx-build -W -q -b html docs build/docs
+
 bench: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/hvcompile bench --threads 1
 
 core: setup
 	$(BIN)/python benchmarks/core.py
 
 pareto: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/pareto.py --threads 1
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache
