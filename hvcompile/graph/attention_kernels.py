@@ -77,7 +77,7 @@ def _has_cudnn() -> bool:
 
 def refusal(kernel: str, attention: Attention) -> str:
     """Why a kernel can't compute an attention; empty if it can."""
-    least, most = {"cudnn": ((8, 0), 128), "flash": ((8, 0), 256), "efficient": ((5, 0), 2**16)}.get(
+    capability, largest = {"cudnn": ((8, 0), 128), "flash": ((8, 0), 256), "efficient": ((5, 0), 2**16)}.get(
         kernel, ((0, 0), 0)
     )
     dtypes = {"cudnn": _HALF, "flash": _HALF, "efficient": (*_HALF, torch.float32)}.get(kernel, _FLOATS)
@@ -89,7 +89,7 @@ def refusal(kernel: str, attention: Attention) -> str:
     if device == "cpu":
         if kernel not in {"flash", "math"}:
             return "on cpu there are flash and math"
-        least, most, dtypes = (0, 0), 0, _FLOATS
+        capability, largest, dtypes = (0, 0), 0, _FLOATS
     elif kernel != "math" and attention.has_mask:
         return "it has a mask, which is pinned to math alone; leave the choice to 'auto'"
     if attention.dtype not in dtypes:
@@ -97,11 +97,11 @@ def refusal(kernel: str, attention: Attention) -> str:
     query, value = attention.head_sizes
     if kernel != "math" and query != value:
         return f"query and value differ in head size ({query} and {value})"
-    if most and (query > most or query % 8):
-        return f"it takes head sizes that are multiples of 8 up to {most}, not {query}"
+    if largest and (query > largest or query % 8):
+        return f"it takes head sizes that are multiples of 8 up to {largest}, not {query}"
     if device == "cuda":
-        if attention.capability < least:
-            return f"it takes a GPU of compute capability {least[0]}.{least[1]} or more"
+        if attention.capability < capability:
+            return f"it takes a GPU of compute capability {capability[0]}.{capability[1]} or more"
         if kernel == "flash" and not torch.backends.cuda.is_flash_attention_available():
             return "this torch was built without flash attention"
         if kernel == "cudnn" and not _has_cudnn():
