@@ -16,6 +16,8 @@ project = "hvcompile"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_title = "hvcompile"
+html_show_copyright = False
 exclude_patterns = ["pictures/*.py"]
 
 myst_heading_anchors = 3  # the anchors that a code host gives headings

@@ -26,6 +26,7 @@ from hvcompile.passes import PASSES
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 CARDS = (ROOT / "hvcompile/app/tiny_hunyuan_video/README.md", ROOT / "examples/tiny_model/README.md")
 OPTIONS = {f"{kind.section}.{field.name}" for kind in PASSES for field in dataclasses.fields(kind)}
 
@@ -77,7 +78,7 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CARDS, ROOT / "CONTRIBUTING.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *CARDS, CONTRIBUTING], ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
 
@@ -150,7 +151,7 @@ def test_options_that_are_shown_are_valid() -> None:
 
 def shell_lines(text: str) -> Iterator[str]:
     """What a page tells to type: lines of shell blocks, and code within the text."""
-    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from block.replace("\\\n", " ").splitlines()
     for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
         yield " ".join(code.split())
@@ -253,7 +254,7 @@ def test_scripts_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     shown = set()
-    for page in PAGES:
+    for page in (*PAGES, CONTRIBUTING):
         for line in shell_lines(page.read_text("utf-8")):
             for target in re.findall(r"^make ([a-z]+)", line):
                 assert target in targets, f"{name_of(page)} names make {target}"
@@ -262,16 +263,15 @@ def test_targets_of_make_exist() -> None:
 
 
 def test_test_files_that_are_named_exist() -> None:
-    for page in PAGES:
+    for page in (*PAGES, CONTRIBUTING):
         for file in re.findall(r"\btests/\w+\.py", page.read_text("utf-8")):
             assert (ROOT / file).exists(), f"{name_of(page)} names {file}"
 
 
 def test_modules_that_are_named_exist() -> None:
-    for page in (*PAGES, *CARDS):
-        for file in re.findall(
-            r"`((?:hvcompile|passes|examples|benchmarks|docs)/[\w/]+(?:\.\w+)?)/?`", page.read_text()
-        ):
+    module = re.compile(r"`((?:hvcompile|passes|examples|benchmarks|docs)/[\w/]+(?:\.\w+)?)/?`")
+    for page in (*PAGES, *CARDS, CONTRIBUTING):
+        for file in module.findall(page.read_text("utf-8")):
             assert (ROOT / file).exists(), f"{name_of(page)} names {file}"
 
 
