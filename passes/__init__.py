@@ -7,6 +7,15 @@ from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
 from hvcompile.pipeline import Pass
 
+__all__ = [
+    "PASSES",
+    "FirstBlockCache",
+    "Float8Attention",
+    "Float8Linears",
+    "ShardedAttention",
+    "UnmaskedAttention",
+]
+
 if __name__ != "hvcompile.passes":
     raise ImportError("import the passes as hvcompile.passes: under another name their classes would exist twice")
 
