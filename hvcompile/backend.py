@@ -1,4 +1,10 @@
-"""The backend ``hvfast``: Dynamo's graph in, a callable out. The whole compiler, read from top to bottom."""
+"""The backend ``hvfast``: Dynamo's graph in, a callable out. The whole compiler, read from top to bottom.
+
+``compile_graph`` is the way. *Rewrite* finds the trunk (the model's repeated blocks, outlined as calls of shared
+bodies) and runs the passes on it. *Seal* gives the graph its last inputs and outputs, and plans how the runtime calls
+it. *Lower* hands it to Inductor. *Store weights* puts float8 copies in the place of weights. A graph without a trunk is
+lowered as it was captured. Dumps and ranks listen as observers.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +28,8 @@ from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
-from hvcompile.runtime.agreement import CompilingTogether
-from hvcompile.runtime.call import Calling, CompiledTrunk
+from hvcompile.runtime.agreement import RanksInStep
+from hvcompile.runtime.call import CallPlan, CompiledGraph
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.lowering import LOWERINGS
@@ -51,9 +57,9 @@ def hvfast(
 
     Args:
         graph_module: Dynamo's graph; not changed.
-        example_inputs: one a placeholder.
-        mode: None or "default" for all passes that apply, "exact" for those that do not change numerics, "max" for
-            those too that are off by themselves. It may stand in ``options`` instead.
+        example_inputs: one per placeholder.
+        mode: None or "default" for all passes that apply; "exact" for those that do not change numerics; "max" also
+            turns on those that are off by default. It may stand in ``options`` instead.
         options: sections of ``hvcompile.options``.
 
     Returns:
@@ -82,10 +88,10 @@ def compile_graph(
 
     Args:
         captured: as Dynamo gives it.
-        example_inputs: what it is compiled for; real tensors, or fake ones.
+        example_inputs: one per placeholder; real tensors, or fake ones.
         settings: the passes among them.
-        args: the inputs of the call that is being compiled, where ``example_inputs`` are not these.
-        journal: what the journal begins with.
+        args: the real inputs of the call that is being compiled; None where ``example_inputs`` are these.
+        journal: rows that the journal has beside those of the outlining and of the passes.
         compile_id: of the capture; None for the one that Dynamo is at.
 
     """
@@ -93,21 +99,21 @@ def compile_graph(
     compile_id = dynamo.compile_id() if compile_id is None else compile_id
     rows = list(journal)
     dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
-    observer = Observers(dump, CompilingTogether(captured, args))
+    observer = Observers(dump, RanksInStep(captured, args))
 
-    trunk = rewrite(captured, settings, rows, observer, args=dict(enumerate(args)))
+    trunk = rewrite(captured, settings, rows, observer, known_args=dict(enumerate(args)))
     if isinstance(trunk, Declined):
         leave_as_captured(trunk.reason, settings, rows, observer, args)
         compiled = lower(captured, example_inputs, settings, observer)
-        run = CompiledTrunk(compiled, seal_as_captured(captured), rows, compile_id)
+        run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id)
         return observer.around_calls(run, run.derived_inputs)
 
-    calling = seal(trunk)
+    plan = seal(trunk)
     observer.on_stage(SEALED, trunk.module, trunk)
-    otherwise = fallback(trunk, captured, settings, compile_id)
-    compiled = lower(trunk.module, sealed_inputs(trunk, calling, example_inputs), settings, observer, trunk)
-    store_weights(trunk, calling, args, observer)
-    run = CompiledTrunk(compiled, calling, rows, compile_id, otherwise)
+    compile_misfit = misfit_compiler(trunk, captured, settings, compile_id)
+    compiled = lower(trunk.module, sealed_inputs(trunk, plan, example_inputs), settings, observer, trunk)
+    store_weights(trunk, plan, args, observer)
+    run = CompiledGraph(compiled, plan, rows, compile_id, compile_misfit)
     return observer.around_calls(run, run.derived_inputs)
 
 
@@ -117,7 +123,7 @@ def rewrite(
     journal: list[JournalRow],
     observer: Observer,
     *,
-    args: Mapping[int, Any],
+    known_args: Mapping[int, Any],
     planned_for: Device | None = None,
 ) -> Trunk | Declined:
     """Find the trunk of a captured graph and run the passes on it. ``hvcompile.explain`` goes no further than this.
@@ -125,9 +131,9 @@ def rewrite(
     Args:
         captured: as Dynamo gives it; not changed.
         settings: the passes to run, among others.
-        journal: gains a row for the outlining and one a pass, also where a pass raises.
+        journal: gains a row for the outlining, and one for each pass, also where a pass raises.
         observer: hears of every stage.
-        args: the inputs of the call that is being compiled, by place; those that passes may look at.
+        known_args: by place, the inputs of the call that is being compiled; those that passes may look at.
         planned_for: a device that is planned for, where nothing will run.
 
     Returns:
@@ -145,8 +151,8 @@ def rewrite(
         return trunk
     journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
     observer.on_stage(OUTLINED, trunk.module, trunk)
-    known = {node: args[place] for place, node in enumerate(trunk.inputs) if place in args}
-    context = pipeline.Context(given=known, planned_for=planned_for)
+    by_node = {node: known_args[place] for place, node in enumerate(trunk.inputs) if place in known_args}
+    context = pipeline.Context(given=by_node, planned_for=planned_for)
 
     def observe(name: str, after: Trunk) -> None:
         observer.on_stage(name, after.module, after)
@@ -165,10 +171,10 @@ def leave_as_captured(
     reason: str, settings: Options, journal: list[JournalRow], observer: Observer, args: Sequence[Any]
 ) -> None:
     """Say why a graph is compiled without any rewrite, or raise where that can't be."""
-    for weight in args:
-        if isinstance(weight, QuantizedWeight):
+    for arg in args:
+        if isinstance(arg, QuantizedWeight):
             raise QuantizedWeightError(
-                f"{weight.path} has been kept in float8 alone since this model was first compiled, and this graph of "
+                f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
                 f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
             )
     for item, requested in settings.passes:
@@ -190,27 +196,31 @@ def lower(
         return LOWERINGS[settings.lower](module, inputs)
 
 
-def sealed_inputs(trunk: Trunk, calling: Calling, example_inputs: Sequence[Any]) -> list[Any]:
+def sealed_inputs(trunk: Trunk, plan: CallPlan, example_inputs: Sequence[Any]) -> list[Any]:
     """The inputs that the sealed graph is compiled for: the captured graph's, and fake ones for what passes added."""
-    passed = example_inputs if calling.passed is None else [example_inputs[place] for place in calling.passed]
+    passed = example_inputs if plan.passed is None else [example_inputs[place] for place in plan.passed]
     return [*passed, *map(fakes.value, trunk.added)]
 
 
-def store_weights(trunk: Trunk, calling: Calling, args: Sequence[Any], observer: Observer) -> None:
-    """Quantise the weights that the graph takes in float8, and free the originals.
+def store_weights(trunk: Trunk, plan: CallPlan, args: Sequence[Any], observer: Observer) -> None:
+    """Quantise the weights that the graph takes in float8, and free the originals, one layer's after the other.
 
     Now, not at the first call: Dynamo makes its guards next, and they see the weights as they will be.
     """
-    observer.before_weights_go(args, [place for layout in calling.stored for place in layout.positions])
-    for layout, stored in zip(calling.stored, trunk.stored, strict=True):
-        copy = layout.join(args)
-        observer.on_stored(stored, copy.data, copy.scale)
+    observer.before_weights_go(args, [place for layout in plan.stored for place in layout.positions])
+    for layout, stored in zip(plan.stored, trunk.stored, strict=True):
+        joined = layout.quantise_and_free(args)
+        observer.on_stored(stored, joined.data, joined.scale)
 
 
-def fallback(
+def misfit_compiler(
     trunk: Trunk, captured: fx.GraphModule, settings: Options, compile_id: tuple[int, int]
 ) -> Callable[[Sequence[Any], str, str], Callable[..., Any]] | None:
-    """What compiles the graph again for inputs that a pass's rewrite turns out not to fit; None where all fit."""
+    """What compiles the graph again for inputs that a pass's rewrite turns out not to fit; None where all fit.
+
+    A pass that reads its derived inputs when they are known (``Derived.read``) may refuse them, such as a mask with a
+    hole in it.
+    """
     if all(item.read is None for item in trunk.derived):
         return None
     # Dynamo's own graph may be gone or changed by the time that another is wanted.
@@ -262,7 +272,7 @@ def _outline_row(trunk: Trunk) -> JournalRow:
 
 
 def require_values(trunk: Trunk, context: pipeline.Context) -> None:
-    """See that nothing in the graph reads a weight that is kept in float8 alone.
+    """Raise where something in the graph still reads a weight that is kept in float8 alone.
 
     Raises:
         QuantizedWeightError: something does, as where a model is compiled again without float8.

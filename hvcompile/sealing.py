@@ -12,7 +12,7 @@ from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import is_parameter, is_tensor, is_weight
 from hvcompile.graph.paths import parameter_path
 from hvcompile.runtime.agreement import Agreement, CallInputs
-from hvcompile.runtime.call import Calling, StateLayout
+from hvcompile.runtime.call import CallPlan, StateLayout
 from hvcompile.runtime.derived import DerivedCall
 from hvcompile.runtime.weights import WeightLayout
 from hvcompile.torch_private import dynamo, fakes
@@ -24,7 +24,7 @@ from hvcompile.trunk.trunk import Derived, StoredWeights, Trunk
 ROUNDING = 0.02
 
 
-def seal(trunk: Trunk) -> Calling:
+def seal(trunk: Trunk) -> CallPlan:
     """Give the graph its last inputs and outputs, and say how the runtime must call it.
 
     The outputs gain the next state, the decision, and how far the ranks' inputs are apart. The inputs lose the weights
@@ -38,7 +38,7 @@ def seal(trunk: Trunk) -> Calling:
     read_weights = set(roles.weights) - stored_sources
     anchor = _anchor(trunk, roles)
     symbols = fakes.symbols_of(trunk.graph)
-    calling = Calling(
+    plan = CallPlan(
         anchor=None if anchor is None else place[anchor],
         weights=tuple(place[node] for node in placeholders if node in read_weights),
         conditions=tuple(place[node] for node in roles.conditions),
@@ -56,15 +56,15 @@ def seal(trunk: Trunk) -> Calling:
         trunk.graph.erase_node(node)
     trunk.module.graph.lint()
     trunk.module.recompile()
-    return calling
+    return plan
 
 
-def seal_as_captured(module: fx.GraphModule) -> Calling:
+def seal_as_captured(module: fx.GraphModule) -> CallPlan:
     """Say how the runtime must call a graph without a trunk: as Dynamo would, with nothing added."""
     placeholders = list(enumerate(module.graph.find_nodes(op="placeholder")))
     weights = [place for place, node in placeholders if is_parameter(node)]
     weights += [place for place, node in placeholders if is_weight(node)]
-    return Calling(
+    return CallPlan(
         anchor=weights[0] if weights else None,
         weights=(),
         conditions=(),

@@ -229,7 +229,7 @@ def explain_graph(
     freed = {place: item for place, item in enumerate(inputs) if isinstance(item, QuantizedWeight)}
     # A pass that was asked for and can't apply is told of, not raised.
     optional = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
-    trunk = rewrite(captured, optional, journal, witness, args=freed, planned_for=device)
+    trunk = rewrite(captured, optional, journal, witness, known_args=freed, planned_for=device)
     common = _common(captured, inputs, device)
     if isinstance(trunk, Declined):
         return _explain_captured(trunk.reason, captured, common)

@@ -115,7 +115,7 @@ def _some(messages: Sequence[str]) -> str:
     return "; ".join(messages[:SHOWN]) + rest
 
 
-class CompilingTogether(Observer):
+class RanksInStep(Observer):
     """Has the ranks of a trunk's group compare what they are about to compile, and wait for each other's compiler.
 
     They compare all that shapes a graph: versions, options, inputs, blocks, operations, and what the passes did.

@@ -45,7 +45,7 @@ class StateLayout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calling:
+class CallPlan:
     """Positions of the inputs that the runtime looks at, and what the graph takes and returns beyond its own.
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
@@ -68,23 +68,23 @@ class Calling:
     agreement: Agreement | None = None
 
 
-class CompiledTrunk:
+class CompiledGraph:
     """The callable that Dynamo gets: adds weights and a slot's state to the inputs, takes the next from the outputs."""
 
     def __init__(
         self,
         compiled: Callable[..., Any],
-        calling: Calling,
+        plan: CallPlan,
         journal: list[JournalRow],
         compile_id: tuple[int, int],
         compile_instead: Callable[[Sequence[Any], str, str], Callable[..., Any]] | None = None,
     ) -> None:
-        self._compiled, self._calling, self._journal, self._compile_id = compiled, calling, journal, compile_id
-        self._weights, self._numbers = picker(calling.weights), picker(calling.numbers)
+        self._compiled, self._plan, self._journal, self._compile_id = compiled, plan, journal, compile_id
+        self._weights, self._numbers = picker(plan.weights), picker(plan.numbers)
         # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
         self._number = next(_NUMBERS)
         self._fingerprints = Fingerprints()
-        self._passed = picker(calling.passed) if calling.passed is not None else None
+        self._passed = picker(plan.passed) if plan.passed is not None else None
         self._lock = threading.Lock()
         self._has_warned = False
         # Takes the inputs of a call, the pass whose derived inputs refuse them, and why.
@@ -93,11 +93,11 @@ class CompiledTrunk:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
-        calling = self._calling
-        if calling.agreement is None:
+        plan = self._plan
+        if plan.agreement is None:
             return self._step(args)
         generation = self._generation(args)
-        calling.agreement.before(*generation, args)
+        plan.agreement.before(*generation, args)
         try:
             return self._step(args, generation)
         except RuntimeError as error:
@@ -108,15 +108,15 @@ class CompiledTrunk:
             raise
 
     def _step(self, args: Sequence[Any], generation: _Generation | None = None) -> Sequence[Any]:
-        calling = self._calling
-        if calling.anchor is None:
+        plan = self._plan
+        if plan.anchor is None:
             return self._run(args)
-        model = model_state(args[calling.anchor])
+        model = model_state(args[plan.anchor])
         if self._number not in model.graphs:
             with model.lock:
                 model.graphs[self._number] = (self._compile_id, self._journal)
-                if calling.agreement is not None:
-                    model.agreements.add(calling.agreement)
+                if plan.agreement is not None:
+                    model.agreements.add(plan.agreement)
         added: list[Any] = []
         for item, values in self._derive(model, args):
             if isinstance(values, Declined):
@@ -124,34 +124,34 @@ class CompiledTrunk:
                     model.unfit += 1
                 return self._run_instead(args, item.made_by, values.reason)
             added += values
-        stored, revision = self._stored_weights(model, args) if calling.stored else ([], 0)
+        stored, revision = self._stored_weights(model, args) if plan.stored else ([], 0)
         added += stored
         passed = self._passed(args) if self._passed is not None else args
-        if not calling.states:
+        if not plan.states:
             return self._run([*passed, *added])
         slot = self._slot(model, args, revision, generation or self._generation(args))
         results = self._run([*passed, *added, *slot.tensors])
-        end = calling.num_outputs + len(calling.states)
-        slot.tensors = list(results[calling.num_outputs : end])
-        if calling.has_record:
+        end = plan.num_outputs + len(plan.states)
+        slot.tensors = list(results[plan.num_outputs : end])
+        if plan.has_record:
             model.add_pending(slot.number, results[end])
-        return results[: calling.num_outputs]
+        return results[: plan.num_outputs]
 
     def _run(self, inputs: Sequence[Any]) -> Sequence[Any]:
         results: Sequence[Any] = self._compiled(*inputs)
-        agreement = self._calling.agreement
+        agreement = self._plan.agreement
         if agreement is None or not agreement.is_in_graph:
             return results
         agreement.record(results[-1])
         return results[:-1]
 
     def _derive(self, model: ModelState, args: Sequence[Any]) -> Iterator[tuple[DerivedCall, Sequence[Any] | Declined]]:
-        for place, item in enumerate(self._calling.derived):
+        for place, item in enumerate(self._plan.derived):
             yield item, model.kept[self._number, place].values_for(item, args)
 
     def derived_inputs(self, args: Sequence[Any]) -> dict[str, Any] | Declined:
         """What a call with these inputs adds to them, by the placeholder's name; or why another graph runs it."""
-        anchor = self._calling.anchor
+        anchor = self._plan.anchor
         named: dict[str, Any] = {}
         for item, values in self._derive(model_state(args[anchor]), args) if anchor is not None else ():
             if isinstance(values, Declined):
@@ -171,12 +171,12 @@ class CompiledTrunk:
     def _stored_weights(self, model: ModelState, args: Sequence[Any]) -> tuple[list[torch.Tensor], int]:
         """The float8 weights to pass, and their revision."""
         with model.lock:
-            stored = model.stored.setdefault(self._number, StoredFloat8(self._calling.stored))
+            stored = model.stored.setdefault(self._number, StoredFloat8(self._plan.stored))
             return stored.tensors_for(args), stored.revision
 
     def _generation(self, args: Sequence[Any]) -> _Generation:
         with self._lock:
-            conditions = tuple(self._fingerprints.fingerprint_of(args[place]) for place in self._calling.conditions)
+            conditions = tuple(self._fingerprints.fingerprint_of(args[place]) for place in self._plan.conditions)
         return self._numbers(args), conditions
 
     def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation) -> Slot:
@@ -210,12 +210,12 @@ class CompiledTrunk:
             )
 
     def _fresh(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        symbols = {symbol: args[place] for place, symbol in self._calling.symbols.items()}
+        symbols = {symbol: args[place] for place, symbol in self._plan.symbols.items()}
         return [
             torch.zeros(
                 [fakes.evaluate_size(size, symbols) for size in layout.shape],
                 dtype=layout.dtype,
                 device=layout.device,
             )
-            for layout in self._calling.states
+            for layout in self._plan.states
         ]

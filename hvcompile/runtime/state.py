@@ -1,6 +1,6 @@
 """State between calls of a compiled graph: which model and which generation it belongs to, and when it goes.
 
-A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledTrunk`` passes
+A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledGraph`` passes
 it on. State is kept in slots. A slot belongs to one model with its weights as they are, one thread, one compiled graph,
 one set of shapes and one set of conditions (text embeddings, masks ...). So the two halves of classifier-free guidance,
 two prompts, two pipelines and two threads each have their own.

@@ -79,7 +79,7 @@ class WeightLayout:
     granularity: Granularity
     keep_original: bool
 
-    def join(self, args: Sequence[Any]) -> Joined:
+    def quantise_and_free(self, args: Sequence[Any]) -> Joined:
         """The float8 matrix of a call's weights.
 
         Where it does not exist yet it is made, and the memory of the original weights is freed.
@@ -112,7 +112,7 @@ class StoredFloat8:
         """
         sources = self._sources(args)
         if not self._is_as_before(sources):
-            joined = [(layout, layout.join(args)) for layout in self._layouts]
+            joined = [(layout, layout.quantise_and_free(args)) for layout in self._layouts]
             self._tensors = [tensor for _, item in joined for tensor in (item.data, item.scale)]
             self._joined = [item for layout, item in joined for _ in layout.positions]
             self._seen = [weakref.ref(source) for source in sources]
