@@ -31,18 +31,20 @@ def store_of(group: dist.ProcessGroup) -> Any:
     return dist.distributed_c10d._get_process_group_store(group)
 
 
-def all_to_all(tensor: torch.Tensor, taken: Sequence[int], given: Sequence[int], group: str) -> torch.Tensor:
+def all_to_all(
+    tensor: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: str
+) -> torch.Tensor:
     """Send so many rows to each rank and take so many from each; still on its way when it returns (see ``wait``).
 
     Args:
         tensor: contiguous; its rows lie in the order of the ranks that they go to.
-        taken: rows from each rank.
-        given: rows for each rank.
+        output_splits: rows from each rank.
+        input_splits: rows for each rank.
         group: name of the process group.
 
     """
     # Private: the public functional collective waits at once while a graph is traced (2.11.0, 2.13.0).
-    return torch.ops._c10d_functional.all_to_all_single(tensor, list(taken), list(given), group)  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.all_to_all_single(tensor, list(output_splits), list(input_splits), group)  # type: ignore[no-any-return]
 
 
 def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:

@@ -62,17 +62,17 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
     # Dynamo's guards hold every input's strides already. To check them again, one by one in Python, takes a tenth of a
     # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
-    is_ahead = any(isinstance(given, torch.Tensor) and given.device.type != "cpu" for given in inputs)
+    is_ahead = any(isinstance(item, torch.Tensor) and item.device.type != "cpu" for item in inputs)
     try:
         # Private: no public entry takes a Dynamo graph with added placeholders (2.11.0, 2.13.0).
         compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
     except InductorError as error:
-        _, found, asked = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
-        if not found:
+        _, separator, question = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
+        if not separator:
             raise
         raise LoweringError(
             f"Inductor of torch {torch.__version__} asks for a length that depends on data, which is known when the "
-            f"graph runs alone ({asked.splitlines()[0]}). Torch 2.13 asks for fewer than 2.11 and 2.12 do, with any "
+            f"graph runs alone ({question.splitlines()[0]}). Torch 2.13 asks for fewer than 2.11 and 2.12 do, with any "
             "backend that lowers by Inductor. options={'lower': 'aot'} runs the graph without it"
         ) from error
     return compiled  # type: ignore[no-any-return]
