@@ -31,28 +31,32 @@ MOST = 1e9
 class FirstBlockCache(Pass):
     """Put blocks 2..N into the miss branch of a ``torch.cond``; the hit branch adds their cached residuals.
 
-    A step reuses the last computed one where the relative mean absolute difference of block 1's residual (of the
-    stream that carries the sample) against that of the last *computed* step is at most ``threshold``. What is cached
-    is, for every stream that leaves the trunk, its change over blocks 2..N. Predicate and state live in the graph:
+    A step reuses the last computed one if block 1's residual has changed little since. What is compared is the stream
+    that carries the sample: the mean absolute difference from the last *computed* step, relative to the mean absolute
+    value there. It may be at most ``threshold``. What is cached is the change over blocks 2..N, for every stream that
+    leaves the trunk. Predicate and state live in the graph:
 
-    - a difference that is not finite never reuses;
-    - a clock (timestep) that turns back, or stands still at the start with another sample, begins a new generation,
-      whose first step is computed; so does one of several clocks (guidance) that moves while the sample stays.
+    - A difference that is not finite never reuses.
+    - A clock (timestep) that turns back begins a new generation, whose first step is computed. So does one that stands
+      still at the start with another sample, and so does one of several clocks (guidance) that moves while the sample
+      stays.
 
     Args:
-        threshold: relative difference, taken in fp32, 0 or more; 0 reuses only where block 1 repeats itself exactly.
-        warmup_steps: steps at the start of a generation that are always computed, 0 or more.
-        max_consecutive_hits: steps reused in a row at most, 1 or more; None for no limit.
-        last_steps_computed: timesteps at the end of a generation that are always computed, 0 or more; several calls at
-            one timestep (second-order schedulers) count as one. The end is where the clock will reach 0 (or 1 or 1000,
-            where it rises), extrapolated through its last three values by the projective map that is exact for evenly
-            spaced and for shifted flow-matching schedules. A generation's first two timesteps, before there are three
-            values, are computed; timesteps rounded to whole numbers or bf16 blur the map, so that some steps in the
-            middle are computed as well.
+        threshold: the largest relative difference at which a step is reused, taken in fp32; 0 or more. 0 reuses only if
+            block 1 repeats itself exactly.
+        warmup_steps: how many steps at the start of a generation are always computed, 0 or more.
+        max_consecutive_hits: how many steps in a row may be reused, 1 or more. None for no limit.
+        last_steps_computed: how many timesteps at the end of a generation are always computed, 0 or more. Several calls
+            at one timestep (second-order schedulers) count as one. The end is extrapolated from the last three
+            timesteps, so a generation's first two are computed too.
 
-    Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108);
-    decisions as in diffusers' ``FirstBlockCacheConfig``, except that a NaN there reuses and that means are taken there
-    in the model's dtype.
+    The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
+    projective map that is exact for evenly spaced and for shifted flow-matching schedules. Timesteps rounded to whole
+    numbers or bf16 blur the map, so some steps in the middle are computed as well.
+
+    Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108).
+    Decisions are those of diffusers' ``FirstBlockCacheConfig``, with two exceptions: a NaN reuses there, and means are
+    taken there in the model's dtype.
 
     Given::
 

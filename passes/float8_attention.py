@@ -27,17 +27,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Float8Attention(Pass):
     """Compute the blocks' attention in float8: both products on quantised operands, softmax and sums in float32.
 
-    Queries have a scale a token, keys (less their mean over tokens) one a block of 128 tokens, values (less theirs) one
-    a channel; see ``hvcompile.float8_attention``. The kernel takes no mask, so it follows the pass that removes masks.
+    Queries have one scale a token. Keys, less their mean over tokens, have one a block of 128 tokens. Values, less
+    their mean, have one a channel. See ``hvcompile.float8.attention``. The kernel takes no mask, so this pass follows
+    the one that removes masks.
 
-    Off unless asked for: with ``options={"attention": {"fp8": True}}``, which is an error where it can't run, or with
-    ``mode="max"``, which says why in the journal. It runs on NVIDIA GPUs of compute capability 8.9 or newer where
-    Triton is installed; asked for by name, on CPUs too, emulated. The first block is left alone where the cache decides
-    by it, as float8 linear layers leave it.
+    It is off by default. ``options={"attention": {"fp8": True}}`` asks for it, and raises where it can't run.
+    ``mode="max"`` turns it on where it can run, and the journal says why not elsewhere. It runs on NVIDIA GPUs of
+    compute capability 8.9 or newer that have Triton. Asked for by name, it also runs on CPUs, emulated. The first block
+    is left alone if the cache decides by it.
 
     Args:
-        fp8: whether it runs.
-        fp8_keep_blocks: blocks at either end whose attention is left alone, 0 or more.
+        fp8: whether attention is computed in float8.
+        fp8_keep_blocks: how many blocks at either end keep their own attention, 0 or more.
 
     Source: Zhang et al., SageAttention2 (arXiv:2411.10958).
 

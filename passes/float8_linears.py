@@ -35,31 +35,34 @@ KEEPS = ("free", "cpu")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8Linears(Pass):
-    """Run the linear layers of the blocks as float8 products with scales for each row.
+    """Run the linear layers of the blocks as float8 products with a scale for each row.
 
-    Inputs are quantised as they come, once however many layers read them, which Inductor fuses into what computes
-    them; layers of one input become one product (with a scale a row that is exact). Weights are quantised once, when
-    the first graph is compiled, and the originals let go: see ``hvcompile.restore``.
+    Inputs are quantised as they come, once however many layers read them. Inductor fuses that into what computes them.
+    Layers of one input become one product, which is exact with a scale a row. Weights are quantised once, when the
+    first graph is compiled, and the originals are freed: see ``hvcompile.restore``.
 
-    The last two blocks are left alone: of what costs at most a thirtieth of the gain at 60 blocks, that helps most (on
-    the trained tiny pipeline, the mean PSNR against bf16 over 16 prompts rises from 37.9 to 41.6 dB and the least from
-    25.2 to 32.9; benchmarks/float8_ablation.py). It is rounding the weights that harms, the same way in every step;
-    rounding the inputs does little.
+    The last two blocks are left alone. At 60 blocks that costs a thirtieth of the gain, and it helps most: on the
+    trained tiny pipeline the mean PSNR against bf16 over 16 prompts rises from 37.9 to 41.6 dB, and the least from 25.2
+    to 32.9 (benchmarks/float8_ablation.py). Rounding the weights does the harm, the same way in every step. Rounding
+    the inputs does little.
 
-    The first block is left alone where the cache decides by it: on the trained tiny pipeline float8 there raises the
-    differences by 8 % (median), which would move the threshold; without, by nothing (benchmarks/float8_fidelity.py).
+    The first block is left alone if the cache decides by it. On the trained tiny pipeline, float8 there raises the
+    differences by 8 % (median), which would shift the threshold; left alone, they don't change
+    (benchmarks/float8_fidelity.py).
 
-    By itself it applies on NVIDIA GPUs of compute capability 8.9 or newer; asked for by name, on CPUs too, slowly.
+    By default it applies on NVIDIA GPUs of compute capability 8.9 or newer. Asked for by name, it also runs on CPUs,
+    slowly.
 
     Args:
-        granularity: "row" for a scale a row of input and weight, "tensor" for one in all, which joins no products.
-        skip: patterns (as of ``fnmatch``) of layers to leave alone, by their path in the model or its end: "proj_out",
-            "transformer_blocks.0.*", "*.ff.*".
-        keep_blocks: blocks at either end whose layers are left alone, 0 or more.
-        keep_last_blocks: blocks at the end whose layers are left alone, 0 or more.
-        keep_original: "free" lets the originals go, "cpu" keeps exact copies there for ``hvcompile.restore``.
-        audit: measure each layer's relative error on the inputs of the call that is compiled, into the journal. It
-            takes a step without compilation, and both kinds of weights in memory at once.
+        granularity: "row" for one scale a row of input and weight. "tensor" for one scale in all, which joins no
+            products.
+        skip: patterns of layers to leave alone, as of ``fnmatch``. They match a layer's path in the model or the end of
+            it: "proj_out", "transformer_blocks.0.*", "*.ff.*".
+        keep_blocks: how many blocks at either end keep their linear layers as they are, 0 or more.
+        keep_last_blocks: how many blocks at the end keep their linear layers as they are, 0 or more.
+        keep_original: "free" lets the originals go. "cpu" keeps exact copies on the CPU for ``hvcompile.restore``.
+        audit: whether each layer's relative error, on the inputs of the call that is compiled, is put into the journal.
+            This runs one step uncompiled, with both kinds of weights in memory.
 
     Source: dynamic scaling as in torchao's ``Float8DynamicActivationFloat8WeightConfig(PerRow())``; Micikevicius et
     al., FP8 Formats for Deep Learning (arXiv:2209.05433).

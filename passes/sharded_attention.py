@@ -24,26 +24,28 @@ from hvcompile.trunk.trunk import Group, Trunk
 class ShardedAttention(Pass):
     """Split the sequence that runs through the trunk over the ranks of a process group.
 
-    The residual stream that carries the sample is split on its sequence dimension before the first block and gathered
-    after the last; all that is computed per token is computed for this rank's tokens alone. The ranks of a sequence are
-    laid out in ``ring`` rows of ``ulysses``, and an attention works across them in two ways:
+    The residual stream that carries the sample is split along its sequence before the first block, and gathered after
+    the last. What is computed per token is computed for this rank's tokens alone. The ranks of a sequence are laid out
+    in ``ring`` rows of ``ulysses``. An attention works across them in two ways:
 
-    - Ulysses: within a row, all-to-alls (DTensor redistributions where there is one row) give a rank the tokens of the
-      whole row for its share of the heads: one for query, key and value together, one for the result.
-    - Ring: each row's keys and values, a stretch of the sequence, are passed on from row to row while what is there is
-      attended to. The parts' results are merged by their log-sum-exp, in fp32.
+    - Ulysses. Within a row, all-to-alls (DTensor redistributions where there is one row) give a rank the tokens of the
+      whole row, for its share of the heads. Query, key and value travel in one, the result in another.
+    - Ring. Each row's keys and values are a stretch of the sequence. They are passed on from row to row, while those at
+      hand are attended to. The parts' results are merged by their log-sum-exp, in fp32.
 
-    Streams of other tokens (text) stay whole on every rank; their keys are counted once, beside those of the first
-    stretch. So keys keep their order, a mask is cut where they are, and neither length needs to be a multiple of the
-    ranks: the last ranks' parts are padded, and the padding is cut off before it could be attended to.
+    Streams of other tokens (text) stay whole on every rank. Their keys are counted once, beside those of the first
+    stretch. So keys keep their order, and a mask is cut where they are. No length needs to be a multiple of the ranks:
+    the last ranks' parts are padded, and the padding is cut off before it could be attended to.
 
     Args:
-        mesh: one dimension over the ranks that share the sequence; None for all ranks of the default process group.
-        ulysses: ranks in a row, which share out the heads. None for the most that divide ranks and heads.
-        ring: rows, 1 or more; ``ulysses`` times ``ring`` is the number of ranks. None for as many as that takes.
-        cfg: 2 for the samples of one call, such as both halves of classifier-free guidance, to be shared out as well:
-            half of them to each row of a ``mesh`` of two dimensions, 2 and the ranks that share a sequence.
-        timeout_seconds: how long the ranks wait for each other when they compare what they are about to run.
+        mesh: a mesh of one dimension, over the ranks that share the sequence. None takes all ranks of the default
+            process group.
+        ulysses: how many ranks share out the heads, 1 or more. None takes the most that divide both ranks and heads.
+        ring: how many rows of such ranks pass keys and values on, 1 or more. ``ulysses`` times ``ring`` is the number
+            of ranks. None takes as many as that leaves.
+        cfg: 1, or 2 to share out the samples of one call as well, such as both halves of classifier-free guidance.
+            ``mesh`` then has two dimensions: 2, and the ranks that share a sequence.
+        timeout_seconds: how long the ranks wait for each other when they compare what they are about to run; above 0.
 
     Source: DeepSpeed Ulysses (arXiv:2309.14509), Ring Attention (arXiv:2310.01889), both as in USP (arXiv:2405.07719);
     text kept whole as in xDiT's and ParaAttention's HunyuanVideo.

@@ -38,21 +38,20 @@ from hvcompile.trunk.trunk import Body, Trunk
 class UnmaskedAttention(Pass):
     """Replace a key-padding mask of the blocks' attention by keys and values that end where the padding begins.
 
-    Fast kernels take no mask. One that hides the same keys from all queries and heads, and that is made of conditions
-    alone, is read by the runtime, once for as long as those conditions stay the same tensors, unmodified; how many keys
-    each sample keeps then goes into the graph as a number, so that prompts of any length run the same code. Where the
-    keys that are kept are not the first ones, or fewer than two, the call is computed by the graph with its mask, which
-    is compiled when that happens first; the log and the journal say so.
+    Fast kernels take no mask. A mask qualifies if it hides the same keys from all queries and heads, and is made of
+    conditions alone. The runtime reads it once, for as long as those conditions stay the same, unmodified tensors. How
+    many keys each sample keeps goes into the graph as a number, so prompts of any length run the same code.
 
-    An additive mask counts as hiding a key where it adds -9000 or less. Queries that are padding are computed as
-    before. A batch is unrolled, a sample at a time.
+    If the kept keys are not the first ones, or are fewer than two, the call runs the graph with its mask. That graph is
+    compiled when this first happens, and the log and the journal say so. An additive mask hides a key if it adds -9000
+    or less. Queries that are padding are computed as before. A batch is unrolled, a sample at a time.
 
     Args:
         unmask: whether masks are replaced.
-        hoist: whether what the blocks are given is computed once a generation where it follows from conditions, sizes
-            and weights alone (rotary tables, projections of the text), and not in every step.
-        kernel: "auto" for torch's own choice; "cudnn", "flash", "efficient" or "math" for that one in all blocks, an
-            error where it can't compute one of them.
+        kernel: which kernel computes the blocks' attention. "auto" leaves the choice to torch. "cudnn", "flash",
+            "efficient" or "math" takes that one in all blocks, and raises where it can't compute one of them.
+        hoist: whether what follows from conditions, sizes and weights alone (rotary tables, projections of the text) is
+            computed once a generation, and not in every step.
 
     Given::
 
