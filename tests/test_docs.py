@@ -151,8 +151,9 @@ def test_options_that_are_shown_are_valid() -> None:
 
 def shell_lines(text: str) -> Iterator[str]:
     """What a page tells to type: lines of shell blocks, and code within the text."""
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        yield from block.replace("\\\n", " ").splitlines()
+    for kind, block in re.findall(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if kind in {"", "sh"}:
+            yield from block.replace("\\\n", " ").splitlines()
     for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
         yield " ".join(code.split())
 
