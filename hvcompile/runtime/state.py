@@ -205,8 +205,8 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
 
     A new prompt, shape or schedule needs no call: the inputs show it. Call ``reset`` in four cases, which they don't:
 
-    - a generation has the same conditions as one that was broken off, and begins at an *earlier* timestep than that
-      one ended at;
+    - a generation has the same conditions as one that was broken off, and begins further along the schedule than that
+      one came (at a lower timestep, where timesteps fall);
     - generations with the same conditions run step by step in turn, in one thread;
     - one-step generations differ in seed and embedded guidance alone;
     - conditions or weights were written to through ``.data`` or another view that PyTorch does not track, or were made
