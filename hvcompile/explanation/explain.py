@@ -199,7 +199,7 @@ def explain(
         args: of the call, on the model's device.
         options: as for ``torch.compile``; a pass that is asked for and can't apply is told of, not raised.
         mode: as for ``torch.compile``.
-        device: whose peaks bound the step time, or its key in ``costs.DEVICES``, such as "h100"; None for no bound.
+        device: whose peaks bound the step time, or its key in ``graph.costs.DEVICES``, such as "h100"; None for no bound.
         kwargs: of the call.
 
     Raises:
@@ -211,7 +211,9 @@ def explain(
     settings = parse(PASSES, options, mode)  # before the trace, which can take half a minute
     if device is not None and not isinstance(device, Device):
         if device not in DEVICES:
-            raise OptionError(f"device {device!r} is unknown: give one of {', '.join(DEVICES)}, or a costs.Device")
+            raise OptionError(
+                f"device {device!r} is unknown: give one of {', '.join(DEVICES)}, or a graph.costs.Device"
+            )
         device = DEVICES[device]
     graph, inputs = _capture(model, args, kwargs)
     with torch.no_grad():  # as it was captured

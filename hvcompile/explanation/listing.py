@@ -1,6 +1,6 @@
 """A program as text for a reader: a line a node, weights by their path, and what changed from one pass to the next.
 
-``graph_source`` writes what Python can run; this is shorter, keeps one line a node so that two programs can be laid
+``dump.source`` writes what Python can run; this is shorter, keeps one line a node so that two programs can be laid
 side by side, and says a block's thirty weights in one word.
 """
 

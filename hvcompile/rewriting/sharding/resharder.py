@@ -118,7 +118,7 @@ class Resharder:
         return made
 
     def inline(self, function: Callable[..., Mapping[str, Any]], operands: Mapping[str, fx.Node], like: fx.Node) -> Any:
-        """Add graph code (see ``graph_code.inline``) that stands for a node of the source."""
+        """Add graph code (see ``graph.inline``) that stands for a node of the source."""
         last = self.end.prev
         made = inline(self.graph, function, operands, before=self.end, tag=self.tag)
         while (last := last.next) is not self.end:
