@@ -1,4 +1,4 @@
-"""The trained tiny HunyuanVideo before training: VAE and transformer; its text encoders are ``hvcompile.app.tiny``'s."""
+"""The trained tiny HunyuanVideo before training: VAE and transformer; ``hvcompile.app.tiny`` has the text encoders."""
 
 from __future__ import annotations
 

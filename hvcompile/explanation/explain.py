@@ -199,7 +199,7 @@ def explain(
         args: of the call, on the model's device.
         options: as for ``torch.compile``; a pass that is asked for and can't apply is told of, not raised.
         mode: as for ``torch.compile``.
-        device: whose peaks bound the step time, or its key in ``graph.costs.DEVICES``, such as "h100"; None for no bound.
+        device: whose peaks bound the step time, or its key in ``graph.costs.DEVICES``, as "h100"; None for no bound.
         kwargs: of the call.
 
     Raises:

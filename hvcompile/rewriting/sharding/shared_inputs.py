@@ -1,9 +1,9 @@
 """The first rank's sample and timestep on every rank, and how far each rank's own are from them.
 
 Ranks that share a sequence compute one video, each from inputs that its own script made. Conditions are compared on the
-host before every call (``runtime.agreement``). The sample and the timestep are new in every step, so that is done in the
-graph: all take the first rank's, so that parts of one sequence never come from different samples and rounding that
-differs from device to device does not add up; and the difference is an output, read when it costs no waiting.
+host before every call (``runtime.agreement``). The sample and the timestep are new in every step, so the graph compares
+them. All ranks take the first one's: parts of one sequence never come from different samples, and rounding that differs
+from device to device does not add up. The difference is an output, which is read when that costs no waiting.
 """
 
 from __future__ import annotations
