@@ -13,9 +13,6 @@ PROMPT ?= a red circle moves to the left over a blue background
 setup: $(VENV)/.done
 
 # torch comes first and pinned: asked for by a range, pip would take the newest build with gigabytes of CUDA packages.
-# Twice --quiet: pip says what went wrong, and nothing else.
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
-
 $(VENV)/.done: pyproject.toml constraints.txt
 	@echo "An environment in $(VENV): torch, diffusers and what the tests need. Once, and it takes some minutes."
 	@$(PYTHON) -m venv $(VENV)

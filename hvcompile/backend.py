@@ -71,7 +71,7 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
-    handle = _HANDLERS[-1] if _HANDLERS else compile_graph
+    handle = next(reversed(_HANDLERS.values()), compile_graph)
     return handle(graph_module, example_inputs, settings)
 
 
@@ -289,7 +289,7 @@ def require_values(trunk: Trunk, context: pipeline.Context) -> None:
             )
 
 
-_HANDLERS: list[Handler] = []  # of the whole process, as Dynamo's table of backends is; the innermost one counts
+_HANDLERS: dict[object, Handler] = {}  # of the whole process, as Dynamo's table of backends is; the last one counts
 
 
 @contextlib.contextmanager
@@ -299,9 +299,10 @@ def instead_of_compiling(handler: Handler) -> Iterator[None]:
     The handler may raise to end the call that is being compiled.
     """
     torch.compiler.reset()  # a model that was compiled before would run, and not be handed over
-    _HANDLERS.append(handler)
+    key = object()
+    _HANDLERS[key] = handler
     try:
         yield
     finally:
-        _HANDLERS.remove(handler)
+        del _HANDLERS[key]
         torch.compiler.reset()  # graphs that were only looked at must not run as compiled ones

@@ -94,7 +94,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
 def _mode(mode: Any, sections: Mapping[str, Any]) -> str | None:
     """The mode, wherever it was given."""
     for where, choice in (("mode", mode), ("options['mode']", sections.get("mode"))):
-        if choice is not None and choice not in MODES:
+        if choice is not None and not (isinstance(choice, str) and choice in MODES):
             raise OptionError(f"{where} is {choice!r}; allowed is one of {', '.join(map(repr, MODES))}")
     inside: str | None = sections.get("mode")
     if mode is not None and inside is not None and mode != inside:
@@ -134,11 +134,14 @@ class _Request:
         if not passes or not all(isinstance(item, Pass) for item in passes):
             raise OptionError(
                 f"{where} is {setting!r}; allowed is False (off), True (on), a dict of its fields "
-                f"({', '.join(names)}), or {' and '.join(kind.__name__ for kind in kinds)} itself"
+                f"({', '.join(names)}), or {' or '.join(kind.__name__ for kind in kinds)} itself, or a list of these"
             )
         for item in passes:
             if type(item) not in kinds:
-                raise OptionError(f"{where} has a {type(item).__name__}, which belongs to options[{item.section!r}]")
+                allowed = " or ".join(kind.__name__ for kind in kinds)
+                raise OptionError(
+                    f"{where} has a {type(item).__name__}, which is none of this section; allowed is {allowed}"
+                )
         if len({type(item) for item in passes}) < len(passes):
             raise OptionError(
                 f"{where} has two of one kind; allowed is one {' and one '.join(k.__name__ for k in kinds)}"
@@ -152,14 +155,13 @@ class _Request:
 
     def asks_for(self, kind: type[Pass]) -> bool:
         """Whether the section asks for a pass by name, so that it is an error where it can't apply."""
-        ready = self._ready(kind)
-        if ready is not None:
-            return not kind.switch or bool(getattr(ready, kind.switch))
-        if self.fields is None:
-            return self.is_on is True and not kind.switch
         own = self._own(kind)
         if kind.switch:
             return own.get(kind.switch) is True
+        if self.passes:
+            return any(type(item) is kind for item in self.passes)
+        if self.fields is None:
+            return self.is_on is True
         return bool(own) or not self.fields
 
     def configure(self, kind: type[Pass], *, is_max: bool) -> Pass:
@@ -169,23 +171,21 @@ class _Request:
             OptionError: a field has a wrong type or a value out of range, or is given to a pass that does not run.
 
         """
-        ready = self._ready(kind)
         own = self._own(kind)
-        if ready is not None:
-            defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-            own = {name: getattr(ready, name) for name in defaults if getattr(ready, name) != defaults[name]}
-        elif kind.switch and is_max:
+        if kind.switch and is_max:
             own = {kind.switch: True, **own}
-        configured = kind(**own) if ready is None else ready
+        configured = kind(**own)
         idle = [name for name in own if name != kind.switch]
         if kind.switch and idle and not getattr(configured, kind.switch):
             raise OptionError(f"{kind.section}.{idle[0]} is given, which does nothing unless {_spelled(kind)} is True")
         return configured
 
-    def _ready(self, kind: type[Pass]) -> Pass | None:
-        return next((item for item in self.passes if type(item) is kind), None)
-
     def _own(self, kind: type[Pass]) -> dict[str, Any]:
+        """A pass's fields that the section sets; of one that is ready made, those that differ from their defaults."""
+        ready = next((item for item in self.passes if type(item) is kind), None)
+        if ready is not None:
+            settings = {field.name: (getattr(ready, field.name), field.default) for field in dataclasses.fields(kind)}
+            return {name: setting for name, (setting, default) in settings.items() if setting != default}
         names = {field.name for field in dataclasses.fields(kind)}
         return {name: setting for name, setting in (self.fields or {}).items() if name in names}
 

@@ -43,17 +43,27 @@ def files_of(root: Path) -> dict[str, Path]:
     return found
 
 
-def imports_of(file: Path, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """Every module of ours that a file imports, with the line: inside functions and under TYPE_CHECKING as well."""
+def imports_of(module: str, file: Path, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """Every module of ours that a file imports, with the line: inside functions and under TYPE_CHECKING as well.
+
+    An attribute of the package, and a name that is given to ``import_module`` or ``__import__``, count like an import.
+    """
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "hvcompile")
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.module is not None, f"{file}:{node.lineno}: imports are absolute"
-            if node.module.split(".")[0] == "hvcompile":
-                for alias in node.names:
-                    inner = f"{node.module}.{alias.name}"
-                    yield node.lineno, inner if inner in modules else node.module
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names = [inner if (inner := f"{base}.{alias.name}") in modules else base for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [name for name in [ast.unparse(node)] if name in modules]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+            names = [item.value for item in node.args if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+        for name in names:
+            if name.split(".")[0] in {"hvcompile", "passes"}:
+                yield getattr(node, "lineno", 0), name if name.startswith("hvcompile") else f"hvcompile.{name}"
 
 
 def room_of(module: str) -> str:
@@ -69,7 +79,7 @@ def faults(root: Path) -> list[str]:
         if room not in FLOOR_OF:
             found.append(f"{module} stands on no floor")
             continue
-        for line, other in imports_of(file, modules):
+        for line, other in imports_of(module, file, modules):
             edges.setdefault(module, set()).add(other)
             target = room_of(other)
             if target != room and FLOOR_OF.get(target, -1) <= FLOOR_OF[room]:
@@ -94,6 +104,11 @@ def test_imports_run_down() -> None:
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hvcompile.backend import hvfast",
         "from hvcompile import pipeline",  # up by one floor only
         "def late():\n    import hvcompile",
+        "from ..backend import hvfast",
+        "from .. import backend",
+        "import importlib\nimportlib.import_module('hvcompile.backend')",
+        "print(hvcompile.backend.hvfast)",
+        "import passes",
     ],
 )
 def test_a_planted_arrow_up(tmp_path: Path, code: str) -> None:

@@ -299,7 +299,7 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_the_command_line_names_the_fault_and_leaves_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "out", Console(highlight=False, width=200))
+    monkeypatch.setattr("hvcompile.app.cli.bisect.out", Console(highlight=False, width=200))
     spoil_stage(monkeypatch, "outlined", math.nan)
     dump(tmp_path / "dump")
     done = invoke(str(tmp_path / "dump"), "--json", str(tmp_path / "found.json"))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import hvfast
@@ -20,6 +21,7 @@ from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_attention import Float8Attention
 from hvcompile.passes.float8_linears import Float8Linears
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
+from hvcompile.pipeline import Pass
 
 
 @pytest.mark.parametrize(
@@ -130,17 +132,33 @@ def test_a_section_may_be_the_pass_itself() -> None:
     assert passes[both[0]]
     assert passes[both[1]]
     assert passes == dict(parse(PASSES, {"attention": {"kernel": "flash", "fp8": True}}, None).passes)
+    for sections, mode in (
+        (({"fp8_keep_blocks": 1, "fp8": True}, Float8Attention(fp8_keep_blocks=1, fp8=True)), None),
+        (({"fp8_keep_blocks": 1}, Float8Attention(fp8_keep_blocks=1)), "max"),
+        (({}, [UnmaskedAttention(), Float8Attention()]), "max"),
+    ):  # a pass counts like a dict of its fields that differ from their defaults
+        first, second = (parse(PASSES, {"attention": section}, mode) for section in sections)
+        assert first == second
     alone = dict(parse(PASSES, {"attention": both[0]}, None).passes)
     assert alone[both[0]]
     assert not alone[Float8Attention()]
 
 
+class Renamed(FirstBlockCache):
+    pass
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"first_block_cache": Float8Linears()}, ["first_block_cache", "Float8Linears", "options['fp8']"]),
+        (
+            {"first_block_cache": Float8Linears()},
+            ["a Float8Linears", "allowed is FirstBlockCache"],
+        ),
+        ({"first_block_cache": Renamed()}, ["first_block_cache", "a Renamed", "allowed is FirstBlockCache"]),
+        ({"fp8": Pass()}, ["options['fp8']", "a Pass", "allowed is Float8Linears"]),
         ({"attention": [UnmaskedAttention(), UnmaskedAttention()]}, ["options['attention']", "two of one kind"]),
-        ({"attention": []}, ["options['attention']", "[]", "UnmaskedAttention and Float8Attention"]),
+        ({"attention": []}, ["options['attention']", "[]", "or a list of these"]),
         ({"attention": Float8Attention(fp8_keep_blocks=1)}, ["attention.fp8_keep_blocks", "'attention.fp8' is True"]),
         ({"fp8": FirstBlockCache}, ["options['fp8']", "Float8Linears itself"]),
     ],
@@ -165,6 +183,8 @@ def test_the_mode_may_be_a_key_of_the_options() -> None:
     settings = parse(PASSES, {"mode": "max", "first_block_cache": {"threshold": 0.1}}, None)
     assert (Float8Attention(fp8=True), False) in settings.passes
     assert (FirstBlockCache(threshold=0.1), True) in settings.passes
+    with pytest.raises(OptionError, match=r"options\['mode'\] is array"):
+        parse(PASSES, {"mode": np.zeros(2)}, None)
     with pytest.raises(OptionError, match=r"options\['mode'\] is 'fast'.*'default', 'exact', 'max'"):
         parse(PASSES, {"mode": "fast"}, None)
     with pytest.raises(OptionError, match=r"mode is 'max' and options\['mode'\] is 'exact'"):

@@ -25,6 +25,11 @@ MEMBERS = {
 """Members of torch's objects, of which no name says that they are torch's."""
 
 
+NOT_TORCH = {"os._exit", "config._attn_implementation"}
+"""Private members of other libraries than torch."""
+BY_NAME = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller", "import_module", "__import__"}
+
+
 def is_private(name: str) -> bool:
     """Whether a dotted name of torch has a private part, or lies in a module that is private without one."""
     parts = name.split(".")
@@ -32,6 +37,13 @@ def is_private(name: str) -> bool:
         return False
     is_hidden = any(part.startswith("_") and not part.startswith("__") for part in parts)
     return is_hidden or any(name == module or name.startswith(f"{module}.") for module in UNDOCUMENTED)
+
+
+def is_foreign(node: ast.Attribute) -> bool:
+    """Whether an attribute is a private one of another object, whosever it is."""
+    is_hidden = node.attr.startswith("_") and not node.attr.startswith("__")
+    is_own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+    return is_hidden and not is_own and ast.unparse(node) not in NOT_TORCH
 
 
 def dotted(node: ast.expr, names: dict[str, str]) -> str:
@@ -72,14 +84,16 @@ def faults(source: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, name) for name in imported if is_private(name))
         elif isinstance(node, ast.Attribute):
             name = dotted(node, names)
-            if is_private(name) or node.attr in MEMBERS:
-                yield node.lineno, name or node.attr
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"getattr", "setattr"}:
-            member = node.args[1] if len(node.args) > 1 else None
-            if isinstance(member, ast.Constant) and isinstance(member.value, str):
-                name = f"{dotted(node.args[0], names)}.{member.value}"
-                if is_private(name) or member.value in MEMBERS:
-                    yield node.lineno, name
+            if is_private(name) or node.attr in MEMBERS or is_foreign(node):
+                yield node.lineno, name or ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+            owner = dotted(node.args[0], names) if node.args else ""
+            for member in node.args:
+                if isinstance(member, ast.Constant) and isinstance(member.value, str):
+                    name = f"{owner}.{member.value}"
+                    is_hidden = member.value.startswith("_") and not member.value.startswith("__")
+                    if is_hidden or is_private(name) or is_private(member.value):
+                        yield node.lineno, name
 
 
 def files() -> list[Path]:
@@ -101,6 +115,13 @@ def test_private_torch_in_one_folder_only() -> None:
 @pytest.mark.parametrize(
     "code",
     [
+        "import torch\ndef version_of(tensor):\n    return tensor._version",
+        "self.aten = torch.ops.aten\nself.aten._softmax",
+        "node._erased",
+        "import operator\noperator.attrgetter('_version')",
+        "import torch\nhasattr(torch, '_C')",
+        "import importlib\nimportlib.import_module('torch._dynamo')",
+        "getattr(model, '_orig_mod', model)",
         "import torch\ntorch._C._nn._parse_to('cpu')",
         "import torch._inductor.compile_fx",
         "def late():\n    from torch._dynamo import utils",
@@ -127,7 +148,6 @@ def test_a_planted_private_name(code: str) -> None:
     [
         "import torch\ntorch.nn.functional.linear",
         "import torch\ntorch.__version__",
-        "import torch\ndef version_of(tensor):\n    return tensor._version",  # what autograd's notes tell of
         "class Torch:\n    def run(self):\n        return self._state",
         "TEXT = 'torch._dynamo.reset()'",
     ],

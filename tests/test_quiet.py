@@ -120,6 +120,6 @@ def test_make_video_prints_our_own_lines(tmp_path: Path) -> None:
         subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True) for _ in range(2)
     ]
     first, second = (done.stdout.splitlines() for done in runs)
-    assert first[0].startswith("Setting up ")
+    assert first[0].startswith("An environment in ")
     assert first[1:] == second == ["hvcompile generate a cat --output out.mp4"]
     assert [done.stderr for done in runs] == ["", ""]

@@ -176,7 +176,7 @@ def llama_tokenizer() -> LlamaTokenizer:
     if length != DEFAULT_PROMPT_TEMPLATE["crop_start"]:
         raise RuntimeError(
             f"this diffusers' prompt template starts with {length} tokens of the tiny tokenizer, but the pipeline "
-            f"crops {DEFAULT_PROMPT_TEMPLATE['crop_start']}: add or split words in hvcompile.tiny.llama_tokenizer"
+            f"crops {DEFAULT_PROMPT_TEMPLATE['crop_start']}: add or split words in hvcompile.app.tiny.llama_tokenizer"
         )
     return tokenizer
 

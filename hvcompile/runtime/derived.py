@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from hvcompile.journal import Declined
+from hvcompile.torch_private.storages import version_of
 
-_VERSION = operator.attrgetter("_version")
 # Sets of inputs whose results are kept at most: guidance halves and prompts that run in turn.
 MOST_KEPT = 8
 
@@ -39,7 +38,8 @@ class _Seen:
     def __init__(self, sources: Sequence[Any], result: Sequence[Any] | Declined) -> None:
         self.thread, self.result = threading.get_ident(), result
         self._sources: list[tuple[weakref.ref[Any] | None, Any]] = [
-            (weakref.ref(item), item._version) if isinstance(item, torch.Tensor) else (None, item) for item in sources
+            (weakref.ref(item), version_of(item)) if isinstance(item, torch.Tensor) else (None, item)
+            for item in sources
         ]
 
     def is_of(self, sources: Sequence[Any]) -> bool:
@@ -48,7 +48,7 @@ class _Seen:
             if reference is None or item is None:
                 if type(item) is not type(known) or item != known:
                     return False
-            elif reference() is not item or _VERSION(item) != known:
+            elif reference() is not item or version_of(item) != known:
                 return False
         return self.thread == threading.get_ident()
 

@@ -7,6 +7,8 @@ import weakref
 
 import torch
 
+from hvcompile.torch_private.storages import version_of
+
 
 def fingerprint(tensor: torch.Tensor) -> int:
     """A 64-bit hash of a tensor's bits; waits for the device.
@@ -47,8 +49,8 @@ class Fingerprints:
         if tensor.is_inference():  # carries no version counter, so it may change unseen
             return fingerprint(tensor)
         for reference, version, content in self._known:
-            if reference() is tensor and version == tensor._version:
+            if reference() is tensor and version == version_of(tensor):
                 return content
         content = fingerprint(tensor)
-        self._known.append((weakref.ref(tensor), tensor._version, content))
+        self._known.append((weakref.ref(tensor), version_of(tensor), content))
         return content

@@ -28,6 +28,7 @@ from hvcompile.journal import JournalRow
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import Kept
 from hvcompile.runtime.weights import StoredFloat8, WeightRevisions
+from hvcompile.torch_private.dynamo import compiled_module
 
 # Steps whose decision is kept for ``stats``; hits and misses are counted beyond it.
 KEPT_STEPS = 10_000
@@ -147,7 +148,7 @@ def _states_in(module: torch.nn.Module) -> list[ModelState]:
 
 
 def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
-    module = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps; model.compile() does not
+    module = compiled_module(model)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
             f"expected the compiled torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}: "
@@ -249,7 +250,7 @@ def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
         TypeError: ``model`` is neither.
 
     """
-    module = getattr(model, "_orig_mod", model)
+    module = compiled_module(model)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
     restored = restore_weights(module)

@@ -13,11 +13,11 @@ import torch
 
 from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import Joined, join
+from hvcompile.torch_private.storages import version_of
 
 log = logging.getLogger(__name__)
 
 # There are over a thousand weights to look at in every step: what runs for each of them runs in C.
-_VERSION = operator.attrgetter("_version")
 _JOINED = operator.attrgetter("joined")
 
 
@@ -55,7 +55,7 @@ class WeightRevisions:
                     "hvcompile.reset(model) after one",
                     len(self._seen) - len(self._versioned),
                 )
-        versions = sum(map(_VERSION, map(operator.call, self._versioned)))
+        versions = sum(map(version_of, map(operator.call, self._versioned)))
         if not is_same or versions != self._versions:
             self._versions = versions
             self.revision += 1

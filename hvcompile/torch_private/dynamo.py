@@ -15,6 +15,7 @@ All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is sa
 - ``torch._logging._internal.trace_structured`` and its ``trace_log``: artifacts for tlparse.
 - ``Module._compiled_call_impl``: what ``Module.compile`` sets and a call runs; seen to there, a call leaves no trace in
   the graph.
+- ``OptimizedModule._orig_mod``: the module that ``torch.compile`` wrapped; nothing public gives it back.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
   backend.
 """
@@ -201,6 +202,11 @@ def specialise(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
+
+
+def compiled_module(model: Any) -> Any:
+    """The module that ``torch.compile(model)`` wrapped; what was compiled in place, or is no module, as it is."""
+    return getattr(model, "_orig_mod", model)  # private: see the module's docstring (2.11.0, 2.13.0)
 
 
 def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:

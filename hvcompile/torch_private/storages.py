@@ -5,6 +5,7 @@ All names were checked on torch 2.11.0 and 2.13.0.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 # ``StorageWeakRef`` is used by torch's own sharing between processes and is not documented: it alone gives a storage's
 # address also where that storage belongs to a fake tensor, whose ``data_ptr`` raises (2.11.0, 2.13.0).
+
+
+# Private: how often a tensor was written to in place; autograd counts, and nothing public tells (2.11.0, 2.13.0). A
+# getter rather than a function: over a thousand weights are asked in every step.
+version_of: Callable[[Any], int] = operator.attrgetter("_version")
 
 
 def storage_id(tensor: torch.Tensor) -> int:

@@ -72,9 +72,13 @@ class Observers(Observer):
             observer.on_stage(name, module, trunk)
 
     def on_rewritten(self, trunk: Trunk | None, journal: Sequence[JournalRow], error: BaseException | None) -> None:
-        """See ``Observer``."""
-        for observer in self._observers:
-            observer.on_rewritten(trunk, journal, error)
+        """See ``Observer``; where one raises, those after it hear of that error."""
+        for place, observer in enumerate(self._observers):
+            try:
+                observer.on_rewritten(trunk, journal, error)
+            except BaseException as own:
+                Observers(*self._observers[place + 1 :]).on_rewritten(trunk, journal, error or own)
+                raise
 
     @contextlib.contextmanager
     def lowering(self, trunk: Trunk | None) -> Iterator[None]:

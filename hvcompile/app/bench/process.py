@@ -386,6 +386,6 @@ def describe(error: BaseException) -> str:
     from hvcompile.errors import HvcompileError
 
     if isinstance(error, ImportError):
-        return f"can't be imported ({pipelines.first_line(error)}): pip install '.[bench]'"
+        return f"can't be imported ({pipelines.first_line(error)}): pip install 'hvcompile[bench]'"
     line = pipelines.first_line(error)
     return line if isinstance(error, HvcompileError) else f"{type(error).__name__}: {line}"

@@ -80,7 +80,7 @@ def _write(request: Request, result: Result) -> None:
         except ImportError as error:
             if error.name != "matplotlib":
                 raise
-            err.print(Text("no plot, for matplotlib is missing: pip install '.[bench]'"), soft_wrap=True)
+            err.print(Text("no plot, for matplotlib is missing: pip install 'hvcompile[bench]'"), soft_wrap=True)
 
 
 def _command() -> str:
