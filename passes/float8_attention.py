@@ -90,10 +90,7 @@ class Float8Attention(Pass):
 
     def _check(self, trunk: Trunk) -> Declined | None:
         if not self.fp8:
-            return Declined(
-                "attention.fp8 is False: only True, or mode='max' where it is not set, turns it on",
-                "switched off",
-            )
+            return Declined("attention.fp8 is False, or it is not set and mode is not 'max'", "switched off")
         if trunk.is_branched:
             return Declined("the blocks already stand in a branch")
         return None
