@@ -145,8 +145,7 @@ def rewrite(
 
     """
     observer.on_stage(CAPTURED, captured, None)
-    reason = needs_gradients(captured)
-    trunk = Declined(reason) if reason else recover(captured)
+    trunk = needs_gradients(captured) or recover(captured)
     if isinstance(trunk, Declined):
         return trunk
     journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
@@ -251,17 +250,17 @@ def _compile_without(
         return compile_graph(module, example_inputs, settings, args=args, journal=[row], compile_id=compile_id)
 
 
-def needs_gradients(captured: fx.GraphModule) -> str:
-    """Why this graph is compiled for training; empty if it is not. No rewrite here has a backward."""
+def needs_gradients(captured: fx.GraphModule) -> Declined | None:
+    """Why this graph is compiled for training; None if it is not. No rewrite here has a backward."""
     if not torch.is_grad_enabled():
-        return ""
+        return None
     for node in captured.graph.find_nodes(op="placeholder"):
         if is_tensor(node) and fakes.value(node).requires_grad:
-            return (
+            return Declined(
                 f"gradients are enabled and {dynamo.source_name(node) or node.name} requires them; "
                 "call the model under torch.no_grad() or torch.inference_mode()"
             )
-    return ""
+    return None
 
 
 def _outline_row(trunk: Trunk) -> JournalRow:
