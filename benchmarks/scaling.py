@@ -101,11 +101,9 @@ def sent(node: fx.Node, ranks: int) -> int:
     size: int = numel_hint(value(operand)) * value(operand).element_size()
     if node.target in {collectives.pass_on, collectives.broadcast}:
         return size
-    if node.target is collectives.reshard_row:
-        columns: int = ranks // node.args[-1]  # type: ignore[operator, assignment]
-        return size * (columns - 1) // columns
     if node.target is collectives.reshard:
-        return size * (ranks - 1) // ranks
+        columns: int = ranks // (node.args[4] if len(node.args) > 4 else 1)  # type: ignore[operator, assignment]
+        return size * (columns - 1) // columns
     return size * (ranks - 1) if node.target is collectives.gather else 0
 
 

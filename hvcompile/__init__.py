@@ -17,6 +17,7 @@ from hvcompile.errors import (
 )
 from hvcompile.explanation.explain import explain
 from hvcompile.float8.weights import Restored
+from hvcompile.lowered.lower import Lowered, lower
 from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 from hvcompile.version import __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "HvcompileError",
     "InputError",
     "InvalidRewriteError",
+    "Lowered",
     "LoweringError",
     "OptionError",
     "QuantizedWeightError",
@@ -36,6 +38,7 @@ __all__ = [
     "UntraceableModelError",
     "__version__",
     "explain",
+    "lower",
     "reset",
     "restore",
     "stats",

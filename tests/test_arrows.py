@@ -16,6 +16,7 @@ FLOORS = (
     ("__main__",),
     ("app",),
     ("__init__", "report"),
+    ("lowered",),
     ("explanation",),
     ("backend",),
     ("sealing",),

@@ -129,10 +129,10 @@ def test_graph_of_a_ring(fake_group: Callable[[int, int], None]) -> None:
     attended = [place for place, line in enumerate(lines) if line.startswith("scaled_dot")]
     assert lines[3 : attended[0]] == [
         "stack([getitem, getitem_1, getitem_2]) -> [3, 1, 4, 4, 16]",
-        "reshard_row(stack, 0, 3, 2, 2) -> [3, 1, 2, 8, 16]",
-        "getitem(reshard_row, 0) -> [1, 2, 8, 16]",
-        "getitem(reshard_row, 1) -> [1, 2, 8, 16]",
-        "getitem(reshard_row, 2) -> [1, 2, 8, 16]",
+        "reshard(stack, 0, 3, 2, 2) -> [3, 1, 2, 8, 16]",
+        "getitem(reshard, 0) -> [1, 2, 8, 16]",
+        "getitem(reshard, 1) -> [1, 2, 8, 16]",
+        "getitem(reshard, 2) -> [1, 2, 8, 16]",
         "stack([getitem_4, getitem_5]) -> [2, 1, 2, 8, 16]",
         "pass_on(stack_1, 0, 2) -> [2, 1, 2, 8, 16]",
         "getitem(stack_1, 0) -> [1, 2, 8, 16]",
@@ -145,9 +145,9 @@ def test_graph_of_a_ring(fake_group: Callable[[int, int], None]) -> None:
         "scaled_dot_product_attention_with_lse(getitem_3, cat, cat_1) -> [1, 2, 8, 16], [1, 2, 8]",
     ]
     assert "arrived(pass_on) -> [2, 1, 2, 8, 16]" in lines[attended[0] : attended[1]]
-    assert lines[-1] == "reshard_row(flatten, 0, 1, 2, 2) -> [1, 4, 4, 16]"
-    assert {name: rows[0].op_changes[name] for name in ("reshard_row", "pass_on", "gather")} == {
-        "reshard_row": 2,
+    assert lines[-1] == "reshard(flatten, 0, 1, 2, 2) -> [1, 4, 4, 16]"
+    assert {name: rows[0].op_changes[name] for name in ("reshard", "pass_on", "gather")} == {
+        "reshard": 2,
         "pass_on": 1,
         "gather": 1 + 1,
     }

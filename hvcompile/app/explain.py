@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import runpy
-import sys
-from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from hvcompile import backend, outputs
-from hvcompile.app import pipelines, tiny
-from hvcompile.app.grid import Grid
+from hvcompile import outputs
 from hvcompile.app.request.explain import Request
-from hvcompile.app.skeleton import skeleton, transformer_call
+from hvcompile.app.script import ScriptSeenError, run_up_to
+from hvcompile.app.skeleton import first_call
 from hvcompile.errors import InputError
 from hvcompile.explanation import report
 from hvcompile.explanation.explain import Explanation, explain, explain_graph
 from hvcompile.graph.costs import DEVICES
 from hvcompile.options import Options
-
-
-class _SeenError(BaseException):
-    """Ends a script once its model is explained; no Exception, so that neither Dynamo nor the script holds it up."""
 
 
 def explain_request(request: Request) -> Explanation:
@@ -61,7 +53,6 @@ def explain_script(request: Request) -> Explanation:
         InputError: the script ends, or fails, before it calls such a model.
 
     """
-    path = str(request.model)
     explanations: list[Explanation] = []
     reasons: list[str] = []  # of graphs that hvfast would leave as they are
 
@@ -71,25 +62,12 @@ def explain_script(request: Request) -> Explanation:
             reasons.append(explanation.reason)
             return graph.forward
         explanations.append(explanation)
-        raise _SeenError
+        raise ScriptSeenError
 
-    arguments, paths = sys.argv, sys.path
-    try:
-        sys.argv = [path, *request.arguments]
-        sys.path = [str(Path(path).resolve().parent), *paths]  # as python itself has it
-        with backend.instead_of_compiling(explain_it):
-            runpy.run_path(path, run_name="__main__")
-    except _SeenError:
+    path = str(request.model)
+    run_up_to(path, request.arguments, explain_it)
+    if explanations:
         return explanations[0]
-    except SystemExit:
-        pass  # a script may end as it likes
-    except Exception as error:  # whatever the script raises; the cause stays attached
-        raise InputError(
-            f"script {path!r} fails before it calls a model compiled with hvfast: {pipelines.first_line(error)}; "
-            "run it by itself first"
-        ) from error
-    finally:
-        sys.argv, sys.path = arguments, paths
     raise _nothing_to_explain(path, reasons)
 
 
@@ -116,17 +94,13 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
         UntraceableModelError: the transformer does not trace as one graph.
 
     """
-    dtype = pipelines.DTYPES[request.dtype or "bfloat16"]
-    sizes = {"num_frames": request.frames, "height": request.height, "width": request.width}
-    arguments: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if request.model is None:
-        pipe = skeleton(str(tiny.DIRECTORY), dtype)
-        arguments = {**tiny.DEFAULTS, **arguments}
-    else:
-        pipe = skeleton(request.model, dtype)
-    Grid.of(pipe).check(height=request.height, width=request.width, frames=request.frames)
-    args, kwargs = transformer_call(pipe, request.prompt or "a cat walks", arguments)
-    explanation = explain(pipe.transformer, *args, **kwargs, mode=request.mode, device=DEVICES[request.gpu])
-    facts = {"pipeline": type(pipe).__name__, "transformer": type(pipe.transformer).__name__}
-    clip = [f"{name.removeprefix('num_')} {size}" for name, size in arguments.items() if name in sizes]
-    return explanation, facts | ({"clip": ", ".join(clip)} if clip else {})
+    call = first_call(
+        request.model,
+        request.dtype,
+        request.prompt,
+        {"num_frames": request.frames, "height": request.height, "width": request.width},
+    )
+    explanation = explain(
+        call.pipe.transformer, *call.args, **call.kwargs, mode=request.mode, device=DEVICES[request.gpu]
+    )
+    return explanation, call.facts()

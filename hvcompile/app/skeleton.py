@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,62 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from hvcompile.app.pipelines import check_model, first_line
+from hvcompile.app import tiny
+from hvcompile.app.grid import Grid
+from hvcompile.app.pipelines import DTYPES, check_model, first_line
 from hvcompile.errors import InputError
 
 # Everything of a repository but its weights: configurations, vocabularies and merges of tokenizers.
 _WITHOUT_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstCall:
+    """The first call that a pipeline makes of its transformer.
+
+    Attributes:
+        pipe: every module on the meta device.
+        args: positional arguments of the call.
+        kwargs: those by name.
+        sizes: of the clip, as the pipeline was asked for it.
+
+    """
+
+    pipe: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    sizes: Mapping[str, int]
+
+    def facts(self) -> dict[str, str]:
+        """What was called, in words."""
+        facts = {"pipeline": type(self.pipe).__name__, "transformer": type(self.pipe.transformer).__name__}
+        clip = [f"{name.removeprefix('num_')} {size}" for name, size in self.sizes.items()]
+        return facts | ({"clip": ", ".join(clip)} if clip else {})
+
+
+def first_call(model: str | None, dtype: str | None, prompt: str | None, sizes: Mapping[str, int | None]) -> FirstCall:
+    """Build a pipeline without its weights, and ask it for a clip as far as its transformer.
+
+    Args:
+        model: a directory in the layout of diffusers, or a hub id; None for the embedded tiny pipeline.
+        dtype: a key of ``pipelines.DTYPES``; None for bfloat16.
+        prompt: None for one of ours; its length counts only where the pipeline does not pad.
+        sizes: ``num_frames``, ``height`` and ``width``; None leaves one to the pipeline.
+
+    Raises:
+        InputError: the request can't be met; the message says why.
+
+    """
+    asked = {name: size for name, size in sizes.items() if size is not None}
+    if model is None:
+        defaults = {name: size for name, size in tiny.DEFAULTS.items() if name in sizes}
+        pipe, asked = skeleton(str(tiny.DIRECTORY), DTYPES[dtype or "bfloat16"]), {**defaults, **asked}
+    else:
+        pipe = skeleton(model, DTYPES[dtype or "bfloat16"])
+    grid = {name.removeprefix("num_"): size for name, size in sizes.items()}
+    Grid.of(pipe).check(height=grid["height"], width=grid["width"], frames=grid["frames"])
+    args, kwargs = transformer_call(pipe, prompt or "a cat walks", asked)
+    return FirstCall(pipe=pipe, args=args, kwargs=kwargs, sizes=asked)
 
 
 class _CallSeenError(Exception):

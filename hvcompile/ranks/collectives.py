@@ -1,8 +1,8 @@
 """Collectives as operations of a captured graph.
 
-Most are DTensor redistributions, which trace away into functional collectives. Traffic between some ranks of a group
-(its rows or columns) is one all-to-all of the whole group, in which the other ranks get nothing. So no further process
-group has to be made, by ranks that might not all come to make it.
+Gathers and sums are DTensor redistributions, which trace away into functional collectives. The rest are functional
+all-to-alls. Traffic between some ranks of a group (its rows or columns) is one all-to-all of the whole group, in which
+the other ranks get nothing. So no further process group has to be made, by ranks that might not all come to make it.
 
 Each collective is a plain function of a tensor and literals; the process group goes by its name. So a graph that calls
 one can be printed, dumped and copied. Called on an ``fx.Proxy``, a collective becomes one node.
@@ -79,27 +79,23 @@ def mesh_of(group: str, device_type: str) -> DeviceMesh:
 
 
 @_one_node
-def reshard(local: Any, group: str, source: int, target: int) -> Any:
-    """Split another dimension over the ranks: an all-to-all.
+def reshard(local: Any, group: str, source: int, target: int, rows: int = 1) -> Any:
+    """Split another dimension over the ranks of each row: one all-to-all.
+
+    DTensor's redistribution is not used here. On CUDA it is an operator of its own that Inductor neither orders nor
+    keeps from copying, and on CPUs an all-gather.
 
     Args:
-        local: this rank's part of a tensor that is split evenly over the ranks along dimension ``source``.
+        local: this rank's part of a tensor that is split evenly over the ranks of a row along dimension ``source``.
         group: the process group's name.
         source: the dimension that is split now.
-        target: the dimension to split instead; a multiple of the ranks.
+        target: the dimension to split instead; a multiple of the ranks of a row.
+        rows: into how many equal parts of consecutive ranks the group is cut.
 
     Returns:
-        This rank's part along ``target``, whole along ``source``; contiguous.
+        This rank's part along ``target``, whole along ``source``.
 
     """
-    from torch.distributed.tensor import Shard
-
-    return _redistribute(local, group, Shard(source), Shard(target))
-
-
-@_one_node
-def reshard_row(local: Any, group: str, source: int, target: int, rows: int) -> Any:
-    """As ``reshard``, within each row: the group is cut into ``rows`` equal parts of consecutive ranks."""
     own = process_group(group)
     size, rank = own.size(), own.rank()
     columns = size // rows
@@ -109,6 +105,7 @@ def reshard_row(local: Any, group: str, source: int, target: int, rows: int) -> 
     return moved.movedim(0, source).flatten(source, source + 1)
 
 
+@distributed.left_running
 @_one_node
 def pass_on(local: Any, group: str, rows: int) -> Any:
     """Send a tensor to the same column of the next row, and receive that of the row before; a ring.

@@ -10,5 +10,7 @@ where the two differ, that is said there. What a new version of torch may break 
 - ``kernels``: operators that torch keeps to itself
 - ``storages``: storages, and tensors without memory
 - ``distributed``: process groups by name, collectives that are not waited for at once
+- ``absent_gpu``, ``absent_attention``: a GPU that is not there
+- ``generated_code``: Inductor's code, run on fake tensors
 - ``torchao``: its import, and its float8 primitives
 """

@@ -11,11 +11,25 @@ All names were checked on torch 2.11.0 and 2.13.0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def left_running(function: _Function) -> _Function:
+    """Mark graph code that starts a transfer and does not wait for it, so that something can be computed meanwhile."""
+    function.is_left_running = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_left_running(target: Any) -> bool:
+    """Whether a node with this target starts a transfer and does not wait for it."""
+    return bool(getattr(target, "is_left_running", False))
 
 
 def process_group(name: str) -> dist.ProcessGroup:
@@ -63,3 +77,26 @@ def wait(moving: torch.Tensor) -> torch.Tensor:
     """What ``all_to_all`` or ``broadcast`` gave, once it is there."""
     # Private: the other half of those two.
     return torch.ops._c10d_functional.wait_tensor(moving)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def absent_ranks(count: int, rank: int) -> Iterator[None]:
+    """Within, this process is one of ``count`` ranks of a process group whose other ranks are not there.
+
+    Collectives return at once, and what they return means nothing. With one rank there is no group.
+
+    Raises:
+        RuntimeError: this process has a process group already.
+
+    """
+    if count == 1:
+        yield
+        return
+    # Private: nothing public makes a group without its ranks; torch's own tests do by this (2.11.0, 2.13.0).
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

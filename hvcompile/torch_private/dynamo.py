@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
@@ -223,6 +224,33 @@ def keep_first_call(module: torch.nn.Module, calls: list[Call]) -> None:
         return compiled(*args, **kwargs)
 
     module._compiled_call_impl = keep
+
+
+def frame_call() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+    """The module whose ``forward`` Dynamo is capturing in this thread, and what it was called with; None for no module.
+
+    Asked from within a backend.
+    """
+    # Private: nothing public tells a backend what was called (2.11.0, 2.13.0).
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracer: Any = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+    code, known = tracer.f_code, dict(tracer.f_locals)
+    names = code.co_varnames
+    num_args, num_named = code.co_argcount, code.co_kwonlyargcount
+    if not num_args or not isinstance(known.get(names[0]), torch.nn.Module):
+        return None
+    rest = names[num_args + num_named :]
+    args = [known[name] for name in names[1:num_args]]
+    kwargs = {name: known[name] for name in names[num_args : num_args + num_named]}
+    if code.co_flags & inspect.CO_VARARGS:
+        args, rest = [*args, *known[rest[0]]], rest[1:]
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        kwargs |= known[rest[0]]
+    return known[names[0]], tuple(args), kwargs
 
 
 def tracing_backend() -> Callable[..., Any] | None:

@@ -34,19 +34,23 @@ from torch._inductor.exc import InductorError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hvcompile.errors import LoweringError
+from hvcompile.torch_private.distributed import is_left_running
 
 Compiled = Callable[..., Any]
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
 
+def _graphs(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
+    return (child for child in module.modules() if isinstance(child, fx.GraphModule))
+
+
 def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
-    for child in module.modules():
-        if isinstance(child, fx.GraphModule):
-            for node in child.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH):
-                body = getattr(child, node.args[0].target)
-                if isinstance(body, fx.GraphModule):
-                    yield body
+    for child in _graphs(module):
+        for node in child.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH):
+            body = getattr(child, node.args[0].target)
+            if isinstance(body, fx.GraphModule):
+                yield body
 
 
 def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -63,9 +67,13 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     # Dynamo's guards hold every input's strides already. To check them again, one by one in Python, takes a tenth of a
     # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
     is_ahead = any(isinstance(item, torch.Tensor) and item.device.type != "cpu" for item in inputs)
+    config: dict[str, Any] = {"size_asserts": is_ahead}
+    if any(is_left_running(node.target) for child in _graphs(module) for node in child.graph.nodes):
+        # To lower the peak of memory, Inductor would move the start of a transfer to its wait (2.13.0: on by default).
+        config["reorder_for_peak_memory"] = False
     try:
         # Private: no public entry takes a Dynamo graph with added placeholders (2.11.0, 2.13.0).
-        compiled: Any = compile_fx(module, list(inputs), config_patches={"size_asserts": is_ahead})
+        compiled: Any = compile_fx(module, list(inputs), config_patches=config)
     except InductorError as error:
         _, separator, question = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
         if not separator:

@@ -6,7 +6,7 @@ All names were checked on torch 2.11.0 and 2.13.0.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,3 +105,42 @@ def allow_operators(parameter: Any, own: torch.nn.Parameter, data: torch.Tensor)
     del parameter.__torch_dispatch__
     torch._C._swap_tensor_impl(parameter, own)  # private: as in ``refuse_operators``
     own.__class__ = _Refusing
+
+
+class LiveBytes:
+    """How many bytes the tensors that were made, and are not yet gone, take at once; of fake tensors too.
+
+    Attributes:
+        peak: the most so far.
+        outside: of storages that were there before; see ``note``.
+
+    """
+
+    def __init__(self) -> None:
+        self._inside: dict[int, tuple[Any, int]] = {}
+        self._outside: dict[int, tuple[Any, int]] = {}
+        self.peak = 0
+
+    @property
+    def outside(self) -> int:
+        """Bytes of the storages that were there before."""
+        return sum(num_bytes for _, num_bytes in self._outside.values())
+
+    def note(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take what was not made since the start as there before."""
+        for tensor in tensors:
+            reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            if reference.cdata not in self._inside:
+                self._outside.setdefault(reference.cdata, (reference, tensor.untyped_storage().nbytes()))
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Count tensors that an operator returned; says whether the peak is a new one."""
+        for tensor in tensors:
+            reference: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            if reference.cdata not in self._outside:
+                self._inside.setdefault(reference.cdata, (reference, tensor.untyped_storage().nbytes()))
+        self._inside = {key: item for key, item in self._inside.items() if not item[0].expired()}
+        live = sum(num_bytes for _, num_bytes in self._inside.values())
+        is_new = live > self.peak
+        self.peak = max(self.peak, live)
+        return is_new

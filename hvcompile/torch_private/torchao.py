@@ -32,28 +32,9 @@ def is_available() -> bool:
     return True
 
 
-def choose_scale(rows: torch.Tensor, block: list[int], dtype: torch.dtype, least: float) -> torch.Tensor:
-    """The scale of each block of a matrix: its largest magnitude over the largest value of a float8 dtype.
-
-    Args:
-        rows: float32 ``[rows, K]``.
-        block: rows and columns that share a scale; they divide those of ``rows``.
-        dtype: a float8 one.
-        least: what a block's largest magnitude counts as where it is smaller.
-
-    Returns:
-        float32, as many rows and columns as there are blocks.
-
-    """
-    # Private: torchao's public float8 tensor refuses CPUs (torchao 0.18.0).
-    from torchao.quantization.quant_primitives import _choose_scale_float8
-
-    return _choose_scale_float8(rows, block, dtype, hp_value_lb=least)  # type: ignore[no-any-return]
-
-
 def quantize(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A float32 matrix over its scale, rounded to a float8 dtype."""
-    # Private: as in ``choose_scale``.
+    # Private: torchao's public float8 tensor refuses CPUs (torchao 0.18.0).
     from torchao.quantization.quant_primitives import _quantize_affine_float8
 
     return _quantize_affine_float8(rows, scale, dtype)  # type: ignore[no-any-return]
@@ -61,7 +42,7 @@ def quantize(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 
 def dequantize(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Data times scale, in ``dtype``."""
-    # Private: as in ``choose_scale``.
+    # Private: as in ``quantize``.
     from torchao.quantization.quant_primitives import _dequantize_affine_float8
 
     return _dequantize_affine_float8(data, scale, dtype)  # type: ignore[no-any-return]

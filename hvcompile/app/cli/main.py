@@ -13,6 +13,7 @@ from hvcompile.app.cli.compare import compare
 from hvcompile.app.cli.console import out
 from hvcompile.app.cli.explain import explain
 from hvcompile.app.cli.generate import generate
+from hvcompile.app.cli.lower import lower
 
 app = typer.Typer(name="hvcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -36,5 +37,5 @@ def main(
     """Fast video diffusion: the torch.compile backend hvfast, at the command line."""
 
 
-for command in (generate, compare, explain, bisect, bench):  # the order of the help
+for command in (generate, compare, explain, lower, bisect, bench):  # the order of the help
     app.command()(command)

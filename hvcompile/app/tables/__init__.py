@@ -4,6 +4,7 @@ from hvcompile.app.tables.bench import bench_tables
 from hvcompile.app.tables.bisection import bisection_table
 from hvcompile.app.tables.explanation import explanation_tables
 from hvcompile.app.tables.generation import comparison_summary, each_frame, summary
+from hvcompile.app.tables.lowering import lowering_tables
 
 __all__ = [
     "bench_tables",
@@ -11,5 +12,6 @@ __all__ = [
     "comparison_summary",
     "each_frame",
     "explanation_tables",
+    "lowering_tables",
     "summary",
 ]

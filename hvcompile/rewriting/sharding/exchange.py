@@ -102,10 +102,8 @@ class Heads:
         return {"attended": self._reshard(packed.flatten(2, 3), 1, 2)}
 
     def _reshard(self, local: Any, source: int, target: int) -> Any:
-        split = self.split
-        if split.ring == 1:
-            return collectives.reshard(local, split.group, source, target)
-        return collectives.reshard_row(local, split.group, source, target, split.ring)
+        rows = () if self.split.ring == 1 else (self.split.ring,)
+        return collectives.reshard(local, self.split.group, source, target, *rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""The tables of a call that was compiled for a GPU that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from hvcompile.explanation import figures
+from hvcompile.lowered import walk
+
+if TYPE_CHECKING:
+    from hvcompile.lowered.lower import Lowered
+
+
+def lowering_tables(results: Mapping[str, Lowered]) -> list[Table]:
+    """Lay out what came of it: the passes, what a step does, what each block does, and the kernels."""
+    main = next(iter(results.values()))
+    tables = [_passes(main), _steps(results), _functions(main), _kernels(results)]
+    return [*tables, _collectives(main)] if main.ranks > 1 else tables
+
+
+def _passes(item: Lowered) -> Table:
+    table = Table("pass", "did", "left, and why", title="passes", title_justify="left")
+    for row in item.journal:
+        reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
+        table.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
+    return table
+
+
+def _steps(results: Mapping[str, Lowered]) -> Table:
+    gpu = next(iter(results.values())).gpu
+    table = Table(title=f"a step of one rank on {gpu.name}", title_justify="left")
+    table.add_column("")
+    steps = []
+    for name, item in results.items():
+        for kind, step in (("computed", item.computed), ("reused", item.reused)):
+            if step is not None:
+                table.add_column(f"{name}, {kind}", justify="right")
+                steps.append(step)
+    for heading, kind in (
+        ("Triton kernels", walk.TRITON),
+        ("library calls", walk.LIBRARY),
+        ("copies", walk.COPY),
+        ("synchronisations", walk.SYNC),
+        ("collectives", walk.COLLECTIVE),
+    ):
+        table.add_row(heading, *(str(step.count(kind)) for step in steps))
+    table.add_row("GB read and written", *(figures.in_unit(step.num_bytes, "G") for step in steps))
+    table.add_row("GiB of inputs", *(f"{step.input_bytes / 2**30:.2f}" for step in steps))
+    table.add_row("GiB of buffers, at most", *(f"{step.peak_bytes / 2**30:.2f}" for step in steps))
+    memory = gpu.memory_bytes / 2**30
+    table.caption = (
+        f"the GPU has {memory:.0f} GiB; inputs are weights, state and what the call is given; a library call may "
+        "launch more than one kernel"
+    )
+    return table
+
+
+def _functions(item: Lowered) -> Table:
+    table = Table("part", title="in one call of each part of the code, computed step", title_justify="left")
+    kinds = (walk.TRITON, walk.LIBRARY, walk.COPY, walk.SYNC, walk.COLLECTIVE)
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for name, counts in item.computed.by_function().items():
+        table.add_row(name or "outside of all", *(f"{counts.get(kind, 0):g}" for kind in kinds))
+    return table
+
+
+def _kernels(results: Mapping[str, Lowered]) -> Table:
+    table = Table(title="Triton kernels, as ptxas made them", title_justify="left")
+    table.add_column("")
+    for heading in ("compiled", "failed", "most registers", "spill", "most shared KiB", "s compiling"):
+        table.add_column(heading, justify="right")
+    for name, item in results.items():
+        table.add_row(
+            name,
+            str(len(item.kernels)),
+            str(len(item.failures)),
+            str(max((kernel.registers for kernel in item.kernels), default=0)),
+            str(len(item.spilling)),
+            f"{max((kernel.shared_bytes for kernel in item.kernels), default=0) / 1024:.0f}",
+            f"{item.seconds:.0f}",
+        )
+    wrong = [f"{kernel}: {why.splitlines()[0]}" for item in results.values() for kernel, why in item.failures]
+    wrong += [
+        f"{kernel.name}: spills {kernel.spill_bytes} bytes" for item in results.values() for kernel in item.spilling
+    ]
+    table.caption = "\n".join(wrong) or None
+    return table
+
+
+def _collectives(item: Lowered) -> Table:
+    table = Table("collective", title="collectives, and what runs while they are under way", title_justify="left")
+    table.add_column("launches until its wait", justify="right")
+    for name, launches in item.computed.overlaps():
+        table.add_row(name.removesuffix(".default"), str(launches))
+    return table

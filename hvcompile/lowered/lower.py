@@ -1,0 +1,201 @@
+"""Compiling a call of a model for a GPU that is not there, as far as machine code, and looking at what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from hvcompile.backend import lower as hand_over
+from hvcompile.backend import rewrite, sealed_inputs
+from hvcompile.errors import InputError, OptionError
+from hvcompile.explanation.explain import capture
+from hvcompile.graph.nodes import is_tensor
+from hvcompile.journal import Declined, JournalRow
+from hvcompile.lowered.gpus import GPUS
+from hvcompile.lowered.walk import Walk, walk
+from hvcompile.options import Options, parse
+from hvcompile.passes import PASSES
+from hvcompile.sealing import seal
+from hvcompile.torch_private.absent_gpu import Gpu, TritonKernel, absent_gpu, fake_tensors, on_gpu
+from hvcompile.torch_private.distributed import absent_ranks
+from hvcompile.torch_private.fakes import size_hint, value
+from hvcompile.torch_private.lowering import LOWERINGS
+from hvcompile.trunk.observer import Observer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A call of a model as it was compiled for a GPU.
+
+    Attributes:
+        gpu: what it was compiled for.
+        ranks: how many ranks share the call.
+        journal: what each pass did, and why not; empty for plain Inductor.
+        code: Inductor's, a text a graph; the last one is the call's.
+        kernels: every Triton kernel, as ptxas made it; empty where they were not compiled.
+        failures: Triton kernels that did not compile, by name, and why.
+        measured: shapes of products that Inductor would measure on the GPU, to decide whether to pad them.
+        computed: what a step does that computes everything.
+        reused: what a step does that reuses; None where no step can.
+        seconds: what compiling took here.
+
+    """
+
+    gpu: Gpu
+    ranks: int
+    journal: tuple[JournalRow, ...]
+    code: tuple[str, ...] = dataclasses.field(repr=False)
+    kernels: tuple[TritonKernel, ...]
+    failures: tuple[tuple[str, str], ...]
+    measured: tuple[str, ...]
+    computed: Walk = dataclasses.field(repr=False)
+    reused: Walk | None = dataclasses.field(repr=False)
+    seconds: float
+
+    @property
+    def spilling(self) -> tuple[TritonKernel, ...]:
+        """The kernels whose values do not fit in registers."""
+        return tuple(kernel for kernel in self.kernels if kernel.spill_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that the call takes: its inputs, weights and state among them, and its buffers."""
+        return max(item.input_bytes + item.peak_bytes for item in (self.computed, self.reused) if item is not None)
+
+
+def lower(
+    model: torch.nn.Module,
+    *args: Any,
+    device: Gpu | str = "h100",
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    ranks: int = 1,
+    rank: int = 0,
+    plain: bool = False,
+    compile_kernels: bool = True,
+    **kwargs: Any,
+) -> Lowered:
+    """Compile a call of a model for a GPU that is not there; nothing is computed, and no weight is read.
+
+    Needs triton, and g++ where torch was built for CPUs alone.
+
+    Args:
+        model: the module; on the meta device if it should take no memory. It is not changed.
+        args: of the call, on the model's device.
+        device: the GPU, or its key in ``GPUS``.
+        options: as for ``torch.compile``.
+        mode: as for ``torch.compile``.
+        ranks: how many ranks, each with such a GPU, share the call.
+        rank: which of them this is.
+        plain: compile by plain Inductor, without any rewrite.
+        compile_kernels: whether Triton and ptxas compile the kernels too.
+        kwargs: of the call.
+
+    Raises:
+        OptionError: ``options``, ``mode`` or ``device`` is invalid.
+        InputError: a compiler is missing, or there is a process group already.
+        UntraceableModelError: Dynamo can't keep the call in one graph.
+        RequestedPassError: a pass that options ask for by name can't apply.
+
+    """
+    return lower_call(
+        (model, args, kwargs),
+        parse(PASSES, options, mode),
+        gpu_of(device),
+        ranks=ranks,
+        rank=rank,
+        plain=plain,
+        compile_kernels=compile_kernels,
+    )
+
+
+def gpu_of(device: Gpu | str) -> Gpu:
+    """The GPU that a name stands for; raises OptionError for none."""
+    gpu = device if isinstance(device, Gpu) else GPUS.get(device)
+    if gpu is None:
+        raise OptionError(f"device {device!r} is unknown: give one of {', '.join(GPUS)}, or a lowered.gpus.Gpu")
+    return gpu
+
+
+def lower_call(
+    call: tuple[torch.nn.Module, Sequence[Any], Mapping[str, Any]],
+    settings: Options,
+    gpu: Gpu,
+    *,
+    ranks: int = 1,
+    rank: int = 0,
+    plain: bool = False,
+    compile_kernels: bool = True,
+) -> Lowered:
+    """As ``lower``, of options that are parsed already.
+
+    Args:
+        call: a module, and what it is called with.
+        settings: the options.
+        gpu: compiled for.
+        ranks: see ``lower``; as all that follow.
+        rank: of them.
+        plain: by Inductor alone.
+        compile_kernels: to machine code.
+
+    """
+    if not 0 <= rank < ranks:
+        raise OptionError(f"rank is {rank}; allowed is 0 to {ranks - 1}, for there are {ranks} ranks")
+    if ranks > 1 and dist.is_initialized():
+        raise InputError("this process has a process group: ranks that are not there can't be added to it")
+    begin = time.monotonic()
+    with absent_gpu(gpu, count=ranks, compile_kernels=compile_kernels) as compilation, absent_ranks(ranks, rank):
+        fakes = fake_tensors()
+        model, (args, kwargs) = on_gpu(fakes, call[0], call[1:])
+        with fakes:  # else Dynamo would make a mode of its own
+            graph = capture(model, *args, **kwargs)
+        inputs = [value(node) for node in graph.graph.find_nodes(op="placeholder")]
+        with torch.no_grad():
+            journal, numbers = _compile_plainly(graph, inputs) if plain else _compile(graph, inputs, settings)
+        seconds = time.monotonic() - begin
+        code = compilation.code[-1]
+        computed = walk(code, numbers, reuse=False)
+        reused = walk(code, numbers, reuse=True) if computed.has_branches else None
+    return Lowered(
+        gpu=gpu,
+        ranks=ranks,
+        journal=tuple(journal),
+        code=tuple(compilation.code),
+        kernels=tuple(compilation.kernels),
+        failures=tuple(compilation.failures),
+        measured=tuple(dict.fromkeys(compilation.measured)),
+        computed=computed,
+        reused=reused,
+        seconds=seconds,
+    )
+
+
+def _compile(
+    captured: fx.GraphModule, inputs: Sequence[Any], settings: Options
+) -> tuple[list[JournalRow], Sequence[int]]:
+    """What the backend does up to the first call, but for the weights, which are not there to be quantised.
+
+    Returns:
+        The journal, and the most that each number can be that the runtime reads from conditions.
+
+    """
+    journal: list[JournalRow] = []
+    observer = Observer()
+    trunk = rewrite(captured, settings, journal, observer, known_args=dict(enumerate(inputs)))
+    if isinstance(trunk, Declined):
+        _compile_plainly(captured, inputs)
+        return journal, ()
+    plan = seal(trunk)
+    hand_over(trunk.module, sealed_inputs(trunk, plan, inputs), settings, observer, trunk)
+    return journal, [size_hint(value(node)) for node in trunk.added if not is_tensor(node)]
+
+
+def _compile_plainly(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[JournalRow], Sequence[int]]:
+    LOWERINGS["inductor"](captured, inputs)
+    return [], ()

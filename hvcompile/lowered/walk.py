@@ -1,0 +1,211 @@
+"""What compiled code does in one step: launches, library calls, copies, synchronisations, collectives, and memory."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hvcompile.torch_private.absent_gpu import fake_tensors
+from hvcompile.torch_private.generated_code import Hooks, run
+from hvcompile.torch_private.storages import LiveBytes, storage_id
+
+TRITON, LIBRARY, COPY, SYNC, COLLECTIVE, WAIT = "Triton", "library", "copy", "synchronisation", "collective", "wait"
+
+# Operators that move nothing: they allocate, or look at memory in another way.
+_FREE = re.compile(
+    r"(prim\.|aten\.(empty|empty_strided|as_strided|view|_unsafe_view|slice|select|permute|t|transpose|unsqueeze|squeeze"
+    r"|expand|detach|split|split_with_sizes|alias)\.)"
+)
+_COPIES = re.compile(r"aten\.(copy_|clone|_to_copy|cat|constant_pad_nd|contiguous)\.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """One thing that the code has the device, or the host, do.
+
+    Attributes:
+        kind: one of this module's kinds.
+        name: of the kernel or operator.
+        where: the functions of the code that it stands in, the outermost first: a branch, a block's body.
+        num_bytes: read and written, as if each operand were moved once; of a Triton kernel Inductor's own estimate.
+        memory: of a collective and of a wait, what tells its result from all others.
+
+    """
+
+    kind: str
+    name: str
+    where: tuple[str, ...]
+    num_bytes: int
+    memory: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """One step of the compiled code.
+
+    Attributes:
+        events: in order.
+        peak_bytes: the most that its buffers take at once, beside what it is given.
+        peak_at: what was made when that was reached.
+        input_bytes: of what it is given: weights, state, inputs.
+
+    """
+
+    events: tuple[Event, ...]
+    peak_bytes: int
+    peak_at: str
+    input_bytes: int
+
+    def count(self, kind: str) -> int:
+        """How many events are of a kind."""
+        return sum(event.kind == kind for event in self.events)
+
+    @property
+    def num_launches(self) -> int:
+        """Triton kernels, library calls and copies; a library call may launch more than one kernel."""
+        return sum(event.kind in {TRITON, LIBRARY, COPY} for event in self.events)
+
+    @property
+    def num_bytes(self) -> int:
+        """Read and written in all."""
+        return sum(event.num_bytes for event in self.events)
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the device decides what comes next."""
+        return any(event.kind == SYNC and event.name == _DECISION for event in self.events)
+
+    def by_function(self) -> Mapping[str, Mapping[str, float]]:
+        """Mean number of events of each kind in one call of each function of the code; "" is outside of all."""
+        counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        calls = collections.Counter(event.name for event in self.events if event.kind == _ENTER)
+        for event in self.events:
+            if event.kind != _ENTER:
+                counts[event.where[-1] if event.where else ""][event.kind] += 1
+        return {
+            name: {kind: number / max(1, calls[name]) for kind, number in kinds.items()}
+            for name, kinds in counts.items()
+        }
+
+    def overlaps(self) -> Sequence[tuple[str, int]]:
+        """For each collective in order, what it is and how many launches stand between its start and its wait.
+
+        One that nothing waits for has waited itself.
+        """
+        started: dict[int, tuple[int, int]] = {}
+        result: list[tuple[str, int]] = []
+        launches = 0
+        for event in self.events:
+            if event.kind == COLLECTIVE:
+                started[event.memory] = len(result), launches
+                result.append((event.name, 0))
+            elif event.kind == WAIT and event.memory in started:
+                place, at = started.pop(event.memory)
+                result[place] = (result[place][0], launches - at)
+            elif event.kind in {TRITON, LIBRARY, COPY}:
+                launches += 1
+        return result
+
+
+_ENTER = "enter"
+_DECISION = "a decision"
+
+
+def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool) -> Walk:
+    """Run generated code on fake tensors.
+
+    Args:
+        code: as Inductor wrote it for the absent GPU.
+        numbers: for the last inputs that are numbers: known at run time alone, such as how many keys are no padding.
+        reuse: how the branch of a cache is decided.
+
+    Raises:
+        RuntimeError and others: an operator refuses its arguments, as it would on the device.
+
+    """
+    recorder = _Recorder(reuse, max(numbers, default=1))
+    hooks = Hooks(
+        on_kernel=recorder.on_kernel,
+        on_operator=recorder.on_operator,
+        on_item=recorder.on_item,
+        on_enter=recorder.on_enter,
+        on_leave=recorder.on_leave,
+    )
+    run(code, fake_tensors(), hooks, numbers)
+    return Walk(
+        events=tuple(recorder.events),
+        peak_bytes=recorder.memory.peak,
+        peak_at=recorder.peak_at,
+        input_bytes=recorder.memory.outside,
+    )
+
+
+class _Recorder:
+    """Keeps what the hooks tell of."""
+
+    def __init__(self, reuse: bool, size: int) -> None:
+        self._reuse, self._size = reuse, size
+        self._where: list[str] = []
+        self.events: list[Event] = []
+        self.memory = LiveBytes()
+        self.peak_at = ""
+
+    def on_enter(self, name: str) -> None:
+        self._add(_ENTER, name, 0)
+        self._where.append(name)
+
+    def on_leave(self, name: str) -> None:
+        self._where.pop()
+
+    def on_item(self, tensor: torch.Tensor) -> Any:
+        is_decision = tensor.dtype == torch.bool
+        self._add(SYNC, _DECISION if is_decision else f"a number, {tensor.dtype}", tensor.element_size())
+        return self._reuse if is_decision else self._size
+
+    def on_kernel(self, name: str, source: str, args: Sequence[Any]) -> None:
+        estimate = re.search(r"'kernel_num_gb': ([\d.e+-]+)", source)
+        tensors = [item for item in args if isinstance(item, torch.Tensor)]
+        self._note_inputs(tensors)
+        num_bytes = round(float(estimate[1]) * 1e9) if estimate else sum(map(_nbytes, tensors))
+        self._add(TRITON, name, num_bytes)
+
+    def on_operator(self, name: str, operands: Sequence[torch.Tensor], result: Any) -> None:
+        self._note_inputs(operands)
+        results = _tensors(result)
+        if self.memory.add(results):
+            self.peak_at = "/".join([*self._where, name])
+        if _FREE.match(name):
+            return
+        kind, memory = LIBRARY, 0
+        if name.startswith("_c10d_functional.wait_tensor"):
+            kind = WAIT
+        elif name.startswith(("_c10d_functional.", "_dtensor.")):
+            kind = COLLECTIVE
+        elif _COPIES.match(name):
+            kind = COPY
+        if kind in {WAIT, COLLECTIVE}:
+            memory = storage_id(operands[0] if kind == WAIT else results[0])
+        moved = {} if kind == WAIT else {id(tensor): tensor for tensor in (*operands, *results)}
+        self._add(kind, name, sum(map(_nbytes, moved.values())), memory)
+
+    def _note_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.memory.note(tensors)
+
+    def _add(self, kind: str, name: str, num_bytes: int, memory: int = 0) -> None:
+        where = tuple(self._where)
+        self.events.append(Event(kind=kind, name=name, where=where, num_bytes=num_bytes, memory=memory))
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return int(tensor.numel()) * tensor.element_size()
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [item for part in result for item in _tensors(part)] if isinstance(result, (list, tuple)) else []

@@ -1,0 +1,269 @@
+"""Compiling for a GPU that is not there: what is seen in the code, and faults that must be seen there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanVideoTransformer3DModel
+
+import hvcompile
+from hvcompile.app import lower as lowered
+from hvcompile.app.lower import lower_request
+from hvcompile.app.request.lower import Request
+from hvcompile.lowered import walk
+from hvcompile.lowered.gpus import GPUS
+from hvcompile.lowered.lower import Lowered, lower_call
+from hvcompile.torch_private import lowering
+from hvcompile.torch_private.absent_gpu import absent_gpu
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < "2.13", reason="made with torch 2.13"
+)
+
+MEASURABLE = 32385
+"""Tokens of a clip that is long enough for shards to be aligned."""
+
+
+def hunyuan(blocks: tuple[int, int] = (1, 3), tokens: int = 1020) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """HunyuanVideo at its own head size, two heads wide, in bfloat16 on the meta device."""
+    frames, size = tokens // 255, (2 * 15, 2 * 17)
+    with torch.device("meta"):
+        model = HunyuanVideoTransformer3DModel(
+            in_channels=16,
+            out_channels=16,
+            num_attention_heads=2,
+            attention_head_dim=128,
+            num_layers=blocks[0],
+            num_single_layers=blocks[1],
+            num_refiner_layers=1,
+            patch_size=2,
+            patch_size_t=1,
+            guidance_embeds=True,
+            text_embed_dim=64,
+            pooled_projection_dim=64,
+            rope_axes_dim=(16, 56, 56),
+        ).to(torch.bfloat16)
+        inputs = {
+            "hidden_states": torch.empty(1, 16, frames, *size, dtype=torch.bfloat16),
+            "timestep": torch.empty(1, dtype=torch.int64),
+            "encoder_hidden_states": torch.empty(1, 32, 64, dtype=torch.bfloat16),
+            "encoder_attention_mask": torch.empty(1, 32, dtype=torch.int64),
+            "pooled_projections": torch.empty(1, 64, dtype=torch.bfloat16),
+            "guidance": torch.empty(1, dtype=torch.bfloat16),
+            "return_dict": False,
+        }
+    return model.eval().requires_grad_(False), inputs
+
+
+def lower_whole() -> Lowered:
+    model, inputs = hunyuan()
+    before = {name: id(item) for name, item in model.named_parameters()}
+    result = hvcompile.lower(model, **inputs, options={"fp8": {"keep_last_blocks": 0}})
+    assert {name: id(item) for name, item in model.named_parameters()} == before
+    return result
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Lowered]:
+    """In a process of its own: here Triton may interpret its kernels, which is settled when it is first imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with multiprocessing.get_context("spawn").Pool(1) as processes:
+            yield processes.apply(lower_whole)
+
+
+@pytest.fixture(scope="module")
+def ring() -> Lowered:
+    return lower_ring()
+
+
+def lower_ring() -> Lowered:
+    model, inputs = hunyuan((1, 1), MEASURABLE)
+    options = {"context_parallel": {"ring": 2}, "first_block_cache": False, "fp8": False}
+    return hvcompile.lower(model, **inputs, options=options, ranks=4, compile_kernels=False)
+
+
+def names(step: walk.Walk, where: str = "") -> list[str]:
+    return [event.name for event in step.events if not where or where in event.where]
+
+
+def test_every_kernel_compiles_and_none_spills(whole: Lowered) -> None:
+    assert len(whole.kernels) > 20
+    assert not whole.failures
+    assert not whole.spilling
+    assert all(0 < kernel.registers <= 255 for kernel in whole.kernels)
+
+
+def test_what_a_step_does(whole: Lowered) -> None:
+    computed, reused = whole.computed, whole.reused
+    assert reused is not None
+    assert computed.count(walk.SYNC) == reused.count(walk.SYNC) == 1  # the decision
+    assert computed.count(walk.COPY) == reused.count(walk.COPY) == 0
+    assert "aten._scaled_mm.default" in names(computed)
+    assert "aten._scaled_mm.default" not in names(reused)
+    attention = "aten._scaled_dot_product_cudnn_attention.default"
+    assert names(computed).count(attention) == 4
+    assert names(reused).count(attention) == 1
+    assert reused.num_launches < computed.num_launches
+    assert reused.num_bytes < computed.num_bytes
+    assert 0 < computed.peak_bytes < whole.gpu.memory_bytes
+
+
+def test_a_call_of_a_block_costs_what_its_body_does(whole: Lowered) -> None:
+    """The counts by function add up to those of the step."""
+    step = whole.computed
+    calls = [event.name for event in step.events if event.kind == "enter"]
+    for kind in (walk.TRITON, walk.LIBRARY):
+        total = sum(counts.get(kind, 0) * max(1, calls.count(name)) for name, counts in step.by_function().items())
+        assert round(total) == step.count(kind)
+
+
+def test_peak_of_a_plan_that_is_known() -> None:
+    """``(x @ x).relu() @ x`` of 1024 x 1024 fp32: three buffers are made, two are alive at a time."""
+
+    class Products(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x).relu() @ x
+
+    result = hvcompile.lower(Products(), torch.empty(1024, 1024, device="meta"), plain=True, compile_kernels=False)
+    assert result.computed.input_bytes == 4 * 2**20
+    assert result.computed.peak_bytes == 8 * 2**20
+    assert result.computed.count(walk.LIBRARY) == 2
+    assert result.computed.count(walk.TRITON) == 1
+    assert result.computed.num_bytes == 2 * 3 * 4 * 2**20 + 2 * 4 * 2**20 - 4 * 2**20  # x @ x reads x once
+
+
+def test_keys_travel_while_attention_runs(ring: Lowered) -> None:
+    moving = False
+    hidden = []
+    for event in ring.computed.events:
+        if event.kind == walk.COLLECTIVE and event.where:
+            moving = True
+        elif event.kind == walk.WAIT:
+            moving = False
+        elif "attention" in event.name and event.kind == walk.LIBRARY and event.where:
+            hidden.append(moving)
+    assert hidden == [True, False] * 2  # of each block: the keys at hand while others come, then those
+    assert not any(name.startswith("_dtensor.") for name in names(ring.computed))
+
+
+def test_shards_are_aligned(ring: Lowered) -> None:
+    """Inductor measures no product for padding where all sizes are multiples of 8."""
+    assert MEASURABLE // 4 % 16
+    assert ring.measured == ()
+
+
+def test_a_collective_that_is_waited_for_at_once_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "is_left_running", lambda _: False)
+    late = lower_ring()
+    with pytest.raises(AssertionError):
+        test_keys_travel_while_attention_runs(late)
+
+
+PRODUCT = re.compile(r"^( *)extern_kernels\._scaled_mm\((\w+), reinterpret_tensor\((\w+), \((\d+), (\d+)\), .*$", re.M)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        (walk.SYNC, r"\1\2.sum().item()"),
+        (walk.COPY, r"\1\2.clone()"),
+    ],
+)
+def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str) -> None:
+    """One synchronisation, or one copy, before every float8 product."""
+    code, numbers = whole.code[-1], [1052]
+    products = len(PRODUCT.findall(code))
+    assert products
+    with absent_gpu(whole.gpu, compile_kernels=False):
+        assert walk.walk(code, numbers, reuse=False) == whole.computed
+        worse = walk.walk(PRODUCT.sub(rf"{fault}\n\g<0>", code), numbers, reuse=False)
+    calls = names(whole.computed).count("aten._scaled_mm.default")
+    assert worse.count(kind) == whole.computed.count(kind) + calls
+
+
+def test_float8_weights_in_rows_are_refused(whole: Lowered) -> None:
+    """The second operand of a float8 product must lie in columns: the GPU's library takes no other."""
+    code = whole.code[-1]
+    wrong = PRODUCT.sub(
+        lambda m: m[0].replace(f"({m[4]}, {m[5]}), (1, {m[4]})", f"({m[4]}, {m[5]}), ({m[5]}, 1)"), code
+    )
+    assert wrong != code
+    with absent_gpu(whole.gpu, compile_kernels=False), pytest.raises(RuntimeError, match=r"column|stride|transpose"):
+        walk.walk(wrong, [1052], reuse=False)
+
+
+def test_triton_that_interprets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(hvcompile.InputError, match="TRITON_INTERPRET"):
+        hvcompile.lower(torch.nn.Linear(2, 2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"device": "v100"}, "v100.*give one of"),
+        ({"ranks": 2, "rank": 2}, "rank is 2.*0 to 1"),
+        ({"options": {"no_such": True}}, "no_such"),
+    ],
+)
+def test_wrong_arguments(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(hvcompile.OptionError, match=message):
+        hvcompile.lower(torch.nn.Linear(2, 2), torch.ones(1, 2), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gpu": "v100"}, "gpu 'v100' is unknown: give one of h100"),
+        ({"options": "{"}, "no JSON"),
+        ({"options": "[]"}, "no JSON object"),
+        ({"ranks": 0}, "ranks is 0"),
+        ({"model": "nowhere.py"}, "no such script"),
+    ],
+)
+def test_a_request_that_can_not_be_met(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(hvcompile.InputError, match=message):
+        Request(**fields).check()
+
+
+def test_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own model, options and arguments; the code and the figures are written."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from toy import Toy, toy_inputs
+model = Toy(3)
+model.compile(backend="hvfast", options={"fp8": False})
+with torch.no_grad():
+    model(**toy_inputs())
+raise SystemExit("too far")
+"""
+    )
+    request = Request(
+        model=str(script),
+        arguments=(str(Path(__file__).parent),),
+        output=tmp_path / "code",
+        json_file=tmp_path / "figures.json",
+        gpu="l40s",
+    )
+    monkeypatch.setattr(lowered, "lower_call", functools.partial(lower_call, compile_kernels=False))
+    results = lower_request(request)
+    assert set(results) == {"hvfast"}
+    assert results["hvfast"].gpu == GPUS["l40s"]
+    assert results["hvfast"].reused is not None
+    assert "def call(" in (tmp_path / "code" / "hvfast_0.py").read_text()
+    figures = json.loads((tmp_path / "figures.json").read_text())["hvfast"]
+    assert figures["steps"]["computed"]["launches"] == results["hvfast"].computed.num_launches
