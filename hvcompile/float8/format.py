@@ -40,7 +40,7 @@ def quantize(tensor: torch.Tensor, granularity: Granularity = "row") -> tuple[to
     rows = tensor.reshape(-1, tensor.shape[-1])
     if has_no_rows(rows):  # of nothing there is no largest
         return rows.to(DTYPE), torch.ones([0, 1] if granularity == "row" else [], device=rows.device)
-    # As torchao's primitive has it, but for the order: that one takes the largest in float32, and a compiler then writes
+    # As torchao has it, but for the order: there the largest is taken in float32, and a compiler then writes
     # all of the tensor in float32 to read it again. In its own dtype the largest is the same, of half the bytes.
     magnitudes = rows.abs()
     largest = magnitudes.amax(-1, keepdim=True) if granularity == "row" else magnitudes.amax()
