@@ -28,14 +28,15 @@ class ShardedAttention(Pass):
     the last. What is computed per token is computed for this rank's tokens alone. The ranks of a sequence are laid out
     in ``ring`` rows of ``ulysses``. An attention works across them in two ways:
 
-    - Ulysses. Within a row, all-to-alls (DTensor redistributions where there is one row) give a rank the tokens of the
-      whole row, for its share of the heads. Query, key and value travel in one, the result in another.
+    - Ulysses. Within a row, all-to-alls give a rank the tokens of the whole row, for its share of the heads. Query, key
+      and value travel in one, the result in another.
     - Ring. Each row's keys and values are a stretch of the sequence. They are passed on from row to row, while those at
       hand are attended to. The parts' results are merged by their log-sum-exp, in fp32.
 
     Streams of other tokens (text) stay whole on every rank. Their keys are counted once, beside those of the first
     stretch. So keys keep their order, and a mask is cut where they are. No length needs to be a multiple of the ranks:
-    the last ranks' parts are padded, and the padding is cut off before it could be attended to.
+    the last ranks' parts are padded, and the padding is cut off before it could be attended to. Parts of thousands of
+    tokens are padded to a multiple of 16, which products are fastest with.
 
     Args:
         mesh: a mesh of one dimension, over the ranks that share the sequence. None takes all ranks of the default
