@@ -3,7 +3,8 @@
 ``compile_graph`` is the way. *Rewrite* finds the trunk (the model's repeated blocks, outlined as calls of shared
 bodies) and runs the passes on it. *Seal* gives the graph its last inputs and outputs, and plans how the runtime calls
 it. *Lower* hands it to Inductor. *Store weights* puts float8 copies in the place of weights. A graph without a trunk is
-lowered as it was captured. Dumps and ranks listen as observers.
+lowered as it was captured, and so is one that can't be recovered or sealed for a reason that nobody foresaw. Dumps and
+ranks listen as observers.
 """
 
 from __future__ import annotations
@@ -102,14 +103,15 @@ def compile_graph(
     observer = Observers(dump, RanksInStep(captured, args))
 
     trunk = rewrite(captured, settings, rows, observer, known_args=dict(enumerate(args)))
-    if isinstance(trunk, Declined):
-        leave_as_captured(trunk.reason, settings, rows, observer, args)
+    plan = trunk if isinstance(trunk, Declined) else sealed(trunk, observer)
+    if isinstance(trunk, Declined) or isinstance(plan, Declined):
+        assert isinstance(plan, Declined)
+        rows[:] = journal
+        leave_as_captured(plan, settings, rows, observer, args)
         compiled = lower(captured, example_inputs, settings, observer)
         run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id)
         return observer.around_calls(run, run.derived_inputs)
 
-    plan = seal(trunk)
-    observer.on_stage(SEALED, trunk.module, trunk)
     compile_misfit = misfit_compiler(trunk, captured, settings, compile_id)
     compiled = lower(trunk.module, sealed_inputs(trunk, plan, example_inputs), settings, observer, trunk)
     store_weights(trunk, plan, args, observer)
@@ -145,43 +147,78 @@ def rewrite(
 
     """
     observer.on_stage(CAPTURED, captured, None)
-    trunk = needs_gradients(captured) or recover(captured)
-    if isinstance(trunk, Declined):
-        return trunk
-    journal[:0] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off)]
-    observer.on_stage(OUTLINED, trunk.module, trunk)
-    by_node = {node: known_args[place] for place, node in enumerate(trunk.inputs) if place in known_args}
-    context = pipeline.Context(given=by_node, planned_for=planned_for)
+    given_rows, group = list(journal), None
+    faults: dict[str, Declined] = {}
+    while True:
+        trunk = needs_gradients(captured) or recovered(captured, observer)
+        if isinstance(trunk, Declined):
+            return trunk
+        trunk.group = group
+        journal[:] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off), *given_rows]
+        observer.on_stage(OUTLINED, trunk.module, trunk)
+        by_node = {node: known_args[place] for place, node in enumerate(trunk.inputs) if place in known_args}
+        context = pipeline.Context(given=by_node, planned_for=planned_for)
+        try:
+            pipeline.run(trunk, settings.passes, _tell(observer), journal, context, faults)
+            require_values(trunk, context)
+        except pipeline.PassFault as fault:
+            # What it left half done is thrown away. The ranks that it found still compare what they did.
+            faults[fault.name], group = fault.declined, fault.trunk.group
+            observer.on_fault(fault.declined)
+        except BaseException as error:
+            observer.on_rewritten(trunk, journal, error)
+            raise
+        else:
+            observer.on_rewritten(trunk, journal, None)
+            return trunk
 
-    def observe(name: str, after: Trunk) -> None:
-        observer.on_stage(name, after.module, after)
 
+def _tell(observer: Observer) -> Callable[[str, Trunk], None]:
+    return lambda name, after: observer.on_stage(name, after.module, after)
+
+
+def recovered(captured: fx.GraphModule, observer: Observer) -> Trunk | Declined:
+    """The trunk of a captured graph, or why there is none, be it for a reason that nobody foresaw."""
     try:
-        pipeline.run(trunk, settings.passes, observe, journal, context)
-        require_values(trunk, context)
-    except BaseException as error:
-        observer.on_rewritten(trunk, journal, error)
-        raise
-    observer.on_rewritten(trunk, journal, None)
-    return trunk
+        return recover(captured)
+    except Exception as error:
+        declined = pipeline.unforeseen("outlining the blocks", error)
+        observer.on_fault(declined)
+        return declined
+
+
+def sealed(trunk: Trunk, observer: Observer) -> CallPlan | Declined:
+    """Seal a graph; or say why it can't be, for a reason that nobody foresaw, and the same one on all ranks."""
+    try:
+        plan: CallPlan | Declined = seal(trunk)
+    except Exception as error:
+        plan = pipeline.unforeseen("sealing the graph", error)
+    if isinstance(plan, Declined):
+        observer.on_sealed(trunk, plan)
+        observer.on_fault(plan)
+    else:
+        observer.on_sealed(trunk, None)
+        observer.on_stage(SEALED, trunk.module, trunk)
+    return plan
 
 
 def leave_as_captured(
-    reason: str, settings: Options, journal: list[JournalRow], observer: Observer, args: Sequence[Any]
+    declined: Declined, settings: Options, journal: list[JournalRow], observer: Observer, args: Sequence[Any]
 ) -> None:
     """Say why a graph is compiled without any rewrite, or raise where that can't be."""
+    reason = f"{declined.what}: {declined.reason}" if declined.what else declined.reason
     for arg in args:
         if isinstance(arg, QuantizedWeight):
             raise QuantizedWeightError(
                 f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
                 f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
-            )
+            ) from declined.cause
     for item, requested in settings.passes:
         if requested:
             raise RequestedPassError(
                 f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
                 f"Drop {item.section!r} from options to compile it as it is."
-            )
+            ) from declined.cause
     log.warning("hvfast left a graph to plain %s: %s", settings.lower, reason)
     journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
     observer.on_rewritten(None, journal, None)

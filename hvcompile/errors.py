@@ -14,7 +14,7 @@ class OptionError(HvcompileError, ValueError):
 
 
 class RequestedPassError(HvcompileError):
-    """A pass that was asked for explicitly can't apply to this graph."""
+    """A pass that was asked for explicitly can't apply to this graph, or failed on it: then ``__cause__`` says how."""
 
 
 class LoweringError(HvcompileError):
@@ -38,4 +38,7 @@ class UntraceableModelError(HvcompileError):
 
 
 class InvalidRewriteError(HvcompileError, AssertionError):
-    """A pass broke an invariant of the pipeline; a fault of the pass, not of its input."""
+    """A pass broke an invariant of the pipeline; a fault of the pass, not of its input.
+
+    It reaches a user as ``__cause__`` alone, as do all errors that nobody foresaw.
+    """

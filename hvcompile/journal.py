@@ -31,11 +31,13 @@ class PassReport:
 class Declined:
     """Why something is left as it was: what a matcher or a check gives in place of a result.
 
-    ``what`` is what the reason is about; empty for all that was looked at.
+    ``what`` is what the reason is about; empty for all that was looked at. ``cause`` is the exception that made it so,
+    where nobody foresaw that one.
     """
 
     reason: str
     what: str = ""
+    cause: Exception | None = dataclasses.field(default=None, compare=False)
 
     def report(self, where: str) -> PassReport:
         """The report of a pass that does nothing, for this reason."""

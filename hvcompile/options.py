@@ -3,9 +3,13 @@
 ``options`` is a dict of sections. A pass's section is one of:
 
 - ``False``: off.
-- ``True``: on with its defaults; an error where it can't apply.
-- A dict of its fields. Passes may share a section; those that the dict has fields of are asked for by name.
-- The pass itself, a frozen dataclass, or a list of several that share the section.
+- ``True``, or an empty dict: on with its defaults; an error where it can't apply.
+- A dict of its fields. Passes may share a section; those of which the dict asks for something are asked for by name.
+- The pass itself, a frozen dataclass, or a list of several that share the section. It counts like a dict of the fields
+  that differ from their defaults.
+
+A field asks for something if it is neither False nor None nor what it is by default. ``{"hoist": False}`` switches a
+part of a pass off, and where there is nothing to switch off nothing is amiss.
 
 A section left out is on where it applies. A pass with a ``switch`` is off unless that field, or ``mode="max"``, says
 otherwise. Four keys are no pass's: ``mode`` (where ``torch.compile`` is given options, it takes no mode), ``dump`` (a
@@ -71,7 +75,8 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
     passes, switched_off = [], []
     for kind in pass_types:
         request = requests.get(kind.section, _Request())
-        asked = request.asks_for(kind)
+        configured = request.configure(kind, is_max=mode == "max")
+        asked = request.asks_for(configured)
         if mode == "exact" and not kind.is_exact:
             if asked:
                 raise OptionError(
@@ -81,7 +86,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         elif request.is_off:
             switched_off.append((kind.__name__, f"options[{kind.section!r}] is False"))
         else:
-            passes.append((request.configure(kind, is_max=mode == "max"), asked))
+            passes.append((configured, asked))
     return Options(
         passes=tuple(passes),
         switched_off=tuple(switched_off),
@@ -153,16 +158,22 @@ class _Request:
         """Whether the section switches its passes off."""
         return self.is_on is False
 
-    def asks_for(self, kind: type[Pass]) -> bool:
-        """Whether the section asks for a pass by name, so that it is an error where it can't apply."""
+    def asks_for(self, configured: Pass) -> bool:
+        """Whether the section asks for a pass by name, so that it is an error where it can't apply.
+
+        Args:
+            configured: the pass as the section wants it.
+
+        """
+        kind = type(configured)
         own = self._own(kind)
         if kind.switch:
-            return own.get(kind.switch) is True
-        if self.passes:
+            return kind.switch in own and getattr(configured, kind.switch) is True
+        if self.passes and not own:
             return any(type(item) is kind for item in self.passes)
-        if self.fields is None:
-            return self.is_on is True
-        return bool(own) or not self.fields
+        if not self.fields and not own:
+            return self.is_on is True or self.fields is not None
+        return any(asks_for_something(configured, name) for name in own)
 
     def configure(self, kind: type[Pass], *, is_max: bool) -> Pass:
         """The pass as the section wants it.
@@ -175,7 +186,7 @@ class _Request:
         if kind.switch and is_max:
             own = {kind.switch: True, **own}
         configured = kind(**own)
-        idle = [name for name in own if name != kind.switch]
+        idle = [name for name in own if name != kind.switch and asks_for_something(configured, name)]
         if kind.switch and idle and not getattr(configured, kind.switch):
             raise OptionError(f"{kind.section}.{idle[0]} is given, which does nothing unless {_spelled(kind)} is True")
         return configured
@@ -188,6 +199,13 @@ class _Request:
             return {name: setting for name, (setting, default) in settings.items() if setting != default}
         names = {field.name for field in dataclasses.fields(kind)}
         return {name: setting for name, setting in (self.fields or {}).items() if name in names}
+
+
+def asks_for_something(configured: Pass, name: str) -> bool:
+    """Whether a field of a pass asks for something: it is neither False nor None nor what it is by default."""
+    (default,) = [field.default for field in dataclasses.fields(configured) if field.name == name]
+    setting = getattr(configured, name)
+    return setting is not None and setting is not False and setting != default
 
 
 def _spelled(kind: type[Pass]) -> str:

@@ -1,4 +1,8 @@
-"""The pass pipeline: what a pass is, what it reports, and the checks that run around every one."""
+"""The pass pipeline: what a pass is, what it reports, and the checks that run around every one.
+
+A pass may fail in a way that nobody foresaw. That ends no compilation: the trunk is recovered anew, and the passes run
+on it without that one (``PassFault``). The journal and the log give the exception as the reason.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import collections
 import dataclasses
 import logging
 import numbers
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +20,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from hvcompile.errors import InvalidRewriteError, OptionError, RequestedPassError
+from hvcompile.errors import HvcompileError, InvalidRewriteError, OptionError, RequestedPassError
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor, op_name
-from hvcompile.journal import JournalRow, PassReport
+from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.torch_private.fakes import layout_key, shape_key, value
 from hvcompile.trunk.operands import stride_order
 from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
+
+STRICT_VARIABLE = "HVCOMPILE_STRICT"
+"""Set in the environment, it has an exception that nobody foresaw raised as it is, as in this package's own tests."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +105,44 @@ def require_type(setting: Any, hint: Any, name: str) -> None:
     raise OptionError(f"{name} is {setting!r}, a {type(setting).__name__}; allowed is {wanted}")
 
 
+class PassFault(Exception):  # noqa: N818  (a verdict, caught by the backend, not an error of the user's)
+    """A pass failed in a way that nobody foresaw, and left the trunk in no defined state.
+
+    ``name`` is the pass's, ``declined`` the reason to give, and ``trunk`` what is left.
+    """
+
+    def __init__(self, name: str, declined: Declined, trunk: Trunk) -> None:
+        super().__init__(name)
+        self.name, self.declined, self.trunk = name, declined, trunk
+
+
+def unforeseen(doing: str, error: Exception) -> Declined:
+    """What becomes of an exception that nobody foresaw: a reason to leave the graph as it was, with a line in the log.
+
+    Args:
+        doing: what failed: the name of a pass, or of another stage.
+        error: what it raised.
+
+    Raises:
+        Exception: the error itself where ``HVCOMPILE_STRICT`` is set, or where it is one of ours and raised on purpose.
+
+    """
+    is_on_purpose = isinstance(error, HvcompileError) and not isinstance(error, InvalidRewriteError)
+    if is_on_purpose or os.environ.get(STRICT_VARIABLE, "0") not in {"", "0"}:
+        raise error
+    # Addresses differ from rank to rank, and the ranks compare reasons.
+    message = re.sub(r"0x[0-9a-f]+", "0x...", next(iter(str(error).strip().splitlines()), ""))
+    reason = f"it failed in a way that nobody foresaw: {type(error).__name__}: {message}"
+    log.warning(
+        "%s is left out: %s. This is a fault of hvcompile: please report it with the traceback, which "
+        'TORCH_LOGS="+hvcompile" shows, and a dump holds',
+        doing,
+        reason,
+    )
+    log.debug("%s", doing, exc_info=error)
+    return Declined(reason, doing, error)
+
+
 def off_rows(switched_off: Sequence[tuple[str, str]]) -> list[JournalRow]:
     """A row for each pass that does not run, given its name and the reason."""
     rows = [
@@ -156,6 +203,7 @@ def run(
     observe: Callable[[str, Trunk], None],
     journal: list[JournalRow],
     context: Context | None = None,
+    faults: Mapping[str, Declined] | None = None,
 ) -> None:
     """Run the passes in order.
 
@@ -165,36 +213,63 @@ def run(
         observe: called with the pass's name and the trunk after each pass that changed it (dumps).
         journal: gains a row a pass, also where one raises.
         context: what the passes may know beside the graph; what depends on the passes is filled in.
+        faults: names of passes that failed on this graph before, which are left out, and the reasons.
 
     Raises:
         RequestedPassError: a pass that was asked for by name could not apply.
-        InvalidRewriteError: a pass broke a postcondition.
+        PassFault: another pass failed in a way that nobody foresaw.
 
     """
-    for place, (item, requested) in enumerate(passes):
-        compared = any(later.compares_first_block for later, _ in passes[place + 1 :])
+    faults = faults or {}
+    running = [item for item, _ in passes if type(item).__name__ not in faults]
+    for item, requested in passes:
+        name = type(item).__name__
+        if name in faults:
+            _add_row(journal, item, faults[name].report(trunk.lists), {})
+            continue
+        compared = any(later.compares_first_block for later in running[running.index(item) + 1 :])
         known = dataclasses.replace(context or Context(), requested=requested, is_first_block_compared=compared)
-        name, signature, counts = type(item).__name__, _signature(trunk), op_counts(trunk)
-        report = item.apply(trunk, known)
-        _check(trunk, signature, name)
-        changes = op_counts(trunk)
-        changes.subtract(counts)
-        row = JournalRow(
-            name=name,
-            report=report,
-            op_changes={op: n for op, n in sorted(changes.items()) if n},
-            section=item.section,
-            is_exact=item.is_exact,
-            tolerance=item.tolerance,
-            options={field.name: getattr(item, field.name) for field in dataclasses.fields(item)},
-        )
-        log.info("%s", row.line())
-        journal.append(row)
+        try:
+            report, changes = _apply(item, trunk, known)
+        except Exception as error:
+            declined = unforeseen(name, error)
+            _add_row(journal, item, declined.report(trunk.lists), {})
+            if requested:
+                raise _refusal(item, f"{declined.reason}; its traceback is this error's cause") from error
+            raise PassFault(name, declined, trunk) from error
+        _add_row(journal, item, report, changes)
         if report.applied:
             observe(name, trunk)
         if requested and (report.unmet or not report.applied):
-            reasons = "; ".join(f"{what}: {why}" for what, why in report.unmet or report.declined)
-            raise RequestedPassError(
-                f"options ask for {item.section!r}, but {name} can't apply to this graph ({reasons}). "
-                f"Drop {item.section!r} from options to run without it."
-            )
+            raise _refusal(item, "; ".join(f"{what}: {why}" for what, why in report.unmet or report.declined))
+
+
+def _apply(item: Pass, trunk: Trunk, context: Context) -> tuple[PassReport, dict[str, int]]:
+    """Run a pass and check what it left; also says how the number of each operation changed."""
+    signature, counts = _signature(trunk), op_counts(trunk)
+    report = item.apply(trunk, context)
+    _check(trunk, signature, type(item).__name__)
+    changes = op_counts(trunk)
+    changes.subtract(counts)
+    return report, {op: n for op, n in sorted(changes.items()) if n}
+
+
+def _add_row(journal: list[JournalRow], item: Pass, report: PassReport, op_changes: dict[str, int]) -> None:
+    row = JournalRow(
+        name=type(item).__name__,
+        report=report,
+        op_changes=op_changes,
+        section=item.section,
+        is_exact=item.is_exact,
+        tolerance=item.tolerance,
+        options={field.name: getattr(item, field.name) for field in dataclasses.fields(item)},
+    )
+    log.info("%s", row.line())
+    journal.append(row)
+
+
+def _refusal(item: Pass, reasons: str) -> RequestedPassError:
+    return RequestedPassError(
+        f"options ask for {item.section!r}, but {type(item).__name__} can't apply to this graph ({reasons}). "
+        f"Drop {item.section!r} from options to run without it."
+    )

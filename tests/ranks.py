@@ -37,6 +37,7 @@ def _rank(function: Callable[..., Any], rank: int, ranks: int, port: int, timeou
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["HVCOMPILE_STRICT"] = "1"  # as in conftest.py, whatever the test that started the server had set
     try:
         dist.init_process_group(
             "gloo",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from oracle import hvfast
+from oracle import hvfast, relative_error
 from toy import Toy, toy_inputs
 
 import hvcompile
@@ -200,3 +203,66 @@ def test_the_mode_among_the_options_of_torch_compile() -> None:
         compiled(**toy_inputs())
     (journal,) = hvcompile.stats(model).journal
     assert "exact" in next(row for row in journal if row.name == "FirstBlockCache").line()
+
+
+def asked(options: dict[str, Any], mode: str | None = None) -> list[str]:
+    """Names of the passes that options ask for by name."""
+    return [type(item).__name__ for item, requested in parse(PASSES, options, mode).passes if requested]
+
+
+def test_what_switches_off_or_repeats_a_default_asks_for_nothing() -> None:
+    """Every field of every pass: as it is by default, False or None; as a dict and as the pass itself."""
+    for kind in PASSES:
+        for field in dataclasses.fields(kind):
+            hint = typing.get_type_hints(kind)[field.name]
+            silent = [field.default]
+            silent += [False] if hint is bool else []
+            silent += [None] if types.NoneType in typing.get_args(hint) else []
+            for setting in silent:
+                assert asked({kind.section: {field.name: setting}}) == [], (field.name, setting)
+                if setting != field.default:
+                    assert asked({kind.section: kind(**{field.name: setting})}) == [], (field.name, setting)
+    assert asked({"attention": {"hoist": False, "unmask": False, "kernel": "auto", "fp8": False}}) == []
+    assert asked({"fp8": {"skip": [], "audit": False}}) == []
+    assert asked({"attention": {"fp8_keep_blocks": 0}}) == []
+    assert asked({"fp8": {"audit": False}, "first_block_cache": {"max_consecutive_hits": None}}, "exact") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"attention": {"hoist": False, "kernel": "math"}}, ["UnmaskedAttention"]),
+        ({"attention": {"hoist": False, "fp8": True}}, ["Float8Attention"]),
+        ({"attention": {"fp8": True, "kernel": "math"}}, ["UnmaskedAttention", "Float8Attention"]),
+        ({"attention": {}}, ["UnmaskedAttention"]),
+        ({"attention": True}, ["UnmaskedAttention"]),
+        ({"attention": UnmaskedAttention()}, ["UnmaskedAttention"]),
+        ({"fp8": {"keep_last_blocks": 0}}, ["Float8Linears"]),
+        ({"fp8": {"skip": ["proj_out"]}}, ["Float8Linears"]),
+        ({"first_block_cache": {"threshold": 0}}, ["FirstBlockCache"]),
+        ({"first_block_cache": {"threshold": 0.06, "warmup_steps": 1}}, ["FirstBlockCache"]),
+        ({"context_parallel": {"ulysses": 1}}, ["ShardedAttention"]),
+        ({"context_parallel": {"timeout_seconds": 5}}, ["ShardedAttention"]),
+    ],
+)
+def test_what_is_asked_for_by_name(options: dict[str, Any], names: list[str]) -> None:
+    assert asked(options) == names
+
+
+def test_what_is_off_is_no_error_on_a_model_that_has_no_use_for_it() -> None:
+    """A model without masks, with nothing to hoist, without float8 hardware and on one rank."""
+    options: dict[str, Any] = {
+        "lower": "eager",
+        "attention": {"hoist": False, "unmask": False, "kernel": "auto", "fp8": False},
+        "fp8": {"audit": False, "skip": []},
+        "context_parallel": {"ulysses": None, "ring": None, "cfg": 1},
+        "first_block_cache": {"max_consecutive_hits": None},
+    }
+    for changes in ({}, {"lower": "inductor"}, {"mode": "exact"}):
+        torch._dynamo.reset()
+        model = Toy(2)
+        with torch.no_grad():
+            got = hvfast(model, fullgraph=True, options=options | changes)(**toy_inputs())
+            assert relative_error(got, model(**toy_inputs())) < 1e-5
+    with torch.no_grad(), pytest.raises(Exception, match=r"RequestedPassError: .*'attention'"):
+        hvfast(Toy(2), options={"attention": {"unmask": False, "hoist": False, "kernel": "cudnn"}})(**toy_inputs())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import zoo
@@ -128,3 +130,82 @@ def test_no_blocks_is_a_reason() -> None:
     found = find_trunk(captured(nn.Linear(4, 4), torch.randn(2, 4)))
     assert isinstance(found, Declined)
     assert "no module list" in found.reason
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = x + self.down(self.up(x).relu())
+        return result
+
+
+class Embedded(nn.Module):
+    """Lists of an embedder, of several kinds, and so many blocks on few tokens."""
+
+    def __init__(self, blocks: int, embedder: nn.Module, each: bool) -> None:
+        super().__init__()
+        self.embedder, self.each = embedder, each
+        self.layers = nn.ModuleList(Residual(8) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        once = self.embedder(time)[:, :8]
+        for layer in self.layers:
+            x = layer(x) + (self.embedder(time)[:, :8] if self.each else once)
+        return x
+
+
+EMBEDDERS: dict[str, Callable[[], nn.Module]] = {
+    "modulation": lambda: nn.Sequential(nn.SiLU(), nn.Linear(8, 400)),
+    "embedder": lambda: nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)),
+    "wide": lambda: nn.Sequential(nn.Linear(8, 90), nn.SiLU(), nn.Linear(90, 8)),
+    "one width": lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+    "inside": lambda: nn.ModuleDict({"inner": nn.Sequential(nn.SiLU(), nn.Linear(8, 400))})["inner"],
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("each", [False, True], ids=["once", "for each block"])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_members_of_an_embedder_are_not_the_trunk(name: str, blocks: int, each: bool) -> None:
+    """Even where these do more arithmetic than the blocks; with one block there is no trunk."""
+    found = find_trunk(captured(Embedded(blocks, EMBEDDERS[name](), each), torch.randn(1, 2, 8), torch.randn(1, 8)))
+    if blocks == 1:
+        assert isinstance(found, Declined), describe_lists(found)
+    else:
+        assert not isinstance(found, Declined), found
+        assert describe_lists(found) == f"layers x {blocks}"
+
+
+def test_different_models_in_one_list_are_no_blocks() -> None:
+    """An embedder and a transformer, in one list: the trunk is inside the second."""
+
+    class Models(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.models = nn.ModuleList([nn.Sequential(nn.Linear(6, 30), nn.SiLU(), nn.Linear(30, 8)), Stack()])
+
+        def forward(self, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return self.models[1](self.models[0](video), text)  # type: ignore[no-any-return]
+
+    found = find_trunk(captured(Models(), torch.randn(1, 20, 6), torch.randn(1, 3, 8)))
+    assert not isinstance(found, Declined), found
+    assert describe_lists(found) == "models.1.layers x 3"
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_few_layers_beside_a_modulation(blocks: int, lower: str) -> None:
+    """Two layers are the trunk; one is none, and the log and the journal say so."""
+    model, inputs = zoo.FAMILIES["ernie_image"].build(num_layers=blocks), zoo.FAMILIES["ernie_image"].inputs(3)
+    compiled = hvfast(model, fullgraph=True, options={"lower": lower})
+    with torch.no_grad():
+        error = relative_error(first(compiled(**inputs, return_dict=False)), first(model(**inputs, return_dict=False)))
+    assert error < 1e-5
+    (row, *_) = hvcompile.stats(compiled).journal[0]
+    if blocks == 2:
+        assert row.line().startswith("outline: layers x 2: ")
+    else:
+        assert "the largest, adaLN_modulation x 2, does 3% of the graph's arithmetic" in row.line()

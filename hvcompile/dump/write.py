@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import textwrap
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,6 +143,18 @@ class Dump(Observer):
     def on_stage(self, name: str, module: fx.GraphModule, trunk: Trunk | None) -> None:
         """Write the graph of a stage."""
         self.graph(name, module, trunk.derived if trunk is not None else ())
+
+    def on_fault(self, declined: Declined) -> None:
+        """Write the traceback of what failed; the graphs since the captured one go, which are not those compiled."""
+        if self._folder is None:
+            return
+        for file in self._folder.glob("[0-9]*_*.p[yt]"):
+            if int(file.name.split("_")[0]) > 0:
+                file.unlink()
+        self._count = min(self._count, 1)
+        with _writing(self._folder):
+            lines = traceback.format_exception(declined.cause)
+            (self._folder / f"fault_{stem_of(declined.what).replace(' ', '_')}.txt").write_text("".join(lines), "utf-8")
 
     def on_rewritten(self, trunk: Trunk | None, journal: Sequence[JournalRow], error: BaseException | None) -> None:
         """Write the journal, also of passes that ended in an error."""

@@ -110,6 +110,10 @@ class Layout:
         """Whether every split segment covers the whole sequence."""
         return all(not item.is_split or (item.start, item.stop) == (0, split.length) for item in self.segments)
 
+    def is_padded(self, split: Split) -> bool:
+        """Whether a split segment lacks tokens of the ranks' parts, so that zeros stand for them."""
+        return any(item.is_split and (item.start or item.stop < split.local * split.ranks) for item in self.segments)
+
     def offsets(self, split: Split) -> list[tuple[int, int, Segment]]:
         """Each segment, after the index where it begins on one rank and the index where it does in the whole tensor."""
         offsets, local, whole = [], 0, 0

@@ -26,7 +26,7 @@ from torch import fx
 from hvcompile.errors import DisagreementError, HvcompileError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_tensor, is_weight, op_name
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.ranks import collectives
 from hvcompile.ranks.store import take_turn, turns_taken
 from hvcompile.runtime.fingerprints import fingerprint, sketch
@@ -146,6 +146,11 @@ class RanksInStep(Observer):
         facts = {**_graph_facts(trunk, journal, self._captured), **_weight_facts(args), "failure": failure}
         with contextlib.suppress(*([] if error is None else [DisagreementError])):
             compare(trunk.group, "compiling", facts)
+
+    def on_sealed(self, trunk: Trunk, fault: Declined | None) -> None:
+        """Compare whether the ranks could seal the graph: one that could not would run alone, and the others wait."""
+        if trunk.group is not None:
+            compare(trunk.group, "sealing the graph", {"why it can't be": "nothing" if fault is None else fault.reason})
 
     @contextlib.contextmanager
     def lowering(self, trunk: Trunk | None) -> Iterator[None]:

@@ -2,9 +2,10 @@
 
 Dynamo records for every compute node the modules that it was traced in. A path with an index in it, such as
 ``transformer_blocks.3.attn.to_q``, places the node in a member of a module list. The members of one list, run one
-after the other, are candidates for the trunk. Small lists (embedders, refiners, adapters) are candidates too, so the
-trunk is the chain of lists that does the most arithmetic. A list joins the chain of the list before it only if the
-tokens that enter it are exactly the tokens that left the other.
+after the other, are candidates for the trunk if they do what blocks do: a value that enters one comes out in the same
+shape, and feeds the next. Small lists (embedders, refiners, adapters) may do so too. The trunk is the chain of lists
+that does the most arithmetic, and more than any single member of a list beside it. A list joins the chain of the list
+before it only if the tokens that enter it are exactly the tokens that left the other.
 
 No class name and no module name is looked at; names serve only to tell one module from another.
 """
@@ -12,12 +13,14 @@ No class name and no module name is looked at; names serve only to tell one modu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import fx
 
 from hvcompile.graph.flops import FlopCounter
-from hvcompile.graph.nodes import is_scalar, is_tensor, op_name
+from hvcompile.graph.nodes import is_scalar, is_tensor, is_weight, op_name
 from hvcompile.graph.paths import module_path
 from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import numel_hint, shape_key, value
@@ -25,6 +28,14 @@ from hvcompile.torch_private.fakes import numel_hint, shape_key, value
 # Lists may take turns. If the members of one do together less than this share of the arithmetic of the largest of
 # these, they are work between the blocks (an adapter, a projection), not blocks.
 MINOR_LIST_SHARE = 0.1
+
+# Operations through which a residual stream leaves a block: what adds to it, and what moves or casts it.
+_ADDING = {"add", "iadd", "sub", "isub"}
+_RESIDUAL = _ADDING | {
+    *("to", "type_as", "type", "float", "half", "bfloat16", "clone", "contiguous", "dropout", "where", "cat", "concat"),
+    *("getitem", "split", "split_with_sizes", "chunk", "unbind", "tensor_split", "narrow", "permute", "transpose"),
+    *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +129,10 @@ def _runs(graph: fx.Graph, blocks: Sequence[Block], counter: FlopCounter) -> lis
 
     result = []
     for lists in merged:
-        largest = max(run.arithmetic(counter) for run in lists)
-        kept = [run for run in lists if run.arithmetic(counter) >= MINOR_LIST_SHARE * largest]
+        # An embedder that is called for every block adds to no stream.
+        adding = [run for run in lists if any(map(_is_residual, run.blocks))] or lists
+        largest = max(run.arithmetic(counter) for run in adding)
+        kept = [run for run in adding if run.arithmetic(counter) >= MINOR_LIST_SHARE * largest]
         members = [block for run in kept for block in run.blocks]
         result.append(_ListRun(sorted(members, key=lambda block: places[block.nodes[0]])))
     return result
@@ -182,35 +195,139 @@ def _continues(earlier: _ListRun, later: _ListRun, owners: dict[fx.Node, Block])
 
 
 def _has_repeats(run: _ListRun) -> bool:
-    programs = [tuple(op_name(node) for node in block.nodes) for block in run.blocks]
-    return len(set(programs)) < len(programs)
+    return len(set(map(_program, run.blocks))) < len(run.blocks)
+
+
+def _program(block: Block) -> tuple[str, ...]:
+    return tuple(map(op_name, block.nodes))
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """A tensor's shape, in which any symbolic size is like any other: one length has many expressions."""
+    return tuple(size if isinstance(size, int) else None for size in value(node).shape)
+
+
+def _carried(block: Block) -> set[tuple[Any, ...]]:
+    """The shapes of the values that enter a block and come out again."""
+    entered = {_shape(node) for node in entering(block) if is_tensor(node) and not is_weight(node)}
+    return entered & {_shape(node) for node in leaving(block) if is_tensor(node)}
+
+
+def _is_residual(block: Block) -> bool:
+    """Whether something that leaves a block is what entered it plus something."""
+    inside = set(block.nodes)
+    stack = [(node, False) for node in leaving(block)]
+    seen: set[tuple[fx.Node, bool]] = set()
+    while stack:
+        node, is_added = item = stack.pop()
+        if node not in inside:
+            if is_added and is_tensor(node) and not is_weight(node):
+                return True
+        elif item not in seen and op_name(node).rstrip("_") in _RESIDUAL:
+            added = is_added or op_name(node).rstrip("_") in _ADDING
+            stack.extend((source, added) for source in node.all_input_nodes)
+        seen.add(item)
+    return False
+
+
+def _feeds(earlier: Block, later: Block, owners: dict[fx.Node, Block]) -> bool:
+    """Whether what ``earlier`` carries becomes, through work in no block at most, what ``later`` carries."""
+    carried = _carried(earlier)
+    sources = {node for node in leaving(earlier) if is_tensor(node) and _shape(node) in carried}
+    wanted = _carried(later)
+    stack = [node for node in entering(later) if is_tensor(node) and _shape(node) in wanted]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in sources:
+            return True
+        if node not in seen and node not in owners:
+            stack.extend(node.all_input_nodes)
+        seen.add(node)
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """Lists whose members run one after the other on the same tokens."""
+
+    runs: list[_ListRun]
+    arithmetic: int
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for run in self.runs for block in run.blocks]
+
+    def has_stream(self, owners: dict[fx.Node, Block]) -> bool:
+        """Whether a value runs through two of the blocks, one after the other, that are alike or add to it."""
+        for pair in itertools.pairwise(self.blocks):
+            programs = {_program(block) for block in pair}
+            if (len(programs) == 1 or all(map(_is_residual, pair))) and _feeds(*pair, owners):
+                return True
+        return False
+
+
+def _chains(graph: fx.Graph, depth: int, counter: FlopCounter) -> tuple[list[_Chain], list[_Chain]]:
+    """The chains of lists at the ``depth``-th index of the module path; and of those, which may be the trunk."""
+    runs = _runs(graph, find_blocks(graph, depth), counter)
+    owners = {node: block for run in runs for block in run.blocks for node in block.nodes}
+    grouped: list[list[_ListRun]] = []
+    for run in runs:
+        before = grouped[-1][-1] if grouped else None
+        if before is not None and _is_residual(before.blocks[-1]) and _continues(before, run, owners):
+            grouped[-1].append(run)
+        else:
+            grouped.append([run])
+    chains = [_Chain(runs, sum(run.arithmetic(counter) for run in runs)) for runs in grouped]
+    candidates = [chain for chain in chains if len(chain.blocks) > 1 and chain.has_stream(owners)]
+    if depth:  # a block contains lists too, such as the layers of its MLP; only alike members are blocks
+        candidates = [chain for chain in candidates if any(map(_has_repeats, chain.runs))]
+    return chains, candidates
 
 
 def find_trunk(graph: fx.Graph) -> list[Block] | Declined:
     """The trunk's blocks in order of execution, or why there are none.
 
-    Looks at the outermost index of each module path first, and deeper only if no list there has two blocks: the model
-    may itself be in a list.
+    Lists at every index of the module paths compete, since the model may itself be in a list. A list inside the members
+    of another does less arithmetic than these, so it is taken only where they are no blocks.
     """
     counter = FlopCounter()
+    singles: list[tuple[int, Block]] = []
+    chains: list[_Chain] = []
+    best: _Chain | None = None
     for depth in range(3):
-        runs = _runs(graph, find_blocks(graph, depth), counter)
-        owners = {node: block for run in runs for block in run.blocks for node in block.nodes}
-        chains: list[list[_ListRun]] = []
-        for run in runs:
-            if chains and _continues(chains[-1][-1], run, owners):
-                chains[-1].append(run)
-            else:
-                chains.append([run])
-        candidates = [chain for chain in chains if sum(len(run.blocks) for run in chain) > 1]
-        if depth:  # a block contains lists too, such as the layers of its MLP; only alike members are blocks
-            candidates = [chain for chain in candidates if any(map(_has_repeats, chain))]
-        if candidates:
-            best = max(candidates, key=lambda chain: sum(run.arithmetic(counter) for run in chain))
-            return [block for run in best for block in run.blocks]
+        found, candidates = _chains(graph, depth, counter)
+        chains += found
+        singles += [(chain.arithmetic, chain.blocks[0]) for chain in found if len(chain.blocks) == 1]
+        for chain in candidates:
+            if best is None or chain.arithmetic > best.arithmetic:
+                best = chain
+    if best is None:
+        return _no_blocks(graph, chains, counter)
+    inside = set(best.blocks[0].nodes)
+    beside = [(size, block) for size, block in singles if inside.isdisjoint(block.nodes)]
+    size, block = max(beside, key=lambda item: item[0], default=(0, None))
+    if block is not None and size > best.arithmetic:
+        total = sum(map(counter.arithmetic, graph.nodes))
+        return Declined(
+            f"{block.path}, a block alone, does {size / total:.0%} of the graph's arithmetic, and the largest list of "
+            f"several, {describe_lists(best.blocks)}, {best.arithmetic / total:.0%}: the model has one block"
+        )
+    return best.blocks
+
+
+def _no_blocks(graph: fx.Graph, chains: Sequence[_Chain], counter: FlopCounter) -> Declined:
+    several = [chain for chain in chains if len(chain.blocks) > 1]
+    if not several:
+        return Declined(
+            "no module list with two or more members is called in this graph"
+            " (if Dynamo broke the model into several graphs, fullgraph=True keeps it whole or says where it breaks)"
+        )
+    largest = max(several, key=lambda chain: chain.arithmetic)
+    share = largest.arithmetic / max(sum(map(counter.arithmetic, graph.nodes)), 1)
     return Declined(
-        "no module list with two or more members is called in this graph"
-        " (if Dynamo broke the model into several graphs, fullgraph=True keeps it whole or says where it breaks)"
+        "no module list in this graph is one of blocks, which hand on what they are given in the same shape; the "
+        f"largest, {describe_lists(largest.blocks)}, does {share:.0%} of the graph's arithmetic"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.journal import JournalRow
+from hvcompile.journal import Declined, JournalRow
 from hvcompile.trunk.trunk import StoredWeights, Trunk
 
 CAPTURED, OUTLINED, SEALED = "captured", "outlined", "sealed"
@@ -25,6 +25,12 @@ class Observer:
     def on_stage(self, name: str, module: fx.GraphModule, trunk: Trunk | None) -> None:
         """Hear of the graph as it was captured (when there is no trunk yet), outlined, after each pass, and sealed."""
 
+    def on_fault(self, declined: Declined) -> None:
+        """Hear that something failed in a way that nobody foresaw, and what and why.
+
+        The stages since the graph was captured are void: those without it follow, if any.
+        """
+
     def on_rewritten(self, trunk: Trunk | None, journal: Sequence[JournalRow], error: BaseException | None) -> None:
         """Hear, before the graph is sealed, that the passes are done or why they end.
 
@@ -34,6 +40,9 @@ class Observer:
             error: what a pass or a check raised, and what is raised again afterwards; None where all is well.
 
         """
+
+    def on_sealed(self, trunk: Trunk, fault: Declined | None) -> None:
+        """Hear that the graph is sealed, or why it can't be, in which case it is compiled as it was captured."""
 
     @contextlib.contextmanager
     def lowering(self, trunk: Trunk | None) -> Iterator[None]:
@@ -71,6 +80,11 @@ class Observers(Observer):
         for observer in self._observers:
             observer.on_stage(name, module, trunk)
 
+    def on_fault(self, declined: Declined) -> None:
+        """See ``Observer``."""
+        for observer in self._observers:
+            observer.on_fault(declined)
+
     def on_rewritten(self, trunk: Trunk | None, journal: Sequence[JournalRow], error: BaseException | None) -> None:
         """See ``Observer``; where one raises, those after it hear of that error."""
         for place, observer in enumerate(self._observers):
@@ -79,6 +93,11 @@ class Observers(Observer):
             except BaseException as own:
                 Observers(*self._observers[place + 1 :]).on_rewritten(trunk, journal, error or own)
                 raise
+
+    def on_sealed(self, trunk: Trunk, fault: Declined | None) -> None:
+        """See ``Observer``."""
+        for observer in self._observers:
+            observer.on_sealed(trunk, fault)
 
     @contextlib.contextmanager
     def lowering(self, trunk: Trunk | None) -> Iterator[None]:

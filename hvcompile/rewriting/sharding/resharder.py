@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,8 @@ class Resharder:
     def inline(self, function: Callable[..., Mapping[str, Any]], operands: Mapping[str, fx.Node], like: fx.Node) -> Any:
         """Add graph code (see ``graph.inline``) that stands for a node of the source."""
         last = self.end.prev
-        made = inline(self.graph, function, operands, before=self.end, tag=self.tag)
+        with self._refusing(like):
+            made = inline(self.graph, function, operands, before=self.end, tag=self.tag)
         while (last := last.next) is not self.end:
             last.meta = provenance(like, self.tag, value(last))
         return made
@@ -142,15 +143,21 @@ class Resharder:
         """
         if self.mode is None:
             raise CannotShard(f"{self.where} has no tensor")
+        with self._refusing(node), self.mode, torch.no_grad(), contextlib.ExitStack() as regions:
+            regions.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of a region that the model itself enters, which has warned already
+            for region in (*self._around, *self._within[source]):
+                regions.enter_context(dynamo.autocast_of(region))
+            node.meta["example_value"] = run_on_fakes(node)
+
+    @contextlib.contextmanager
+    def _refusing(self, node: fx.Node) -> Iterator[None]:
+        """Make a verdict of what torch says to shapes that it can't compute with."""
         try:
-            with self.mode, torch.no_grad(), contextlib.ExitStack() as regions:
-                regions.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")  # of a region that the model itself enters, which has warned already
-                for region in (*self._around, *self._within[source]):
-                    regions.enter_context(dynamo.autocast_of(region))
-                node.meta["example_value"] = run_on_fakes(node)
+            yield
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise self.refuse(node, f"fails on one rank's shapes ({str(error).splitlines()[0]})") from error
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise self.refuse(node, f"fails on one rank's shapes ({said})") from error
 
     def length(self, size: Any, node: fx.Node) -> int:
         """A size as a number, on which the compiled graph then depends."""
@@ -167,6 +174,9 @@ class Resharder:
 
         """
         if (node, layout) not in self._local:
+            if fakes.is_data_dependent(value(node)) and layout.is_padded(self.split):
+                # torch.nn.functional.pad can't be traced on it, and says so at length in the log.
+                raise self.refuse(node, f"a length of what would be split depends on data: {tuple(value(node).shape)}")
             if layout.is_complete(self.split):
                 found = self._input_of(node, layout)
                 if found is not None:

@@ -271,7 +271,10 @@ def _stack(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     return resharder.copy(node, replaced), layout.at(layout.dim + (dims[0] <= layout.dim))
 
 
-@_rule("chunk", "split", "tensor_split", "unbind")
+_SIZES = ("split_size_or_sections", "split_size", "split_sizes")
+
+
+@_rule("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
 def _split(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
     is_unbind = op_name(node) == "unbind"
@@ -281,8 +284,10 @@ def _split(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     if dims[0] != layout.dim:
         removed = int(is_unbind and dims[0] < layout.dim)
         return resharder.copy(node), [layout.at(layout.dim - removed) for _ in value(node)]
-    sizes = _argument(node, 1, "split_size_or_sections", _argument(node, 1, "split_size"))
-    if op_name(node) != "split" or [item.stop - item.start for item in layout.segments] != sizes:
+    given = [*node.args[1:2], *(node.kwargs[name] for name in _SIZES if name in node.kwargs)]
+    sizes: Any = given[0] if given else ()
+    is_list = op_name(node) in {"split", "split_with_sizes"} and isinstance(sizes, (list, tuple))
+    if not is_list or [item.stop - item.start for item in layout.segments] != list(sizes):
         raise resharder.refuse(node, "it cuts the sequence elsewhere than between its streams")
     local = [resharder.split.local if item.is_split else item.stop - item.start for item in layout.segments]
     copied = resharder.copy(node, args=(first, local, dims[0]), kwargs={})
