@@ -47,6 +47,7 @@ def seal(trunk: Trunk) -> CallPlan:
         num_outputs=num_outputs,
         states=tuple(StateLayout(shape=item.shape, dtype=item.dtype, device=item.device) for item in trunk.states),
         has_record=bool(trunk.observed),
+        content_device=None if trunk.weights_content is None else fakes.value(trunk.weights_content).device,
         passed=_passed(trunk, stored_sources),
         stored=tuple(_weight_layout(stored, place) for stored in trunk.stored),
         derived=tuple(_derived_call(item, place) for item in trunk.derived),
@@ -124,6 +125,7 @@ def _derived_call(item: Derived, place: dict[fx.Node, int]) -> DerivedCall:
         names=tuple(node.name for node in item.placeholders),
         run=item.module.forward,
         sources=tuple(place[node] for node in item.sources),
+        is_kept=item.is_kept,
         read=item.read,
     )
 
