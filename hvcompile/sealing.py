@@ -135,6 +135,7 @@ def _agreement(trunk: Trunk, roles: InputRoles, place: dict[fx.Node, int]) -> Ag
     if trunk.group is None or trunk.sharding is None:
         return None
     shared: Sequence[fx.Node] = list(trunk.shared.nodes) if trunk.shared is not None else []
+    equal: Sequence[fx.Node] = trunk.shared.conditions if trunk.shared is not None else []
 
     def names_of(nodes: Iterable[fx.Node]) -> dict[int, str]:
         return {place[node]: dynamo.source_name(node) or node.name for node in nodes}
@@ -144,4 +145,7 @@ def _agreement(trunk: Trunk, roles: InputRoles, place: dict[fx.Node, int]) -> Ag
         conditions=names_of(roles.conditions),
         shared=names_of(shared),
     )
-    return Agreement(trunk.group, inputs, [ROUNDING * (node is roles.sample) for node in shared])
+    limits = {
+        name: ROUNDING * (node is roles.sample) for node, name in zip(shared, names_of(shared).values(), strict=True)
+    }
+    return Agreement(trunk.group, inputs, [*limits.items(), *((name, 0.0) for name in names_of(equal).values())])

@@ -31,7 +31,7 @@ def hash_of(tensor: Any, like: torch.Tensor | None = None) -> Any:
     flat, device = tensor.detach(), like.device
     if like.is_complex():
         flat, like = torch.view_as_real(flat), torch.empty(0, dtype=like.dtype.to_real())
-    flat = flat.contiguous().reshape(-1)
+    flat = flat.reshape(-1)
     if like.is_floating_point():
         flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()])
     flat = flat.to(torch.int64)

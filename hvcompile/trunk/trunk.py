@@ -150,16 +150,19 @@ class Sharding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedInputs:
-    """Inputs of which every rank takes rank 0's: the sample and the timesteps.
+    """Inputs of which every rank takes rank 0's, the sample and the timesteps; and those that must be rank 0's.
 
     Attributes:
         nodes: for each placeholder, the node of rank 0's value.
-        apart: how far each rank's own inputs are from rank 0's, float32 ``[ranks, len(nodes)]``: the sum of absolute
-            differences over the sum of rank 0's absolute values.
+        conditions: placeholders whose content must be equal on all ranks.
+        apart: how far each rank's own inputs are from rank 0's, float32 ``[ranks, len(nodes) + len(conditions)]``: of
+            the former the sum of absolute differences over the sum of rank 0's absolute values; of the latter 0 where
+            they are equal, else infinite.
 
     """
 
     nodes: Mapping[fx.Node, fx.Node]
+    conditions: tuple[fx.Node, ...]
     apart: fx.Node
 
 
