@@ -15,7 +15,7 @@ from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
 from hvcompile.runtime import call, state
-from hvcompile.runtime.fingerprints import fingerprint
+from hvcompile.runtime.fingerprints import fingerprint, hash_of
 
 SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
 
@@ -298,6 +298,19 @@ def test_fingerprints(dtype: torch.dtype) -> None:
     changed[0, 0] = ~changed[0, 0] if dtype == torch.bool else changed[0, 0] + 1
     assert fingerprint(changed) not in seen
     assert isinstance(fingerprint(tensor[:0]), int)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float64]
+)
+def test_a_hash_is_the_same_compiled(dtype: torch.dtype) -> None:
+    """In every step the graph makes it; of bools, C++ compilers once took the overflow of a position for impossible."""
+    torch._dynamo.reset()
+    run = torch.compile(hash_of, fullgraph=True, dynamic=False)
+    for shape in ((2, 17), (1,), (3, 5, 31), (64, 64)):
+        tensor = (torch.randn(shape) * 9).to(dtype)
+        for _ in range(3):
+            assert torch.equal(run(tensor), hash_of(tensor))
 
 
 def last_reused(model: Any) -> bool:

@@ -296,6 +296,14 @@ def test_the_number_differs_where_an_element_that_is_read_does(apart: bool, monk
             assert int(read.content(weights)) == before
 
 
+def test_another_default_device_changes_nothing() -> None:
+    weights = weights_of_many_kinds()
+    before = int(WeightSamples(weights).content(weights))
+    with torch.device("meta"):
+        assert int(WeightSamples(weights).content(weights)) == before
+        assert int(WeightSamples([]).content([])) == 0
+
+
 def test_rows_and_columns_hold_few_of_the_elements_that_are_read() -> None:
     for rows, columns in ((3072, 3072), (4096, 1024), (64, 64), (3072, 12288), (1536, 8960), (5120, 5120)):
         positions = samples._positions(rows * columns)
@@ -484,5 +492,7 @@ def test_adapters_compiled(change: Callable[..., list[torch.Tensor]], targets: s
     with torch.no_grad():
         expected = change(TARGETS[targets], None)
         torch._dynamo.reset()
-        actual = change(TARGETS[targets], CACHE)
+        # Inductor of torch 2.11 fails on this model, with or without what is looked at here.
+        lower = "aot" if torch.__version__.startswith("2.11") else "inductor"
+        actual = change(TARGETS[targets], {"lower": lower} | CACHE)
     assert all(relative_error(step, right) < 1e-4 for step, right in zip(actual, expected, strict=True))

@@ -221,8 +221,8 @@ def assert_lengths(
             keep, checks = _kept(mask[(None,) * (4 - len(shape))], value(node).dtype)
             places = torch.arange(keep[0, 0, 0].numel(), device=value(node).device)
             samples = shape[0] if len(shape) == 4 else 1
-            leading = torch.stack([places < next(rest) for _ in range(samples)])
-            fits += [*checks, (keep[:, 0, 0] == leading).all()]
+            leading = [(keep[sample, 0, 0] == (places < next(rest))).all() for sample in range(samples)]
+            fits += [*checks, *leading]
         assert_on_device(torch.stack(fits).all(), STALE)
         return {}
 

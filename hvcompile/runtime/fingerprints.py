@@ -33,10 +33,13 @@ def hash_of(tensor: Any, like: torch.Tensor | None = None) -> Any:
         flat, like = torch.view_as_real(flat), torch.empty(0, dtype=like.dtype.to_real())
     flat = flat.reshape(-1)
     if like.is_floating_point():
-        flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()])
+        # Small floats as float32, which is exact: Inductor's C++ gets their bits wrong (torch 2.11 and 2.13).
+        flat = flat.view(torch.int64) if like.element_size() == 8 else flat.to(torch.float32).view(torch.int32)
     flat = flat.to(torch.int64)
     place = torch.arange(1, flat.numel() + 1, device=device, dtype=torch.int64)  # of a proxy's number: a node
-    weight = place * -7046029254386353131  # 2**64 divided by the golden ratio, as a signed number
+    # Bits first: Inductor makes a product with ``arange`` an index of the C++ loop, of which a compiler may assume that
+    # it does not overflow, and then the loop has no end that it needs to heed (torch 2.11 and 2.13).
+    weight = (place ^ 0x2545F4914F6CDD1D) * -7046029254386353131  # 2**64 over the golden ratio, as a signed number
     weight = (weight ^ (weight >> 29)) * -4658895280553007687
     return ((flat + 1) * (weight | 1)).sum()
 

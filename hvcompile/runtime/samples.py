@@ -58,7 +58,7 @@ class WeightSamples:
         total: Any = None
         for part in self._parts(weights):
             total = part if total is None else total * 31 + part.to(total.device, non_blocking=True)
-        return torch.zeros((), dtype=torch.int64) if total is None else total
+        return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total
 
     def _parts(self, weights: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for group in self._groups:
@@ -71,13 +71,15 @@ class _Group:
     """The elements of weights on one device whose elements are of one size in bytes."""
 
     def __init__(self, device: torch.device, size: int, weights: Sequence[torch.Tensor]) -> None:
-        addresses = torch.tensor([weight.data_ptr() for weight in weights])
+        # On the CPU whatever torch.set_default_device says.
+        addresses = torch.tensor([weight.data_ptr() for weight in weights], device="cpu")
         base = int(addresses.min())
-        offsets = torch.stack([_offsets(weight) for weight in weights])
+        known: dict[int, torch.Tensor] = {}  # a model's weights are of a few sizes
+        offsets = torch.stack([_offsets(weight, known) for weight in weights])
         places = ((addresses[:, None] - base) // size + offsets).flatten()
         # Odd numbers, so that one changed element always tells; random, so that several do.
-        generator = torch.Generator().manual_seed(_SEED)
-        factors = torch.randint(-(2**62), 2**62, places.shape, generator=generator) * 2 + 1
+        generator = torch.Generator("cpu").manual_seed(_SEED)
+        factors = torch.randint(-(2**62), 2**62, places.shape, generator=generator, device="cpu") * 2 + 1
         self._places, self._factors = places.to(device), factors.to(device)
         self._memory = _laid_over(base, int(places.max()) + 1, size, device)
 
@@ -99,15 +101,17 @@ def _is_addressable(weight: torch.Tensor) -> bool:
 
 def _positions(count: int) -> torch.Tensor:
     """Positions of the elements that are read of so many, int64 ``[PER_WEIGHT]``; all of a few, some twice."""
-    ordinal = torch.arange(PER_WEIGHT)
+    ordinal = torch.arange(PER_WEIGHT, device="cpu")
     if count <= PER_WEIGHT:
         return ordinal % count
     return ((ordinal * _GOLDEN).double() % 1 * count).to(torch.int64)
 
 
-def _offsets(weight: torch.Tensor) -> torch.Tensor:
+def _offsets(weight: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
     """How far from its address these elements of a weight lie, in units of their size, 8 bytes at most."""
-    positions = _positions(weight.numel())
+    if weight.numel() not in known:
+        known[weight.numel()] = _positions(weight.numel())
+    positions = known[weight.numel()]
     if weight.is_contiguous():
         offsets = positions
     else:
@@ -116,7 +120,7 @@ def _offsets(weight: torch.Tensor) -> torch.Tensor:
             offsets += positions % size * stride
             positions = positions // size
     if weight.element_size() == 16:  # complex numbers of two parts: one of them, in turn
-        offsets = offsets * 2 + torch.arange(PER_WEIGHT) % 2
+        offsets = offsets * 2 + torch.arange(PER_WEIGHT, device="cpu") % 2
     return offsets
 
 
