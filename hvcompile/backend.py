@@ -317,7 +317,7 @@ def require_values(trunk: Trunk, context: pipeline.Context) -> None:
     derived = {node for item in trunk.derived for node in item.sources}
     for node, weight in context.given.items():
         if isinstance(weight, QuantizedWeight) and (node.users or node in derived):
-            reader = next(iter(node.users)).format_node() if node.users else "what is computed once a generation"
+            reader = next(iter(node.users)).format_node() if node.users else "what a mask is made of"
             raise QuantizedWeightError(
                 f"{weight.path} has been kept in float8 alone since this model was first compiled, and now "
                 f"{reader} reads it. Compile it with the same options, or call "

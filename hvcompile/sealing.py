@@ -47,6 +47,7 @@ def seal(trunk: Trunk) -> CallPlan:
         num_outputs=num_outputs,
         states=tuple(StateLayout(shape=item.shape, dtype=item.dtype, device=item.device) for item in trunk.states),
         has_record=bool(trunk.observed),
+        content_device=None if trunk.weights_content is None else fakes.value(trunk.weights_content).device,
         passed=_passed(trunk, stored_sources),
         stored=tuple(_weight_layout(stored, place) for stored in trunk.stored),
         derived=tuple(_derived_call(item, place) for item in trunk.derived),
@@ -124,6 +125,7 @@ def _derived_call(item: Derived, place: dict[fx.Node, int]) -> DerivedCall:
         names=tuple(node.name for node in item.placeholders),
         run=item.module.forward,
         sources=tuple(place[node] for node in item.sources),
+        is_kept=item.is_kept,
         read=item.read,
     )
 
@@ -133,6 +135,7 @@ def _agreement(trunk: Trunk, roles: InputRoles, place: dict[fx.Node, int]) -> Ag
     if trunk.group is None or trunk.sharding is None:
         return None
     shared: Sequence[fx.Node] = list(trunk.shared.nodes) if trunk.shared is not None else []
+    equal: Sequence[fx.Node] = trunk.shared.conditions if trunk.shared is not None else []
 
     def names_of(nodes: Iterable[fx.Node]) -> dict[int, str]:
         return {place[node]: dynamo.source_name(node) or node.name for node in nodes}
@@ -142,4 +145,7 @@ def _agreement(trunk: Trunk, roles: InputRoles, place: dict[fx.Node, int]) -> Ag
         conditions=names_of(roles.conditions),
         shared=names_of(shared),
     )
-    return Agreement(trunk.group, inputs, [ROUNDING * (node is roles.sample) for node in shared])
+    limits = {
+        name: ROUNDING * (node is roles.sample) for node, name in zip(shared, names_of(shared).values(), strict=True)
+    }
+    return Agreement(trunk.group, inputs, [*limits.items(), *((name, 0.0) for name in names_of(equal).values())])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +16,12 @@ from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import settle
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
-from hvcompile.rewriting.reuse import near_end, new_generation, relative_change
+from hvcompile.rewriting.reuse import contents, near_end, new_generation, relative_change
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
 from hvcompile.trunk.operands import as_operands, symbolic_sizes
+from hvcompile.trunk.roles import classify
 from hvcompile.trunk.trunk import Sharding, State, Trunk
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
@@ -37,6 +38,8 @@ class FirstBlockCache(Pass):
     leaves the trunk. Predicate and state live in the graph:
 
     - A difference that is not finite never reuses.
+    - Where weights or conditions were written to since the last step, also in ways that PyTorch does not track, the
+      step is computed. All of the conditions is looked at, and 32 elements of each weight.
     - A clock (timestep) that turns back begins a new generation, whose first step is computed. So does one that stands
       still at the start with another sample, and so does one of several clocks (guidance) that moves while the sample
       stays.
@@ -151,12 +154,10 @@ class FirstBlockCache(Pass):
         counters: torch.Tensor,
         clock: torch.Tensor,
         last_clock: torch.Tensor,
-        direction: torch.Tensor,
-        sample: torch.Tensor,
-        last_sample: torch.Tensor,
         past_clocks: torch.Tensor | None = None,
         is_ours: torch.Tensor | None = None,
         group: str | None = None,
+        **generation: torch.Tensor,
     ) -> dict[str, Any]:
         """The decision of one step, as graph code.
 
@@ -167,14 +168,12 @@ class FirstBlockCache(Pass):
             counters: int64 ``[steps done in this generation, hits in a row]``.
             clock: this step's timesteps, float64 ``[K]``.
             last_clock: those of the step before, same shape.
-            direction: sign of the clock's movement in this generation, 0 where it has not moved yet, same shape.
-            sample: what is denoised, any shape.
-            last_sample: that of the step before, same shape.
             past_clocks: the two values that each clock had before its last, float64 ``[2, K]``, oldest first; given
                 where ``last_steps_computed`` is.
             is_ours: where the streams are one rank's part of the sequence, which of its tokens are no padding; bool,
                 broadcasts to ``before``.
             group: name of the process group over which the decision is then made, all ranks deciding alike.
+            **generation: what else tells generations apart, see ``reuse.new_generation``.
 
         Returns:
             ``reused`` (bool scalar), ``difference`` (float32 scalar), and the next values of the small state.
@@ -182,9 +181,7 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
-        is_new, follow = new_generation(
-            steps, clock=clock, last_clock=last_clock, direction=direction, sample=sample, last_sample=last_sample
-        )
+        is_new, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
         steps = torch.where(is_new, torch.zeros_like(steps), steps)
         allowed = is_new.logical_not() & (steps >= self.warmup_steps)
         if self.max_consecutive_hits is not None:
@@ -214,9 +211,10 @@ class _Cached:
 def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     """Decide after block 1, and put blocks 2..N into one of two branches."""
     anchor = plan.moved[-1].next  # new work stands before it
-    clock = _clock(trunk, plan.clocks, value(plan.stream_out).device, anchor)
-    cached = _add_state(trunk, plan, clock, options)
-    reused = _add_decision(trunk, plan, clock, cached, options, anchor)
+    given = {"clock": _clock(trunk, plan.clocks, value(plan.stream_out).device, anchor), "sample": plan.sample}
+    cached = _add_state(trunk, plan, given["clock"], options)
+    given["contents"] = _contents(trunk, value(plan.stream_out).device, anchor)
+    reused = _add_decision(trunk, plan, given, cached, options, anchor)
     outputs = _add_branches(trunk, plan, cached, reused, anchor)
     _take_results(trunk, plan, cached, outputs)
 
@@ -232,6 +230,9 @@ def _add_state(trunk: Trunk, plan: SkipPlan, clock: fx.Node, options: FirstBlock
         "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
         "direction": trunk.add_state("direction", clock_shape, torch.float64, main.device),
         "last_clock": trunk.add_state("last_clock", clock_shape, torch.float64, main.device),
+        "last_contents": trunk.add_state(
+            "last_contents", (1 + len(classify(trunk).conditions),), torch.int64, main.device
+        ),
         "last_sample": trunk.add_state("last_sample", sample.shape, sample.dtype, sample.device),
     }
     if options.last_steps_computed:
@@ -239,12 +240,25 @@ def _add_state(trunk: Trunk, plan: SkipPlan, clock: fx.Node, options: FirstBlock
     return _Cached(first=first, residuals=residuals, small=small)
 
 
+def _contents(trunk: Trunk, device: torch.device, anchor: fx.Node) -> fx.Node:
+    """Add what tells whether weights and conditions hold what they did in the step before."""
+    conditions = {f"condition_{place}": node for place, node in enumerate(classify(trunk).conditions)}
+    operands = {"weights": trunk.add_weights_content(device), **conditions}
+    function = functools.partial(contents, fakes={name: value(node) for name, node in operands.items()})
+    return inline(trunk.graph, function, operands, before=anchor, tag=FirstBlockCache.__name__)["contents"]
+
+
 def _add_decision(
-    trunk: Trunk, plan: SkipPlan, clock: fx.Node, cached: _Cached, options: FirstBlockCache, anchor: fx.Node
+    trunk: Trunk,
+    plan: SkipPlan,
+    given: Mapping[str, fx.Node],
+    cached: _Cached,
+    options: FirstBlockCache,
+    anchor: fx.Node,
 ) -> fx.Node:
     """Add the decision, which the runtime is told of, and the next values of the small state; returns the predicate."""
     operands = {"before": plan.stream_in, "after": plan.stream_out, "first": cached.first.placeholder}
-    operands |= {"clock": clock, "sample": plan.sample}
+    operands |= given
     operands |= {name: state.placeholder for name, state in cached.small.items()}
     decide = options.decide
     if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:

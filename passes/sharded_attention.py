@@ -75,16 +75,16 @@ class ShardedAttention(Pass):
             hidden: f32[1, 13, 64] = linear(broadcast, embed.weight, embed.bias)
             ...
             pad: f32[1, 14, 64] = pad(contiguous_1, (0, 0, 0, 1), ...)
-            narrow: f32[1, 7, 64] = pad.narrow(1, 7, 7)
-            clone: f32[1, 7, 64] = clone(narrow, memory_format=contiguous_format)
+            narrow_3: f32[1, 7, 64] = pad.narrow(1, 7, 7)
+            clone: f32[1, 7, 64] = clone(narrow_3, memory_format=contiguous_format)
             ...
             invoke_subgraph = block_0(contiguous, clone, ..., 10 weights of blocks.0)
             ...
             getitem_4: f32[1, 7, 64] = invoke_subgraph_2[0]
-            narrow_3: f32[1, 7, 64] = getitem_4.narrow(1, 0, 7)
-            gather_1: f32[1, 14, 64] = gather(narrow_3, ..., 1)
-            narrow_4: f32[1, 13, 64] = gather_1.narrow(1, 0, 13)
-            linear: f32[1, 13, 64] = linear(narrow_4, head.weight, head.bias)
+            narrow_6: f32[1, 7, 64] = getitem_4.narrow(1, 0, 7)
+            gather_1: f32[1, 14, 64] = gather(narrow_6, ..., 1)
+            narrow_7: f32[1, 13, 64] = gather_1.narrow(1, 0, 13)
+            linear: f32[1, 13, 64] = linear(narrow_7, head.weight, head.bias)
             ...
         block_0:
             ...

@@ -23,6 +23,8 @@ from hvcompile.rewriting.key_padding import (
     LEAST_KEYS,
     Masked,
     Match,
+    assert_lengths,
+    is_read_in_every_call,
     made_of,
     match,
     num_keys,
@@ -39,8 +41,9 @@ class UnmaskedAttention(Pass):
     """Replace a key-padding mask of the blocks' attention by keys and values that end where the padding begins.
 
     Fast kernels take no mask. A mask qualifies if it hides the same keys from all queries and heads, and is made of
-    conditions alone. The runtime reads it once, for as long as those conditions stay the same, unmodified tensors. How
-    many keys each sample keeps goes into the graph as a number, so prompts of any length run the same code.
+    conditions alone. How many keys each sample keeps goes into the graph as a number, so prompts of any length run the
+    same code. On the CPU the runtime reads that in every call. Elsewhere it reads it once, for as long as the
+    conditions stay the same, unmodified tensors, and the graph asserts in every step that it still holds.
 
     If the kept keys are not the first ones, or are fewer than two, the call runs the graph with its mask. That graph is
     compiled when this first happens, and the log and the journal say so. An additive mask hides a key if it adds -9000
@@ -50,8 +53,8 @@ class UnmaskedAttention(Pass):
         unmask: whether masks are replaced.
         kernel: which kernel computes the blocks' attention. "auto" leaves the choice to torch. "cudnn", "flash",
             "efficient" or "math" takes that one in all blocks, and raises where it can't compute one of them.
-        hoist: whether what follows from conditions, sizes and weights alone (rotary tables, projections of the text) is
-            computed once a generation, and not in every step.
+        hoist: whether what follows from sizes alone (rotary tables, positions) is computed once for each set of sizes,
+            and not in every step.
 
     Given::
 
@@ -197,7 +200,12 @@ def _unmask(trunk: Trunk, found: Match, kernel: str) -> list[str]:
         for sample in range(masked.samples):
             names.append(f"valid_keys_{place}_{sample}")
             sizes.append(fakes.unbacked_size(mode, LEAST_KEYS, num_keys(masked)))
-    derived = trunk.add_derived(names, sizes, made_by=tag, module=found.masks, sources=found.sources, read=read_lengths)
+    is_kept = not is_read_in_every_call(found.sources)
+    derived = trunk.add_derived(
+        names, sizes, made_by=tag, module=found.masks, sources=found.sources, is_kept=is_kept, read=read_lengths
+    )
+    if is_kept:
+        assert_lengths(trunk, found.masks, found.sources, derived.placeholders, tag)
     placeholders = iter(derived.placeholders)
     lengths = {source: [next(placeholders) for _ in range(item.samples)] for source, item in found.lengths.items()}
     inside: dict[tuple[Any, fx.Node], fx.Node] = {}

@@ -354,6 +354,8 @@ def given_apart(kind: str, lower: str = "eager") -> tuple[list[float], str, list
                         given["sample"] = given["sample"] + 0.1 * noise
                     if kind == "nan on one":
                         given["sample"][0, 3, 5] = torch.nan
+                    if kind == "condition":
+                        given["text"].data.mul_(1.1)
                     if kind in {"clock", "whole clock"}:
                         given["timestep"] = time - 1
                 errors.append(relative_error(fast(**given), expected))

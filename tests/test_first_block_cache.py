@@ -63,7 +63,7 @@ def test_graph() -> None:
     assert [str(node.target) for node in hit.graph.nodes if node.op == "call_function" and "add" in str(node.target)]
     assert not hit.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
     assert [state.name for state in trunk.states] == [
-        *("first_residual", "residual_0", "counters", "direction", "last_clock", "last_sample"),
+        *("first_residual", "residual_0", "counters", "direction", "last_clock", "last_contents", "last_sample"),
     ]
     assert rows[0].op_changes["cond"] == 1
     assert "blocks.1 .. blocks.3" in rows[0].report.matched[0]

@@ -1,8 +1,7 @@
-"""Hoisting: what is taken out of the step, that it is done once a generation, and that nothing stale is ever used."""
+"""Hoisting: what is taken out of the step, and that it follows from numbers alone, so that nothing stale is used."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -88,21 +87,65 @@ def test_families(name: str) -> None:
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_once_a_generation(cache: bool) -> None:
+def test_what_reads_a_tensor_stays_in_the_step(cache: bool) -> None:
+    """The text's projection: a weight or a text that was written to unseen takes effect at once."""
     model = Prompted()
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | ({} if cache else NO_CACHE))
     inputs = toy_inputs()
     check(fast, model, inputs)
     hvcompile.reset(fast)
     counts = [products(lambda: fast(**inputs)) for _ in range(4)]
-    # Embedder, time, four blocks of three and the head; a reused step runs one block. The text's projection comes once.
-    assert counts == [16, 6, 6, 6] if cache else [16, 15, 15, 15]
-    other = toy_inputs(4)
-    assert [products(lambda: fast(**other)) for _ in range(2)] == [16, counts[1]]
+    # Projection, embedder, time, four blocks of three and the head; a reused step runs one block.
+    assert counts == ([16, 7, 7, 7] if cache else [16] * 4)
+    for tensor in (model.project.weight, inputs["text"], model.project.bias):
+        tensor.data.mul_(3)
+        check(fast, model, inputs)
+
+
+class Tabled(Toy):
+    """A ``Toy`` that adds a table of its length, and returns it too, or a part of it."""
+
+    def __init__(self, part: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(  # type: ignore[override]
+        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        table = torch.arange(sample.shape[1], device=sample.device)[:, None].float().cos()
+        return super().forward(sample + table, timestep, text), self.part(table)
+
+
+@pytest.mark.parametrize("part", [lambda table: table, lambda table: table[2:5], lambda table: table.view(-1)])
+@pytest.mark.parametrize("lower", ["eager", "aot"])
+def test_what_the_caller_gets_is_not_kept(part: Callable[[torch.Tensor], Any], lower: str) -> None:
+    """Who calls the model may write into its results; what is kept is not among them."""
+    model = Tabled(part)
+    fast = hvfast(model, fullgraph=True, options={"lower": lower} | NO_CACHE)
+    inputs = toy_inputs()
+    with torch.no_grad():
+        for _ in range(3):
+            (expected, _), (actual, table) = model(**inputs), fast(**inputs)
+            assert relative_error(actual, expected) < 1e-5
+            table.mul_(2)
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot"])
+def test_tables_are_made_once(lower: str) -> None:
+    model = Tabled(lambda table: table.sum())
+    fast = hvfast(model, fullgraph=True, options={"lower": lower} | NO_CACHE)
+    check(fast, model, toy_inputs())
+    assert any("hoisted" in name for name in fake_names(model))
+
+
+def fake_names(model: Any) -> list[str]:
+    trunk = recovered(model, **toy_inputs())
+    hoisted(trunk)
+    return [node.name for node in trunk.added]
 
 
 def test_guidance_halves_in_turn() -> None:
-    """Each half's text is projected once; both are right in every step."""
+    """Both are right in every step."""
     model = Prompted()
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | NO_CACHE)
     halves = [toy_inputs(0), toy_inputs(4)]
@@ -147,7 +190,7 @@ def test_weights_that_are_replaced() -> None:
 
 
 def test_inference_tensors() -> None:
-    """They carry no version counter; what follows from them is computed in every step."""
+    """They carry no version counter, and need none."""
     model = Prompted()
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | NO_CACHE)
     with torch.inference_mode():
@@ -173,14 +216,12 @@ def test_memory_is_counted_and_let_go() -> None:
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | NO_CACHE)
     inputs = toy_inputs()
     check(fast, model, inputs)
-    text = inputs["text"].numel() * 4
     held = hvcompile.stats(fast).bytes
-    assert held >= text
-    for seed in range(1, 20):  # prompts one after the other: none is kept once its tensors are gone
+    assert held > 0
+    for seed in range(1, 20):  # prompts one after the other: nothing of them is kept
         inputs = toy_inputs(seed)
         check(fast, model, inputs)
-        gc.collect()
-    assert hvcompile.stats(fast).bytes <= held + text
+    assert hvcompile.stats(fast).bytes == held
     hvcompile.reset(fast)
     assert hvcompile.stats(fast).bytes == 0
     check(fast, model, inputs)

@@ -36,6 +36,12 @@ def model() -> Wide:
     return made
 
 
+def ema(parameters: Any) -> Any:
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters)
+
+
 ASKED: dict[str, Callable[[Wide], Any]] = {
     "uncompiled call": lambda model: model(**wide_inputs()),
     "state_dict": lambda model: model.state_dict(),
@@ -49,6 +55,15 @@ ASKED: dict[str, Callable[[Wide], Any]] = {
     "fuse by +=": lambda model: model.blocks[0].to_q.weight.data.add_(1.0),
     "fuse in place": lambda model: model.blocks[0].to_q.weight.add_(1.0),
     "copy_": lambda model: model.blocks[0].to_q.weight.copy_(torch.zeros(64, 64)),
+    "data =": lambda model: setattr(model.blocks[0].to_q.weight, "data", torch.zeros(64, 64)),
+    "data.copy_": lambda model: model.blocks[0].to_q.weight.data.copy_(torch.zeros(64, 64)),
+    "set_": lambda model: model.blocks[0].to_q.weight.set_(torch.zeros(64, 64)),
+    "resize_": lambda model: model.blocks[0].to_q.weight.resize_(64, 64),
+    "detach": lambda model: model.blocks[0].to_q.weight.detach().zero_(),
+    "foreach": lambda model: torch._foreach_add_([model.blocks[0].to_q.weight], 1.0),
+    "EMA, averaging": lambda model: ema(model.parameters()),
+    "EMA, copied": lambda model: ema(Wide().parameters()).copy_to(model.parameters()),
+    "EMA, stored": lambda model: ema(Wide().parameters()).store(model.parameters()),
     "out": lambda model: torch.add(torch.ones(64, 64), 1, out=model.blocks[0].to_q.weight),
     "clone": lambda model: model.blocks[0].to_q.weight.clone(),
     "numpy": lambda model: model.blocks[0].to_q.weight.numpy(),

@@ -15,7 +15,7 @@ from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
 from hvcompile.runtime import call, state
-from hvcompile.runtime.fingerprints import fingerprint
+from hvcompile.runtime.fingerprints import fingerprint, hash_of
 
 SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
 
@@ -188,6 +188,7 @@ def test_reset_and_stats() -> None:
     stats = hvcompile.stats(model)
     assert (stats.hits, stats.misses, stats.slots) == (len(SCHEDULE) - 1, 1, 1)
     tensors = 2 * TOKENS * WIDTH * 4 + TOKENS * WIDTH * 4  # first residual, cached residual, last sample
+    tensors += 2 * 8  # the content of the weights and of the text
     assert tensors <= stats.bytes <= tensors + 64
     assert stats.steps[0].difference == float("inf")
     assert all(step.slot == 0 and step.difference >= 0 for step in stats.steps)
@@ -297,6 +298,19 @@ def test_fingerprints(dtype: torch.dtype) -> None:
     changed[0, 0] = ~changed[0, 0] if dtype == torch.bool else changed[0, 0] + 1
     assert fingerprint(changed) not in seen
     assert isinstance(fingerprint(tensor[:0]), int)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float64]
+)
+def test_a_hash_is_the_same_compiled(dtype: torch.dtype) -> None:
+    """In every step the graph makes it; of bools, C++ compilers once took the overflow of a position for impossible."""
+    torch._dynamo.reset()
+    run = torch.compile(hash_of, fullgraph=True, dynamic=False)
+    for shape in ((2, 17), (1,), (3, 5, 31), (64, 64)):
+        tensor = (torch.randn(shape) * 9).to(dtype)
+        for _ in range(3):
+            assert torch.equal(run(tensor), hash_of(tensor))
 
 
 def last_reused(model: Any) -> bool:

@@ -58,6 +58,7 @@ def text_of(graph: fx.Graph) -> list[str]:
         if node.meta.get(TAG) == "ShardedAttention" or "scaled_dot_product" in op_name(node):
             args = ", ".join(map(str, node.args)).replace("slice(None, None, None)", ":")
             held = value(node) if isinstance(value(node), tuple) else [value(node)]
+            held = [item for item in held if isinstance(item, torch.Tensor)]  # a hash asks for a number of elements
             lines.append(f"{op_name(node)}({args}) -> {', '.join(str(list(item.shape)) for item in held)}")
     return lines
 

@@ -42,7 +42,7 @@ def test_graph() -> None:
         f"broadcast(l_timestep_, {name})",
     ]
     assert trunk.shared is not None
-    gathered = trunk.shared.apart
+    (gathered,) = [node for node in work if op_name(node) == "gather" and node in _before(trunk.shared.apart)][-1:]
     assert f"{op_name(gathered)}{gathered.args[1:]}" == f"gather('{name}', 0)"
     for own, first in trunk.shared.nodes.items():
         assert all(user in _before(gathered) for user in own.users)
@@ -134,6 +134,15 @@ def test_all_stop_at_the_same_call(kind: str, calls: int, said: str) -> None:
         assert "All have computed with what rank 0 was given. Give all of them the same" in raised
         if kind != "cached":
             assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_a_condition_that_one_rank_has_written_to_unseen(lower: str) -> None:
+    """Its identity and version are what they were; its content is compared in every step."""
+    for errors, raised, _ in ranks.results(ranks.launch(cases.given_apart, 2, "condition", lower)):
+        assert len(errors) == 3
+        assert "2 calls ago: L['text'] on rank 1 had other content than when the ranks compared it" in raised
 
 
 @pytest.mark.ranks

@@ -374,6 +374,24 @@ def test_fewer_than_two_valid_keys_are_masked(valid: int) -> None:
     assert hvcompile.stats(fast).unfit == 2
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are treated as those are that lie in a GPU's memory."""
+    monkeypatch.setattr(unmasked_attention, "is_read_in_every_call", lambda _: False)
+
+
+def test_a_mask_in_the_hosts_memory_is_read_in_every_call(reads: list[int]) -> None:
+    """Written to in whatever way, it is what it is."""
+    model = MaskedToy()
+    fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | NO_CACHE)
+    inputs = masked_inputs(14)
+    for valid in (14, 16, 12):
+        inputs["keep"].data.copy_(keep_first(valid))
+        check(fast, model, inputs)
+    assert reads == [1] * 6
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_the_mask_is_read_once_a_generation(reads: list[int]) -> None:
     model = MaskedToy()
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"})
@@ -385,6 +403,7 @@ def test_the_mask_is_read_once_a_generation(reads: list[int]) -> None:
     assert reads == [1, 1]
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_a_mask_written_to_between_steps_is_read_again(reads: list[int]) -> None:
     model = MaskedToy()
     fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | NO_CACHE)
@@ -396,6 +415,69 @@ def test_a_mask_written_to_between_steps_is_read_again(reads: list[int]) -> None
     check(fast, model, inputs)
     assert reads == [1, 1, 1]
     assert hvcompile.stats(fast).unfit == 2
+
+
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "copy": lambda keep, new: keep.copy_(new),
+    "data_copy": lambda keep, new: keep.data.copy_(new),
+    "data": lambda keep, new: setattr(keep, "data", new),
+    "set": lambda keep, new: keep.set_(new),  # type: ignore[call-overload]
+    "numpy": lambda keep, new: keep.numpy().__setitem__(..., new.numpy()),
+}
+"""Ways of writing to a mask that PyTorch tracks, or that move its memory, and those that do neither."""
+UNSEEN = {"data_copy", "numpy"}
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("lower", ["eager", "aot", "inductor"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_mask_that_is_written_to_takes_effect_or_raises(lower: str, cache: bool) -> None:
+    """Of ways that can't be seen on the host each step's own check tells; a new tensor and a reset help."""
+    model = MaskedToy()
+    fast = hvfast(model, fullgraph=True, options={"lower": lower} | ({} if cache else NO_CACHE))
+    for how, write in WRITES.items():
+        if lower == "inductor" and how not in {"data", "data_copy"}:
+            continue
+        inputs, changed = masked_inputs(14, 9), keep_first(11, 16)
+        check(fast, model, inputs)
+        write(inputs["keep"], changed.clone())
+        if how in UNSEEN:
+            with torch.no_grad(), pytest.raises(RuntimeError, match=r"hvcompile\.reset\(model\) after such a write"):
+                fast(**inputs)
+            check(fast, model, inputs | {"keep": inputs["keep"].clone()})
+            hvcompile.reset(fast)
+        check(fast, model, inputs)
+    assert hvcompile.stats(fast).unfit == 0
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("changed", [with_hole(14), keep_first(17), keep_first(13), keep_first(14).roll(1, -1)])
+def test_every_change_of_a_mask_is_told(changed: torch.Tensor) -> None:
+    model = MaskedToy()
+    fast = hvfast(model, fullgraph=True, options={"lower": "eager"} | NO_CACHE)
+    inputs = masked_inputs(14)
+    check(fast, model, inputs)
+    inputs["keep"].data.copy_(changed)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a mask is not what it was"):
+        fast(**inputs)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video_i2v_replace", "qwen_image", "ltx", "pixart"])
+def test_families_with_the_check_in_the_graph(name: str) -> None:
+    """Masks are made of conditions in each model's own way, from integers, bools and numbers."""
+    family = zoo.FAMILIES[name]
+    model = family.build()
+    fast = hvfast(model, fullgraph=True, options={"lower": "aot"} | NO_CACHE)
+    for seed in (0, 1, 0):
+        check(fast, model, family.inputs(seed) | {"return_dict": False})
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_check_with_a_symbolic_number_of_keys() -> None:
+    model = MaskedToy()
+    fast = hvfast(model, fullgraph=True, dynamic=True, options={"lower": "aot"} | NO_CACHE)
+    check(fast, model, masked_inputs(14))
 
 
 def test_inference_tensors_are_read_at_every_call(reads: list[int]) -> None:

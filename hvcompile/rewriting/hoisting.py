@@ -1,7 +1,11 @@
-"""Hoisting: work on conditions, sizes and weights alone is taken out of the step and done once a generation.
+"""Hoisting: work on sizes and Python numbers alone is taken out of the step and done once for each set of them.
 
-Rotary tables, frequencies of sinusoidal embeddings, projections of the pooled text: each becomes a derived input. They
-are computed eagerly, by the operations that were captured: once a generation is too seldom to compile for.
+Rotary tables, frequencies of sinusoidal embeddings, positions: each becomes a derived input. They are computed eagerly,
+by the operations that were captured: once a shape is too seldom to compile for.
+
+What reads a tensor, be it a weight, a buffer or a condition, stays in the step. Nothing tells for certain that the
+content of a tensor is what it was (a write through ``.data`` moves no version), and such work is small beside a step.
+What is hoisted can't be stale: it is a function of numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +16,11 @@ import torch
 from torch import fx
 
 from hvcompile.graph.inline import run_on_fakes
-from hvcompile.graph.nodes import ancestors, is_tensor, is_weight, op_name
+from hvcompile.graph.nodes import ancestors, is_tensor, op_name, storage
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.invariants import copied_out, drop_dead, invariants
 from hvcompile.trunk.operands import contiguous_like
-from hvcompile.trunk.roles import classify
 from hvcompile.trunk.trunk import Trunk
 
 # What moves nothing; done in the step, on what was hoisted.
@@ -33,33 +36,30 @@ _CHEAP = _VIEWS | {
 
 
 def hoist(trunk: Trunk, tag: str) -> list[str]:
-    """Take what does not change from step to step out of the top-level graph; returns a line for each group.
-
-    What depends on sizes and weights alone is a group of its own, which the halves of classifier-free guidance and
-    prompts one after the other share.
-    """
-    same = invariants(trunk)
+    """Take what follows from sizes and numbers alone out of the top-level graph; returns a line that says so."""
+    same = _of_numbers(trunk)
+    written_by_others = {storage(node) for node in trunk.output.all_input_nodes}  # a caller may write into its results
     cuts: dict[fx.Node, None] = {}
     for node in trunk.graph.nodes:
         if node in same and is_tensor(node) and any(user not in same for user in node.users):
             base = _base(node, same)
-            if base is not None and _pays(base):
+            if base is not None and _pays(base) and storage(base) not in written_by_others:
                 cuts[base] = None
-    told = []
-    # Those that follow from conditions first: taken out, the others would be inputs that these can't be copied with.
-    groups: dict[bool, list[fx.Node]] = {True: [], False: []}
-    for node in cuts:
-        sources = [item for item in ancestors([node]) if item.op == "placeholder"]
-        groups[any(is_tensor(item) and not is_weight(item) for item in sources)].append(node)
-    roles = classify(trunk)
-    # Else what changes in every step may pass for a condition.
-    is_known = roles.sample is not None and bool(roles.clocks)
-    for is_conditioned, nodes in groups.items():
-        if nodes and (is_known or not is_conditioned):
-            _take_out(trunk, nodes, tag)
-            kind = "conditions" if is_conditioned else "sizes and weights"
-            told.append(f"{len(nodes)} values that follow from {kind} are computed once, not once a step")
-    return told[::-1]
+    if not cuts:
+        return []
+    _take_out(trunk, list(cuts), tag)
+    return [f"{len(cuts)} values that follow from sizes are computed once, not once a step"]
+
+
+def _of_numbers(trunk: Trunk) -> set[fx.Node]:
+    """The invariant nodes that read no tensor which is not made here."""
+    same = invariants(trunk)
+    pure: set[fx.Node] = set()
+    for node in trunk.graph.nodes:
+        is_source = node.op == "get_attr" or (node.op == "placeholder" and is_tensor(node))
+        if node in same and not is_source and pure.issuperset(node.all_input_nodes):
+            pure.add(node)
+    return pure
 
 
 def _base(node: fx.Node, same: set[fx.Node]) -> fx.Node | None:

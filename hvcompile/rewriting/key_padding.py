@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from hvcompile.graph.attention import arguments, attentions
+from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import is_tensor, mutated_operand, op_name
 from hvcompile.journal import Declined
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.assertions import assert_on_device
 from hvcompile.torch_private.fakes import TAG, is_data_dependent, shape_key, size_hint, value
 from hvcompile.trunk.invariants import copied_out, invariants
 from hvcompile.trunk.trunk import Body, Trunk
@@ -23,6 +27,12 @@ DROPPED = -9000.0
 LEAST_KEYS = 2
 # Samples of a batch that are unrolled at most: each has an attention of its own in every block.
 MOST_SAMPLES = 8
+STALE = (
+    "hvfast: a mask is not what it was when its keys were counted, though it is the same, unmodified tensor: it was "
+    "written to through .data or another alias that PyTorch does not track. Pass a new tensor, or call "
+    "hvcompile.reset(model) after such a write"
+)
+"""What the assertion in the graph says."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -168,6 +178,64 @@ def _before_outlining(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_read_in_every_call(sources: Sequence[fx.Node]) -> bool:
+    """Whether masks made of these inputs are in the host's memory, where reading them costs no waiting."""
+    return all(value(node).device.type == "cpu" for node in sources if is_tensor(node))
+
+
+def assert_lengths(
+    trunk: Trunk, masks: fx.GraphModule, sources: Sequence[fx.Node], lengths: Sequence[fx.Node], tag: str
+) -> None:
+    """Have every step check that the numbers of keys that it is given are those of the masks that it is given.
+
+    The numbers are remembered for masks that are the same, unmodified tensors, and a write through ``.data`` is no
+    modification that can be seen. What is checked is small (a row a sample), and the host does not wait for it.
+
+    Args:
+        trunk: gains the check, before its first block.
+        masks: gives the masks, of ``sources``.
+        sources: placeholders of the trunk's graph.
+        lengths: placeholders of the numbers, for each mask as many as it has samples.
+        tag: name of the pass.
+
+    """
+    before = trunk.blocks[0].call
+    env: dict[fx.Node, fx.Node] = {}
+    placeholders = masks.graph.find_nodes(op="placeholder")
+    env.update(zip(placeholders, sources, strict=True))
+    with trunk.graph.inserting_before(before):
+        for node in masks.graph.nodes:
+            if node.op not in {"placeholder", "output"}:
+                env[node] = trunk.graph.node_copy(node, env.__getitem__)
+                env[node].meta = fakes.provenance(node, tag, value(node))
+    results: Any = masks.graph.output_node().args[0]
+    given = {f"mask_{place}": env[node] for place, node in enumerate(results)}
+    given |= {f"length_{place}": node for place, node in enumerate(lengths)}
+    shapes = [value(node).shape for node in results]
+
+    def check(**given: Any) -> dict[str, Any]:
+        held = [given[f"mask_{place}"] for place in range(len(shapes))]
+        rest = iter([given[f"length_{place}"] for place in range(len(lengths))])
+        fits = []
+        for mask, shape, node in zip(held, shapes, results, strict=True):
+            keep, checks = _kept(mask[(None,) * (4 - len(shape))], value(node).dtype)
+            places = torch.arange(keep[0, 0, 0].numel(), device=value(node).device)
+            samples = shape[0] if len(shape) == 4 else 1
+            leading = [(keep[sample, 0, 0] == (places < next(rest))).all() for sample in range(samples)]
+            fits += [*checks, *leading]
+        assert_on_device(torch.stack(fits).all(), STALE)
+        return {}
+
+    inline(trunk.graph, check, given, before=before, tag=tag)
+
+
+def _kept(mask: Any, dtype: torch.dtype) -> tuple[Any, list[Any]]:
+    """Which keys a mask of 4 dimensions keeps; and whether it keeps the same for all heads, and adds to none."""
+    keep = mask if dtype == torch.bool else mask == 0
+    is_clear = torch.ones_like(keep) if dtype == torch.bool else keep | (mask <= DROPPED)
+    return keep, [(keep == keep[:, :1]).all(), is_clear.all()]
+
+
 def read_lengths(masks: Sequence[torch.Tensor]) -> list[int] | Declined:
     """How many keys each sample of each mask keeps, where those are the first ones; else why they are not.
 
@@ -179,15 +247,10 @@ def read_lengths(masks: Sequence[torch.Tensor]) -> list[int] | Declined:
     """
     rows = []
     for mask in (held.reshape([1] * (4 - held.ndim) + list(held.shape)) for held in masks):
-        keep = mask if mask.dtype == torch.bool else mask == 0
-        is_clear = keep | (mask <= DROPPED) if mask.dtype != torch.bool else torch.ones_like(keep)
+        keep, checks = _kept(mask, mask.dtype)
         count = keep[:, 0, 0].sum(-1)
         places = torch.arange(mask.shape[-1], device=mask.device)
-        checks = [
-            (keep == keep[:, :1]).all(),
-            is_clear.all(),
-            (keep[:, 0, 0] == (places < count[:, None])).all(),
-        ]
+        checks.append((keep[:, 0, 0] == (places < count[:, None])).all())
         rows.append(torch.cat([torch.stack(checks).to(count.dtype), count]))
     read: list[int] = torch.cat(rows).tolist()
     lengths: list[int] = []

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hvcompile.ranks import collectives
+from hvcompile.runtime.fingerprints import hash_of
 
 
 def new_generation(
-    steps: Any, *, clock: Any, last_clock: Any, direction: Any, sample: Any, last_sample: Any
+    steps: Any,
+    *,
+    contents: Any,
+    last_contents: Any,
+    clock: Any,
+    last_clock: Any,
+    direction: Any,
+    sample: Any,
+    last_sample: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Whether a step begins a generation, and what the next step compares with.
 
     Args:
         steps: done in this generation, int64 scalar.
+        contents: of weights and conditions, int64 ``[N]``: see ``contents``.
+        last_contents: those of the step before, same shape.
         clock: this step's timesteps, float64 ``[K]``.
         last_clock: those of the step before, same shape.
         direction: sign of the clock's movement in this generation, 0 where it has not moved yet, same shape.
@@ -24,7 +36,7 @@ def new_generation(
         last_sample: that of the step before, same shape.
 
     Returns:
-        A bool scalar, and the next ``direction``, ``last_clock`` and ``last_sample``.
+        A bool scalar, and the next ``direction``, ``last_clock``, ``last_contents`` and ``last_sample``.
 
     """
     moved = (clock - last_clock).sign()
@@ -34,15 +46,36 @@ def new_generation(
     has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
     is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
     is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
-    is_new = (steps == 0) | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
+    # The host has found this state by what it can see of weights and conditions: the same, unmodified tensors. Those
+    # may have been written to all the same (a LoRA that was merged or swapped), and then this is another model's step.
+    is_other = (contents != last_contents).any()
+    is_new = (steps == 0) | is_other | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
     moved = torch.where(moved == 0, direction, moved)
     follow = {
         "direction": torch.where(is_new, torch.zeros_like(moved), moved),
         "last_clock": clock.clone(),
+        "last_contents": contents.clone(),
         # It comes back as state, which is contiguous, whatever the sample's layout is.
         "last_sample": sample.clone(memory_format=torch.contiguous_format),
     }
     return is_new, follow
+
+
+def contents(*, weights: Any, fakes: Mapping[str, torch.Tensor], **conditions: Any) -> dict[str, Any]:
+    """What tells whether weights and conditions hold what they did, as graph code.
+
+    Args:
+        weights: the weights' content, int64 scalar; see ``trunk.Trunk.weights_content``.
+        fakes: the fake value of each condition.
+        conditions: tensors of any shape and dtype.
+
+    Returns:
+        "contents", int64 ``[1 + conditions]``: the first, and a hash of all of each condition.
+
+    """
+    device = fakes["weights"].device
+    hashes = [hash_of(tensor, fakes[name]).to(device) for name, tensor in conditions.items()]
+    return {"contents": torch.stack([weights, *hashes])}
 
 
 def near_end(last_steps: int, is_new: Any, *, past_clocks: Any, last_clock: Any, clock: Any) -> tuple[Any, Any, Any]:

@@ -258,21 +258,24 @@ class Agreement:
     also compare the content of the sample and the timesteps.
 
     In later calls that would wait for the device. Instead, every step broadcasts rank 0's sample and timestep, and the
-    graph measures how far each rank's own are from them. If they are further apart than ``limits`` allow, every rank
-    raises ``DisagreementError`` ``LAG`` calls later, when the figures have long arrived.
+    graph measures how far each rank's own are from them, and whether each condition holds what it holds on rank 0. If
+    they are further apart than ``limits`` allow, every rank raises ``DisagreementError`` ``LAG`` calls later, when the
+    figures have long arrived.
 
     Args:
         group: the ranks.
         inputs: of the graph.
-        limits: for each shared input, how far a rank's own may be from rank 0's, as a share of it.
+        limits: for each input that the graph compares, its name, and how far a rank's own may be from rank 0's, as a
+            share of it; for conditions 0.
 
     """
 
     LAG = 2
 
-    def __init__(self, group: Group, inputs: CallInputs, limits: Sequence[float]) -> None:
+    def __init__(self, group: Group, inputs: CallInputs, limits: Sequence[tuple[str, float]]) -> None:
         self._group, self._inputs = group, inputs
-        self._limits = list(zip(inputs.shared.values(), limits, strict=True))
+        self._limits = list(limits)
+        self._conditions = set(inputs.conditions.values())
         self._standing = self._stand()
         self._known: collections.OrderedDict[Any, None] = collections.OrderedDict()
         self._readings: collections.deque[_Reading] = collections.deque()
@@ -355,16 +358,25 @@ class Agreement:
         _, _, names = self._standing
         if not names:
             return  # ranks that don't exist have no inputs
-        beyond, within = [], []
+        beyond, within, written = [], [], []
         for rank, row in zip(names, reading.read(), strict=True):
             for (name, limit), relative in zip(self._limits, row, strict=True):
                 message = f"{name} on rank {rank} is off by {relative:.3g} (relative)"
-                if not relative <= limit:  # a NaN is beyond
+                if name in self._conditions and relative:
+                    written.append(f"{name} on rank {rank}")
+                elif not relative <= limit:  # a NaN is beyond
                     beyond.append(f"{message}, allowed is {limit:g}")
                 elif relative:
                     within.append(message)
+        when = f"{calls_ago} call{'s' if calls_ago > 1 else ''} ago"
+        if written:
+            raise DisagreementError(
+                f"ranks that share a sequence differ from rank {names[0]}, {when}: {_some(written)} had other content "
+                "than when the ranks compared it, though it is the same, unmodified tensor: it was written to through "
+                ".data or another alias that PyTorch does not track. The results since then are wrong. Write to it on "
+                "all ranks alike, or pass new tensors"
+            )
         if beyond:
-            when = f"{calls_ago} call{'s' if calls_ago > 1 else ''} ago"
             raise DisagreementError(
                 f"ranks that share a sequence differ from rank {names[0]}, {when}: {_some(beyond)}. "
                 f"All have computed with what rank {names[0]} was given. {ADVICE}"

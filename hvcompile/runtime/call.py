@@ -51,7 +51,8 @@ class CallPlan:
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
     compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state. ``agreement`` is
-    there where several ranks run the graph together; the last output may be for it.
+    there where several ranks run the graph together; the last output may be for it. ``content_device`` is where the
+    graph takes the weights' content, after the state; None where it doesn't.
     """
 
     anchor: int | None
@@ -62,6 +63,7 @@ class CallPlan:
     num_outputs: int
     states: tuple[StateLayout, ...]
     has_record: bool
+    content_device: torch.device | None = None
     passed: tuple[int, ...] | None = None
     stored: tuple[WeightLayout, ...] = ()
     derived: tuple[DerivedCall, ...] = ()
@@ -129,8 +131,8 @@ class CompiledGraph:
         passed = self._passed(args) if self._passed is not None else args
         if not plan.states:
             return self._run([*passed, *added])
-        slot = self._slot(model, args, revision, generation or self._generation(args))
-        results = self._run([*passed, *added, *slot.tensors])
+        slot, content = self._slot(model, args, revision, generation or self._generation(args))
+        results = self._run([*passed, *added, *slot.tensors, *content])
         end = plan.num_outputs + len(plan.states)
         slot.tensors = list(results[plan.num_outputs : end])
         if plan.has_record:
@@ -179,9 +181,15 @@ class CompiledGraph:
             conditions = tuple(self._fingerprints.fingerprint_of(args[place]) for place in self._plan.conditions)
         return self._numbers(args), conditions
 
-    def _slot(self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation) -> Slot:
+    def _slot(
+        self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation
+    ) -> tuple[Slot, list[torch.Tensor]]:
+        """The slot of a call, and the content of its weights, where the graph takes that."""
+        device, given = self._plan.content_device, self._weights(args)
         with model.lock:
-            weights = model.weights[self._number].revision_of(self._weights(args))
+            known = model.weights[self._number]
+            weights = known.revision_of(given)
+            content = [] if device is None else [known.content_of(given, device)]
             thread = weakref.ref(threading.current_thread())
             key = (thread, self._number, weights, stored_revision, *generation)
             model.calls += 1
@@ -197,7 +205,7 @@ class CompiledGraph:
                     self._warn_of_churn()
                 found = model.slots[key] = Slot(next(model.numbers), self._fresh(args), 0)
             found.last_call = model.calls
-            return found
+            return found, content
 
     def _warn_of_churn(self) -> None:
         if not self._has_warned:

@@ -1,4 +1,4 @@
-"""Derived inputs between calls: computed from a call's other inputs, and kept for as long as those come again."""
+"""Derived inputs: computed from a call's other inputs, and kept for as long as those come again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hvcompile.journal import Declined
-from hvcompile.torch_private.storages import version_of
+from hvcompile.torch_private.storages import mark_of
 
 # Sets of inputs whose results are kept at most: guidance halves and prompts that run in turn.
 MOST_KEPT = 8
@@ -29,26 +29,27 @@ class DerivedCall:
     names: tuple[str, ...]
     run: Callable[..., Sequence[torch.Tensor]]
     sources: tuple[int, ...]
+    is_kept: bool
     read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None
 
 
 class _Seen:
-    """One set of inputs, told by identity, version and, where they are no tensors, value; and what followed from it."""
+    """One set of inputs and what followed from it; tensors are told by identity, version and address."""
 
     def __init__(self, sources: Sequence[Any], result: Sequence[Any] | Declined) -> None:
         self.thread, self.result = threading.get_ident(), result
         self._sources: list[tuple[weakref.ref[Any] | None, Any]] = [
-            (weakref.ref(item), version_of(item)) if isinstance(item, torch.Tensor) else (None, item)
-            for item in sources
+            (weakref.ref(item), mark_of(item)) if isinstance(item, torch.Tensor) else (None, item) for item in sources
         ]
 
     def is_of(self, sources: Sequence[Any]) -> bool:
         """Whether these are the same inputs, unmodified."""
         for item, (reference, known) in zip(sources, self._sources, strict=True):
-            if reference is None or item is None:
-                if type(item) is not type(known) or item != known:
+            if isinstance(item, torch.Tensor):
+                is_other = reference is None or reference() is not item
+                if is_other or mark_of(item) != known:
                     return False
-            elif reference() is not item or version_of(item) != known:
+            elif type(item) is not type(known) or item != known:
                 return False
         return self.thread == threading.get_ident()
 
@@ -69,7 +70,8 @@ class Kept:
         sources = [args[place] for place in call.sources]
         # A tensor made in inference mode carries no version counter, so that it may change unseen.
         is_tracked = not any(isinstance(item, torch.Tensor) and item.is_inference() for item in sources)
-        if is_tracked:
+        is_kept = call.is_kept and is_tracked
+        if is_kept:
             with self._lock:
                 for seen in self._seen:
                     if seen.is_of(sources):
@@ -77,7 +79,7 @@ class Kept:
         with torch.no_grad():
             results = call.run(*sources)
         values: Sequence[Any] | Declined = results if call.read is None else call.read(results)
-        if is_tracked:
+        if is_kept:
             with self._lock:
                 fresh = [seen for seen in self._seen if not seen.is_over()]
                 self._seen.clear()

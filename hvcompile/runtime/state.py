@@ -204,14 +204,17 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
 def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
     """Forget all cached state and statistics of a model, so that its next step is computed.
 
-    A new prompt, shape or schedule needs no call: the inputs show it. Call ``reset`` in four cases, which they don't:
+    A new prompt, shape or schedule needs no call, nor does writing to weights or conditions, in whatever way: both are
+    seen. Call ``reset`` in three cases, which are not:
 
     - a generation has the same conditions as one that was broken off, and begins further along the schedule than that
       one came (at a lower timestep, where timesteps fall);
     - generations with the same conditions run step by step in turn, in one thread;
-    - one-step generations differ in seed and embedded guidance alone;
-    - conditions or weights were written to through ``.data`` or another view that PyTorch does not track, or were made
-      under ``torch.inference_mode()`` and written to.
+    - one-step generations differ in seed and embedded guidance alone.
+
+    A mask on a GPU that is written to through ``.data`` ends the next step with an error that asks for a ``reset``. Of
+    weights that are written to in such a way, 32 elements each are compared: a write to a single row of a large weight,
+    and to no other weight, needs a ``reset`` too.
 
     Args:
         model: the module given to ``torch.compile``, or what that returned.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import operator
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ import torch
 
 from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import Joined, join
+from hvcompile.runtime.samples import WeightSamples, is_plain
 from hvcompile.torch_private.storages import version_of
-
-log = logging.getLogger(__name__)
 
 # There are over a thousand weights to look at in every step: what runs for each of them runs in C.
 _JOINED = operator.attrgetter("joined")
+_ADDRESS: Callable[[Any], int] = torch.Tensor.data_ptr
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -31,9 +30,10 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 class WeightRevisions:
     """The weights of the last call of one compiled graph, and a number that changes when any of them does.
 
-    A weight changes if it is written to in place (a fused LoRA, ``load_state_dict``) or is another tensor, even one
-    that was another weight before. All is read on the host. Two kinds of write leave no trace and are not seen: through
-    ``.data``, and into a tensor made under ``torch.inference_mode()``.
+    A weight changes if it is written to in place (``load_state_dict``), is given other memory (``.data = other``,
+    ``module.to``), or is another tensor, even one that was another weight before. All is read on the host. A write
+    through ``.data``, and one into a tensor made under ``torch.inference_mode()``, leaves no trace there:
+    ``content_of`` is for these.
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,9 @@ class WeightRevisions:
         self._seen: list[weakref.ref[torch.Tensor]] = []
         self._versioned: list[weakref.ref[torch.Tensor]] = []
         self._versions = -1
+        self._located: list[weakref.ref[torch.Tensor]] = []
+        self._addresses: list[int] = []
+        self._samples: WeightSamples | None = None
 
     def revision_of(self, weights: Sequence[torch.Tensor]) -> int:
         """Compare a call's weights with those of the last call; returns their revision."""
@@ -49,17 +52,27 @@ class WeightRevisions:
         if not is_same:
             self._seen = [weakref.ref(weight) for weight in weights]
             self._versioned = [weakref.ref(weight) for weight in weights if not weight.is_inference()]
-            if len(self._versioned) < len(self._seen):
-                log.warning(
-                    "%d weights were made under torch.inference_mode(): writes into them are not seen, so call "
-                    "hvcompile.reset(model) after one",
-                    len(self._seen) - len(self._versioned),
-                )
+            self._located = [weakref.ref(weight) for weight in weights if is_plain(weight)]
         versions = sum(map(version_of, map(operator.call, self._versioned)))
-        if not is_same or versions != self._versions:
-            self._versions = versions
+        addresses = list(map(_ADDRESS, map(operator.call, self._located)))
+        if not is_same or versions != self._versions or addresses != self._addresses:
+            if not is_same or addresses != self._addresses:
+                self._samples = None  # it reads from these addresses
+            self._versions, self._addresses = versions, addresses
             self.revision += 1
         return self.revision
+
+    def content_of(self, weights: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+        """What differs where the content of the weights does, an int64 scalar on ``device``; see ``WeightSamples``.
+
+        Args:
+            weights: those that ``revision_of`` was just given.
+            device: of the result; the host does not wait for it.
+
+        """
+        if self._samples is None:
+            self._samples = WeightSamples(weights)
+        return self._samples.content(weights).to(device, non_blocking=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

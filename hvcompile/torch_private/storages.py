@@ -21,6 +21,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 version_of: Callable[[Any], int] = operator.attrgetter("_version")
 
 
+def mark_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The version and address of a tensor, which tell most changes of it without a look at its content.
+
+    A tracked write moves the version. ``.data = other`` and ``set_()`` move the address. A write through ``.data``
+    moves neither. A tensor that was made in inference mode has no version.
+    """
+    return -1 if tensor.is_inference() else version_of(tensor), tensor.data_ptr()
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells a tensor's storage from all others that are alive; a view has that of its base. Fake tensors too."""
     return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]

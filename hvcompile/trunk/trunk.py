@@ -107,12 +107,17 @@ class StoredWeights:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Derived:
-    """Inputs of the trunk's graph that follow from other inputs; their own graph runs anew only if those changed.
+    """Inputs of the trunk's graph that follow from other inputs.
+
+    What follows from numbers alone is kept, and right for as long as these are equal. What follows from tensors is kept
+    if the pass asks for it, and a tensor that is the same, unmodified object may have been written to unseen. So the
+    pass that asks also has the graph check in every step that the values fit the tensors.
 
     Attributes:
         made_by: name of the pass. If ``read`` refuses, that pass's ``instead`` says what runs in its place.
         module: takes ``sources`` in order and returns a tuple; it runs as it is, not compiled.
         sources: placeholders of the captured graph: conditions, weights, sizes.
+        is_kept: whether the values serve later calls too; else they are computed in every call.
         placeholders: what was added to the trunk's graph, one for each value.
         read: makes the placeholders' values of ``module``'s results, or says why the trunk's graph does not compute
             for them what was captured; None where the results are the values.
@@ -123,6 +128,7 @@ class Derived:
     module: fx.GraphModule
     sources: tuple[fx.Node, ...]
     placeholders: tuple[fx.Node, ...]
+    is_kept: bool = True
     read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None = None
 
 
@@ -144,16 +150,19 @@ class Sharding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedInputs:
-    """Inputs of which every rank takes rank 0's: the sample and the timesteps.
+    """Inputs of which every rank takes rank 0's, the sample and the timesteps; and those that must be rank 0's.
 
     Attributes:
         nodes: for each placeholder, the node of rank 0's value.
-        apart: how far each rank's own inputs are from rank 0's, float32 ``[ranks, len(nodes)]``: the sum of absolute
-            differences over the sum of rank 0's absolute values.
+        conditions: placeholders whose content must be equal on all ranks.
+        apart: how far each rank's own inputs are from rank 0's, float32 ``[ranks, len(nodes) + len(conditions)]``: of
+            the former the sum of absolute differences over the sum of rank 0's absolute values; of the latter 0 where
+            they are equal, else infinite.
 
     """
 
     nodes: Mapping[fx.Node, fx.Node]
+    conditions: tuple[fx.Node, ...]
     apart: fx.Node
 
 
@@ -174,6 +183,8 @@ class Trunk:
         group: the ranks that run the graph together; None where it runs alone.
         sharding: how they split its sequence; None where they don't.
         shared: set where ``sharding`` is.
+        weights_content: placeholder of what tells whether the weights hold what they did, an int64 scalar; None where
+            no pass has asked for it.
 
     """
 
@@ -187,6 +198,7 @@ class Trunk:
     group: Group | None = None
     sharding: Sharding | None = None
     shared: SharedInputs | None = None
+    weights_content: fx.Node | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -211,10 +223,11 @@ class Trunk:
 
     @property
     def added(self) -> list[fx.Node]:
-        """The placeholders that passes have added, in order: derived inputs, weights, state."""
+        """The placeholders that passes have added, in order: derived inputs, weights, state, the weights' content."""
         derived = [node for item in self.derived for node in item.placeholders]
         stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
-        return [*derived, *stored, *(state.placeholder for state in self.states)]
+        content = [] if self.weights_content is None else [self.weights_content]
+        return [*derived, *stored, *(state.placeholder for state in self.states), *content]
 
     @property
     def output(self) -> fx.Node:
@@ -230,6 +243,15 @@ class Trunk:
         self.states.append(state)
         return state
 
+    def add_weights_content(self, device: torch.device) -> fx.Node:
+        """Add a number that differs where the weights' content does, as a placeholder after all others.
+
+        The runtime makes it in every call, an int64 scalar, of some elements of each weight that the graph takes.
+        """
+        assert self.weights_content is None
+        self.weights_content = self._add_placeholder("weights_content", (), torch.int64, device)
+        return self.weights_content
+
     def add_derived(
         self,
         names: Sequence[str],
@@ -238,6 +260,7 @@ class Trunk:
         made_by: str,
         module: fx.GraphModule,
         sources: Sequence[fx.Node],
+        is_kept: bool = True,
         read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None = None,
     ) -> Derived:
         """Add inputs that ``module`` computes; see ``Derived``.
@@ -248,6 +271,7 @@ class Trunk:
             made_by: as of ``Derived``.
             module: as of ``Derived``.
             sources: as of ``Derived``.
+            is_kept: as of ``Derived``.
             read: as of ``Derived``.
 
         """
@@ -266,6 +290,7 @@ class Trunk:
             module=module,
             sources=tuple(sources),
             placeholders=tuple(placeholders),
+            is_kept=is_kept,
             read=read,
         )
         self.derived.append(derived)

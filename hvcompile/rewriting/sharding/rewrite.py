@@ -128,6 +128,8 @@ class Rewrite:
         for state in trunk.states:
             state.placeholder = top.env[state.placeholder]
             state.next_value = top.env[state.next_value] if state.next_value is not None else None
+        if trunk.weights_content is not None:
+            trunk.weights_content = top.env[trunk.weights_content]
         trunk.observed = {name: top.env[node] for name, node in trunk.observed.items()}
         trunk.sharding = Sharding(split=self.split, streams=around.streams)
         return PassReport(matched=(f"{summary}; gathered after the blocks: {', '.join(around.gathered)}",))
