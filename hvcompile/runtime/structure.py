@@ -122,20 +122,22 @@ class Look:
             return closely(variables)
         if self._plan is None:
             self._plan = self._make_plan()
-        before = self._values(self._plan, variables)
-        if before and self._is_as_found(self._plan, before, self._found.get(id(before[0]))):
+        plan = self._plan
+        values = self._values(plan, variables)
+        if values and self._is_as_found(plan, values, self._found.get(id(values[0]))):
             self._misses = 0
             return True
-        found = self._find(self._plan, before) if before else None
         if not closely(variables):
             return False
         self._misses += 1
-        # Another thread may have changed the model while it was looked at: only what is the same before and after it
-        # was, is what was looked at.
-        after = self._values(self._plan, variables)
-        if found is not None and self._is_as_found(self._plan, after, found):
-            others = self._found if len(self._found) < MOST_MODELS else {}
-            self._found = {**others, id(after[0]): found}
+        # Another thread may change the model meanwhile. What is there before and after a close look was looked at.
+        values = self._values(plan, variables)
+        found = self._find(plan, values) if values else None
+        if found is not None and closely(variables):
+            values = self._values(plan, variables)
+            if self._is_as_found(plan, values, found):
+                others = self._found if len(self._found) < MOST_MODELS else {}
+                self._found = {**others, id(values[0]): found}
         return True
 
     def _values(self, plan: _Plan, variables: Mapping[str, Any]) -> list[Any]:
