@@ -4,7 +4,7 @@
 bodies) and runs the passes on it. *Seal* gives the graph its last inputs and outputs, and plans how the runtime calls
 it. *Lower* hands it to Inductor. *Store weights* puts float8 copies in the place of weights. A graph without a trunk is
 lowered as it was captured, and so is one that can't be recovered or sealed for a reason that nobody foresaw. Dumps and
-ranks listen as observers.
+ranks listen as observers. Last, a look is put before Dynamo's guards.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
 from hvcompile.runtime.agreement import RanksInStep
 from hvcompile.runtime.call import CallPlan, CompiledGraph
+from hvcompile.runtime.structure import Look
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
+from hvcompile.torch_private.guards import look_first
 from hvcompile.torch_private.lowering import LOWERINGS
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
@@ -73,7 +75,10 @@ def hvfast(
     """
     settings = parse(PASSES, options, mode)
     handle = next(reversed(_HANDLERS.values()), compile_graph)
-    return handle(graph_module, example_inputs, settings)
+    compiled = handle(graph_module, example_inputs, settings)
+    if settings.guards == "quick":  # Dynamo makes its guards next
+        look_first(Look)
+    return compiled
 
 
 def compile_graph(

@@ -12,9 +12,9 @@ A field asks for something if it is neither False nor None nor what it is by def
 part of a pass off, and where there is nothing to switch off nothing is amiss.
 
 A section left out is on where it applies. A pass with a ``switch`` is off unless that field, or ``mode="max"``, says
-otherwise. Four keys are no pass's: ``mode`` (where ``torch.compile`` is given options, it takes no mode), ``dump`` (a
-directory), ``dump_limit_gib`` (how much of the weights a dump may keep), and ``lower`` (what the rewritten graph is
-handed to).
+otherwise. Five keys are no pass's: ``mode`` (where ``torch.compile`` is given options, it takes no mode), ``dump`` (a
+directory), ``dump_limit_gib`` (how much of the weights a dump may keep), ``lower`` (what the rewritten graph is handed
+to), and ``guards`` (how Dynamo checks before a call that the model is as it was).
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from hvcompile.pipeline import Pass, require_type
 from hvcompile.torch_private.lowering import LOWERINGS
 
 MODES = ("default", "exact", "max")
-GENERAL = ("mode", "dump", "dump_limit_gib", "lower")
+GENERAL = ("mode", "dump", "dump_limit_gib", "lower", "guards")
 """Keys of ``options`` that are no pass's section."""
+GUARDS = ("quick", "dynamo")
 DUMP_VARIABLE = "HVCOMPILE_DUMP"
 DUMP_LIMIT_GIB = 2.0  # a tiny model's weights are kept without asking, those of a full-size one are not
 
@@ -46,6 +47,7 @@ class Options:
     lower: str
     dump: Path | None
     dump_limit_gib: float
+    guards: str = "quick"
 
 
 def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, mode: str | None) -> Options:
@@ -93,6 +95,7 @@ def parse(pass_types: Sequence[type[Pass]], options: Mapping[str, Any] | None, m
         lower=_lowering(sections.get("lower", "inductor")),
         dump=_directory(sections["dump"], "options['dump']") if "dump" in sections else _dump_from_environment(),
         dump_limit_gib=_limit(sections.get("dump_limit_gib", DUMP_LIMIT_GIB)),
+        guards=_guards(sections.get("guards", "quick")),
     )
 
 
@@ -224,6 +227,12 @@ def _require_known(keys: Mapping[Any, Any], allowed: Iterable[str], where: str) 
 def _lowering(setting: Any) -> str:
     if not isinstance(setting, str) or setting not in LOWERINGS:
         raise OptionError(f"options['lower'] is {setting!r}; allowed is one of {', '.join(map(repr, LOWERINGS))}")
+    return setting
+
+
+def _guards(setting: Any) -> str:
+    if not isinstance(setting, str) or setting not in GUARDS:
+        raise OptionError(f"options['guards'] is {setting!r}; allowed is one of {', '.join(map(repr, GUARDS))}")
     return setting
 
 

@@ -44,6 +44,8 @@ from hvcompile.pipeline import Pass
         ({"attention": {"kernel": "fa9"}}, ["attention.kernel", "'fa9'", "'cudnn'", "'flash'"]),
         ({"attention": {"unmask": 1}}, ["attention.unmask", "int", "bool"]),
         ({"attention": {"masks": False}}, ["'masks'", "'unmask'", "'kernel'", "'hoist'"]),
+        ({"guards": "none"}, ["guards", "'none'", "'quick'", "'dynamo'"]),
+        ({"guards": None}, ["guards", "None", "'quick'", "'dynamo'"]),
         ({"lower": "tvm"}, ["lower", "'tvm'", "'inductor'", "'aot'", "'eager'"]),
         ({"dump": 3}, ["dump", "3", "directory"]),
         ({"dump": __file__}, ["dump", "is a file"]),
