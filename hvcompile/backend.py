@@ -31,9 +31,12 @@ from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
 from hvcompile.runtime.agreement import RanksInStep
 from hvcompile.runtime.call import CallPlan, CompiledGraph
+from hvcompile.runtime.hooks import describe, foreign_hooks, had_hooks, look_after
+from hvcompile.runtime.state import state_while_compiling
 from hvcompile.runtime.structure import Look
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
+from hvcompile.torch_private.frames import is_in_a_piece
 from hvcompile.torch_private.guards import look_first
 from hvcompile.torch_private.lowering import LOWERINGS
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
@@ -74,11 +77,22 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
+    look_after(is_compiling=True)
     handle = next(reversed(_HANDLERS.values()), compile_graph)
-    compiled = handle(graph_module, example_inputs, settings)
+    run = handle(graph_module, example_inputs, settings)
     if settings.guards == "quick":  # Dynamo makes its guards next
         look_first(Look)
-    return compiled
+    return looked_after(run) if is_in_a_piece() else run
+
+
+def looked_after(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What Dynamo is to call for a piece of a model: see ``runtime.hooks.look_after``."""
+
+    def call(*args: Any) -> Any:
+        look_after(is_compiling=False)
+        return run(*args)
+
+    return call
 
 
 def compile_graph(
@@ -224,9 +238,33 @@ def leave_as_captured(
                 f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
                 f"Drop {item.section!r} from options to compile it as it is."
             ) from declined.cause
-    log.warning("hvfast left a graph to plain %s: %s", settings.lower, reason)
+    warn_of_plain(settings.lower, reason)
     journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
     observer.on_rewritten(None, journal, None)
+
+
+def warn_of_plain(lower: str, reason: str) -> None:
+    """Say that a graph is compiled as captured, once a model and reason; where hooks break the model, name them."""
+    found = state_while_compiling()
+    if found is None:
+        log.warning("hvfast left a graph to plain %s: %s", lower, reason)
+        return
+    model, state = found
+    hooks = foreign_hooks(model)
+    if not hooks and had_hooks(model):
+        log.info(
+            "hvfast left a graph to plain %s, the last before a model without its hooks is whole: %s", lower, reason
+        )
+    elif not hooks:
+        level = logging.WARNING if state.is_news(reason) else logging.INFO
+        log.log(level, "hvfast left a graph to plain %s: %s", lower, reason)
+    elif state.is_news(text := describe(hooks)):
+        log.warning(
+            "hooks break this %s into several graphs, and hvfast leaves those without a trunk to plain %s: %s",
+            *(type(model).__name__, lower, text),
+        )
+    else:
+        log.info("hvfast left a graph to plain %s: %s", lower, reason)
 
 
 def lower(

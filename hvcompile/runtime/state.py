@@ -29,6 +29,7 @@ from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import Kept
 from hvcompile.runtime.weights import StoredFloat8, WeightRevisions
 from hvcompile.torch_private.dynamo import compiled_module
+from hvcompile.torch_private.frames import called_module
 
 # Steps whose decision is kept for ``stats``; hits and misses are counted beyond it.
 KEPT_STEPS = 10_000
@@ -108,6 +109,7 @@ class ModelState:
     misses: int = 0
     pending: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     steps: collections.deque[Step] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=KEPT_STEPS))
+    told: set[str] = dataclasses.field(default_factory=set)
 
     def add_pending(self, slot: int, record: torch.Tensor) -> None:
         """Add a decision, float32 ``[2]``, that is still on the device; ``KEPT_STEPS`` of them are fetched at once."""
@@ -115,6 +117,13 @@ class ModelState:
             self.pending.append((slot, record))
         if len(self.pending) >= KEPT_STEPS:
             self.read_pending()
+
+    def is_news(self, text: str) -> bool:
+        """Whether this was not said of the model before; from now on it was."""
+        with self.lock:
+            is_new = text not in self.told
+            self.told.add(text)
+            return is_new
 
     def read_pending(self) -> None:
         """Fetch the decisions that are still on the device; waits for it."""
@@ -127,24 +136,45 @@ class ModelState:
                 self.misses += int(not reused)
 
 
-# An index, not a store: it maps a parameter of a model to the model's state, and holds the parameter weakly.
+# Indices, not stores. The first maps a parameter of a model to the model's state, and is asked at every call.
+# Offloading makes new parameters at every call, so the second maps the module that was compiled, which stays. Both hold
+# weakly.
 _MODELS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_ROOTS: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
 _MODELS_LOCK = threading.Lock()
 
 
 def model_state(anchor: torch.Tensor) -> ModelState:
     """The state of the model that this parameter belongs to; made where there is none."""
     with _MODELS_LOCK:
-        if anchor not in _MODELS:
-            _MODELS[anchor] = ModelState()
-        state = _MODELS[anchor]
-        return state  # type: ignore[no-any-return]
+        if anchor in _MODELS:
+            known: ModelState = _MODELS[anchor]
+            return known
+        root = called_module()
+        state = ModelState() if root is None else _ROOTS.setdefault(root, ModelState())
+        _MODELS[anchor] = state
+        return state
+
+
+def state_while_compiling() -> tuple[torch.nn.Module, ModelState] | None:
+    """The compiled module that this thread is in, and its state; None where a function was compiled."""
+    root = called_module()
+    if root is None:
+        return None
+    with _MODELS_LOCK:
+        return root, _ROOTS.setdefault(root, ModelState())
 
 
 def _states_in(module: torch.nn.Module) -> list[ModelState]:
+    """The states of the models that a module is, has, or belongs to, each once."""
+    inner = set(module.modules())
     with _MODELS_LOCK:
         tensors = itertools.chain(module.parameters(), module.buffers())
-        return [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
+        found = [_MODELS[tensor] for tensor in tensors if tensor in _MODELS]
+        roots = list(_ROOTS.items())
+    found += [state for root, state in roots if root in inner]
+    found = found or [state for root, state in roots if any(part is module for part in root.modules())]
+    return [state for state in dict.fromkeys(found) if state.graphs]
 
 
 def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
@@ -179,14 +209,16 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
         state.read_pending()
         for agreement in list(state.agreements):
             agreement.check_recorded()
-    num_slots, captured, steps, tensors = 0, [], [], []
+    num_slots, steps, tensors = 0, [], []
+    graphs_by_number: dict[int, tuple[tuple[int, int], list[JournalRow]]] = {}
     for state in states:
         with state.lock:
-            captured += list(state.graphs.values())
+            graphs_by_number |= state.graphs  # a graph may serve several
             steps += list(state.steps)
             num_slots += len(state.slots)
             tensors += [tensor for slot in state.slots.values() for tensor in slot.tensors]
             tensors += [tensor for kept in list(state.kept.values()) for tensor in kept.tensors()]
+    captured = list(graphs_by_number.values())
     graphs = len({frame for (frame, _), _ in captured})
     return Stats(
         graphs=graphs,
