@@ -8,8 +8,8 @@
 - The pass itself, a frozen dataclass, or a list of several that share the section. It counts like a dict of the fields
   that differ from their defaults.
 
-A field asks for something if it is neither False nor None nor what it is by default. ``{"hoist": False}`` switches a
-part of a pass off, and where there is nothing to switch off nothing is amiss.
+A field asks for something if it is True, or else neither False nor None nor what it is by default. ``{"hoist": False}``
+switches a part of a pass off, and where there is nothing to switch off nothing is amiss.
 
 A section left out is on where it applies. A pass with a ``switch`` is off unless that field, or ``mode="max"``, says
 otherwise. Five keys are no pass's: ``mode`` (where ``torch.compile`` is given options, it takes no mode), ``dump`` (a
@@ -205,10 +205,10 @@ class _Request:
 
 
 def asks_for_something(configured: Pass, name: str) -> bool:
-    """Whether a field of a pass asks for something: it is neither False nor None nor what it is by default."""
+    """Whether a field of a pass asks for something: True does, and else what is no False, no None and no default."""
     (default,) = [field.default for field in dataclasses.fields(configured) if field.name == name]
     setting = getattr(configured, name)
-    return setting is not None and setting is not False and setting != default
+    return setting is True or (setting is not None and setting is not False and setting != default)
 
 
 def _spelled(kind: type[Pass]) -> str:

@@ -213,11 +213,11 @@ def asked(options: dict[str, Any], mode: str | None = None) -> list[str]:
 
 
 def test_what_switches_off_or_repeats_a_default_asks_for_nothing() -> None:
-    """Every field of every pass: as it is by default, False or None; as a dict and as the pass itself."""
+    """Every field of every pass: as it is by default (if not True), False, None; as a dict and as the pass itself."""
     for kind in PASSES:
         for field in dataclasses.fields(kind):
             hint = typing.get_type_hints(kind)[field.name]
-            silent = [field.default]
+            silent = [] if field.default is True else [field.default]
             silent += [False] if hint is bool else []
             silent += [None] if types.NoneType in typing.get_args(hint) else []
             for setting in silent:
@@ -237,6 +237,7 @@ def test_what_switches_off_or_repeats_a_default_asks_for_nothing() -> None:
         ({"attention": {"hoist": False, "fp8": True}}, ["Float8Attention"]),
         ({"attention": {"fp8": True, "kernel": "math"}}, ["UnmaskedAttention", "Float8Attention"]),
         ({"attention": {}}, ["UnmaskedAttention"]),
+        ({"attention": {"unmask": True, "hoist": False}}, ["UnmaskedAttention"]),
         ({"attention": True}, ["UnmaskedAttention"]),
         ({"attention": UnmaskedAttention()}, ["UnmaskedAttention"]),
         ({"fp8": {"keep_last_blocks": 0}}, ["Float8Linears"]),

@@ -208,4 +208,4 @@ def test_few_layers_beside_a_modulation(blocks: int, lower: str) -> None:
     if blocks == 2:
         assert row.line().startswith("outline: layers x 2: ")
     else:
-        assert "the largest, adaLN_modulation x 2, does 3% of the graph's arithmetic" in row.line()
+        assert "the largest, adaLN_modulation x 2, which does 3% of the graph's arithmetic" in row.line()

@@ -326,8 +326,8 @@ def _no_blocks(graph: fx.Graph, chains: Sequence[_Chain], counter: FlopCounter) 
     largest = max(several, key=lambda chain: chain.arithmetic)
     share = largest.arithmetic / max(sum(map(counter.arithmetic, graph.nodes)), 1)
     return Declined(
-        "no module list in this graph is one of blocks, which hand on what they are given in the same shape; the "
-        f"largest, {describe_lists(largest.blocks)}, does {share:.0%} of the graph's arithmetic"
+        "no module list in this graph is one of blocks: no residual stream runs through the members of the largest, "
+        f"{describe_lists(largest.blocks)}, which does {share:.0%} of the graph's arithmetic"
     )
 
 
