@@ -183,5 +183,5 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.message for record in caplog.records if record.name.startswith("hvcompile")]
     assert [line.split(":")[0] for line in lines] == ["outline", *(item.__name__ for item in PASSES)]
     assert lines[0] == "outline: blocks x 4: 4 blocks share 1 bodies"
-    assert lines[2].startswith("UnmaskedAttention: 1 values that follow from sizes and weights")
+    assert lines[2].startswith("UnmaskedAttention: 1 values that follow from sizes are computed once")
     assert lines[-1].startswith("FirstBlockCache: blocks.1 .. blocks.3 run on a miss; cached: ")
