@@ -347,7 +347,7 @@ def test_a_bad_path_is_one_line_before_any_work(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(app_explain, "skeleton", never)
+    monkeypatch.setattr(app_explain, "first_call", never)
     monkeypatch.setattr(pipelines, "load", never)
     for command in (["explain"], ["generate", "a cat", "--output", str(tmp_path / "a.mp4")]):
         done = CliRunner().invoke(cli.app, [*command, "--html", str(path)])
