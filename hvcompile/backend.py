@@ -39,6 +39,7 @@ from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.frames import is_in_a_piece
 from hvcompile.torch_private.guards import look_first
 from hvcompile.torch_private.lowering import LOWERINGS
+from hvcompile.trunk.numbers import fix_numbers
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
 from hvcompile.trunk.trunk import Trunk
@@ -304,6 +305,7 @@ def misfit_compiler(
         return None
     # Dynamo's own graph may be gone or changed by the time that another is wanted.
     own = dynamo.clone_graph_module(captured)
+    fix_numbers(own.graph, lambda _: False)  # those on which Dynamo guards by now
     return functools.partial(_compile_without, own, settings, compile_id)
 
 

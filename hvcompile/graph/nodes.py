@@ -38,6 +38,11 @@ def is_scalar(node: fx.Node) -> bool:
     return isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node's value is a number that a subgraph can take: a whole one, or a truth value, or known now."""
+    return is_scalar(node) and not isinstance(value(node), torch.SymFloat)
+
+
 def is_parameter(node: fx.Node) -> bool:
     """Whether a node is a placeholder for a parameter of the model."""
     return node.op == "placeholder" and (

@@ -14,6 +14,7 @@ from hvcompile.graph.nodes import (
     descendants,
     is_context_switch,
     is_scalar,
+    is_size,
     is_tensor,
     mutated_operand,
     op_name,
@@ -141,9 +142,10 @@ def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node
         is_work = is_work and written.isdisjoint(storage(item) for item in (node, *node.all_input_nodes))
         if is_work and node.users and (core | private).issuperset(node.users):
             private.add(node)
-    for node in graph.nodes:  # a part of a tuple stays with the tuple, which can't be handed into a branch
+    # A part of a tuple stays with the tuple, which can't be handed into a branch; what reads a float, with the float.
+    for node in graph.nodes:
         operands = [item for item in node.all_input_nodes if item not in private and item.op != "get_attr"]
-        if node in private and any(not is_tensor(item) and not is_scalar(item) for item in operands):
+        if node in private and not all(is_tensor(item) or is_size(item) for item in operands):
             private.remove(node)
     return tuple(node for node in graph.nodes if node in core or node in private)
 

@@ -77,6 +77,14 @@ def source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def is_of_module(placeholder: fx.Node) -> bool:
+    """Whether Dynamo took a placeholder from an attribute of a module, rather than from the call's arguments."""
+    # Private: nothing public says where an input comes from, and its name leads to the root module alone by what the
+    # user's function calls it (2.11.0, 2.13.0).
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    return source is not None and bool(source.guard_source.is_unspecialized_nn_module())
+
+
 def autocast_of(region: fx.Node) -> torch.autocast:
     """The context of an autocast region, given the node that enters it."""
     device_type, dtype, enabled, cache_enabled = region.args
@@ -173,6 +181,10 @@ class _Propagate(fx.Interpreter):
         return result
 
 
+def _is_number(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.ndim == 0 and item.dtype == torch.float64
+
+
 def _number_or_node(node: fx.Node) -> Any:
     return value(node) if isinstance(value(node), int | float) else node
 
@@ -181,18 +193,23 @@ def specialise(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
     """A copy of a captured graph for inputs of these sizes alone, with fake inputs for it; computes nothing.
 
     Dynamo checks the assumptions that are made while it compiles. What is compiled later may make none about a symbolic
-    size, so it is given none.
+    size, so it is given none. Floats that are inputs stay inputs, and nothing is assumed of them.
     """
     module = clone_graph_module(captured)
     placeholders = module.graph.find_nodes(op="placeholder")
     sizes = [size for node in placeholders for size in (getattr(value(node), "shape", None) or [value(node)])]
+    sizes += [value(node) for node in module.graph.nodes]
     if not any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes):
         return module, [value(node) for node in placeholders]
     # Private: a fake mode with symbols of its own, as Dynamo makes one (2.11.0, 2.13.0).
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(item, static_shapes=True) if isinstance(item, torch.Tensor) else item for item in inputs]
-    with mode, torch.no_grad():
+    # The floats that it reads are made again where the graph is traced: so they are ignored here, and the inputs, which
+    # remember what was read from them, are exchanged (2.11.0, 2.13.0).
+    env: Any = mode.shape_env
+    with mode, torch.no_grad(), env.ignore_fresh_unbacked_symbols():
         _Propagate(module).run(*fakes)
+        fakes = [torch.empty_like(item) if _is_number(item) else item for item in fakes]
     for node in module.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), _number_or_node)
         node.args, node.kwargs = args, kwargs

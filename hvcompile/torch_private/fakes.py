@@ -70,6 +70,23 @@ def number_hint(number: Any) -> float | None:
     return None if hint is None else float(hint)
 
 
+def fix_number(number: torch.SymFloat) -> None:
+    """Make a symbolic number the one of the run that was captured: Dynamo guards on it."""
+    float(number)
+
+
+def is_fixed(number: Any) -> bool:
+    """Whether a symbolic number can be but one, on which Dynamo guards where it came from an input."""
+    # Private: as in ``symbol_of``.
+    symbolic = isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return symbolic and not number.node.expr.free_symbols and number.node.hint is not None
+
+
+def literal_of(number: Any) -> Any:
+    """The plain number that a fixed symbolic one is, to the last bit; sympy's own has fewer digits."""
+    return number.node.hint  # private: as in ``size_hint``
+
+
 def is_data_dependent(tensor: torch.Tensor) -> bool:
     """Whether a size of a fake tensor is known only when the graph runs."""
     # Private: as in ``size_hint``.

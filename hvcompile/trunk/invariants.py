@@ -59,7 +59,7 @@ def invariants(trunk: Trunk) -> set[fx.Node]:
 
 
 def _stands_alone(node: fx.Node) -> bool:
-    """Whether a node gives the same result wherever it runs, and that is a number or tensors of known shape."""
+    """Whether a node gives the same result wherever it runs, and that is numbers or tensors of known shape."""
     if mutated_operand(node) is not None or draws_random_numbers(node) or _RANDOM.match(op_name(node)):
         return False
     if "unbacked_bindings" in node.meta or "_assert" in op_name(node):
@@ -68,7 +68,7 @@ def _stands_alone(node: fx.Node) -> bool:
     items = result if isinstance(result, (tuple, list)) else [result]
     if any(isinstance(item, torch.Tensor) and is_data_dependent(item) for item in items):
         return False
-    return is_scalar(node) or all(isinstance(item, torch.Tensor) for item in items)
+    return is_scalar(node) or isinstance(result, torch.Size) or all(isinstance(item, torch.Tensor) for item in items)
 
 
 def copied_out(trunk: Trunk, nodes: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node]]:

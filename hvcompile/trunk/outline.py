@@ -33,6 +33,7 @@ from hvcompile.torch_private.fakes import TAG, provenance, value
 from hvcompile.torch_private.lowering import INVOKE_SUBGRAPH
 from hvcompile.trunk.find import Block, describe_lists, entering, find_trunk, leaving
 from hvcompile.trunk.match import families_of, viewed_operands
+from hvcompile.trunk.numbers import fix_numbers_of_blocks, fix_numbers_of_modules
 from hvcompile.trunk.operands import as_operands, contiguous_like, is_activation, restore_order, symbolic_sizes
 from hvcompile.trunk.streams import find_streams
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
@@ -43,9 +44,11 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     module = dynamo.clone_graph_module(captured)
     drop_grad_switches(module.graph)
     count_from_start(module.graph)
+    fix_numbers_of_modules(module.graph)
     blocks = find_trunk(module.graph)
     if isinstance(blocks, Declined):
         return blocks
+    fix_numbers_of_blocks(module.graph, blocks)
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
     sizes = symbolic_sizes(module.graph, before=blocks[0].nodes[0])
     _adopt_context_switches(module.graph, blocks)

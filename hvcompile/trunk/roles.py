@@ -75,7 +75,10 @@ def _likeness(placeholder: fx.Node, output: torch.Tensor) -> tuple[int, int]:
 def classify(trunk: Trunk) -> InputRoles:
     """Give every tensor placeholder of the trunk's graph its role."""
     weights = [node for node in trunk.inputs if is_tensor(node) and is_weight(node)]
-    inputs = [node for node in trunk.inputs if is_tensor(node) and not is_weight(node)]
+    # Of a Python float that has become a literal its input is left, which nothing reads.
+    derived = {node for item in trunk.derived for node in item.sources}
+    read = [node for node in trunk.inputs if is_tensor(node) and (node.users or node in derived)]
+    inputs = [node for node in read if not is_weight(node)]
     results = trunk.output.args[0]
     outputs = [value(node) for node in results if isinstance(node, fx.Node) and is_tensor(node)]  # type: ignore[union-attr]
     sample = None
