@@ -20,9 +20,8 @@ from hvcompile.app.lower import lower_request
 from hvcompile.app.request.lower import Request
 from hvcompile.lowered import walk
 from hvcompile.lowered.gpus import GPUS
-from hvcompile.lowered.lower import Lowered, lower_call
+from hvcompile.lowered.lower import Lowered, lower_call, on_absent
 from hvcompile.torch_private import lowering
-from hvcompile.torch_private.absent_gpu import absent_gpu
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -184,7 +183,7 @@ def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str) -> No
     code, numbers = whole.code[-1], [1052]
     products = len(PRODUCT.findall(code))
     assert products
-    with absent_gpu(whole.gpu, compile_kernels=False):
+    with on_absent(whole.gpu, compile_kernels=False):
         assert walk.walk(code, numbers, reuse=False) == whole.computed
         worse = walk.walk(PRODUCT.sub(rf"{fault}\n\g<0>", code), numbers, reuse=False)
     calls = names(whole.computed).count("aten._scaled_mm.default")
@@ -198,7 +197,7 @@ def test_float8_weights_in_rows_are_refused(whole: Lowered) -> None:
         lambda m: m[0].replace(f"({m[4]}, {m[5]}), (1, {m[4]})", f"({m[4]}, {m[5]}), ({m[5]}, 1)"), code
     )
     assert wrong != code
-    with absent_gpu(whole.gpu, compile_kernels=False), pytest.raises(RuntimeError, match=r"column|stride|transpose"):
+    with on_absent(whole.gpu, compile_kernels=False), pytest.raises(RuntimeError, match=r"column|stride|transpose"):
         walk.walk(wrong, [1052], reuse=False)
 
 

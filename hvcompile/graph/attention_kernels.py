@@ -28,6 +28,8 @@ _IS_ENABLED: dict[str, Callable[[], bool]] = {
     "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
     "math": torch.backends.cuda.math_sdp_enabled,
 }
+# Where torch 2.11 to 2.13 prefer cuDNN (``check_prefer_cudnn_attention``): Hopper and data center Blackwell alone.
+_CUDNN_FIRST = ((9, 0), (10, 0))
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -110,14 +112,12 @@ def refusal(kernel: str, attention: Attention) -> str:
 
 
 def expected(attention: Attention) -> str:
-    """The kernel that torch picks by itself, in its documented order; on Hopper and newer cuDNN comes first.
+    """The kernel that torch picks by itself, in its documented order; cuDNN comes first on Hopper and its like.
 
     Kernels are left out that ``torch.nn.attention.sdpa_kernel`` or ``torch.backends.cuda`` rule out at the time.
     """
-    order = (
-        ["cudnn", "flash", "efficient", "math"] if attention.capability >= (9, 0) else ["flash", "efficient", "math"]
-    )
-    order = [kernel for kernel in order if _IS_ENABLED[kernel]()]
+    first = ["cudnn"] if attention.capability in _CUDNN_FIRST else []
+    order = [kernel for kernel in (*first, "flash", "efficient", "math") if _IS_ENABLED[kernel]()]
     if attention.has_mask and attention.device != "cpu":
         takes_mask = "efficient" in order and attention.dtype in (*_HALF, torch.float32)
         return "efficient" if takes_mask else "math"

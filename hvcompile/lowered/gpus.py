@@ -1,8 +1,7 @@
 """GPUs to compile for, as their drivers describe them.
 
 Sources: CUDA C++ Programming Guide, "Compute Capabilities" (threads, shared memory), and NVIDIA's architecture
-whitepapers (multiprocessors, L2 cache, memory). cuDNN's attention comes first in torch's order on Hopper and newer data
-center GPUs, and nowhere else.
+whitepapers (multiprocessors, L2 cache, memory).
 """
 
 from __future__ import annotations
@@ -11,78 +10,30 @@ from collections.abc import Mapping
 
 from hvcompile.torch_private.absent_gpu import Gpu
 
-_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+_GIB = 1 << 30
+
+
+def _gpu(name: str, capability: tuple[int, int], num_multiprocessors: int, memory_bytes: int, cache_mib: int) -> Gpu:
+    """A GPU; what a multiprocessor holds follows from the compute capability (9.0 and 10.0 are data center GPUs)."""
+    is_data_center = capability in {(9, 0), (10, 0)}
+    return Gpu(
+        name=name,
+        capability=capability,
+        num_multiprocessors=num_multiprocessors,
+        memory_bytes=memory_bytes,
+        shared_bytes=(227 if is_data_center else 99) << 10,
+        threads=2048 if is_data_center else 1536,
+        cache_bytes=cache_mib << 20,
+    )
+
 
 GPUS: Mapping[str, Gpu] = {
-    "h100": Gpu(
-        name="NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        num_multiprocessors=132,
-        memory_bytes=85_029_158_912,
-        shared_bytes=227 * _KIB,
-        threads=2048,
-        cache_bytes=50 * _MIB,
-        attention=("cudnn", "flash"),
-    ),
-    "h200": Gpu(
-        name="NVIDIA H200",
-        capability=(9, 0),
-        num_multiprocessors=132,
-        memory_bytes=141 * 1_000_000_000,
-        shared_bytes=227 * _KIB,
-        threads=2048,
-        cache_bytes=50 * _MIB,
-        attention=("cudnn", "flash"),
-    ),
-    "b200": Gpu(
-        name="NVIDIA B200",
-        capability=(10, 0),
-        num_multiprocessors=148,
-        memory_bytes=180 * 1_000_000_000,
-        shared_bytes=227 * _KIB,
-        threads=2048,
-        cache_bytes=126 * _MIB,
-        attention=("cudnn", "flash"),
-    ),
-    "l20": Gpu(
-        name="NVIDIA L20",
-        capability=(8, 9),
-        num_multiprocessors=92,
-        memory_bytes=48 * _GIB,
-        shared_bytes=99 * _KIB,
-        threads=1536,
-        cache_bytes=96 * _MIB,
-        attention=("flash",),
-    ),
-    "l40s": Gpu(
-        name="NVIDIA L40S",
-        capability=(8, 9),
-        num_multiprocessors=142,
-        memory_bytes=48 * _GIB,
-        shared_bytes=99 * _KIB,
-        threads=1536,
-        cache_bytes=96 * _MIB,
-        attention=("flash",),
-    ),
-    "rtx4090": Gpu(
-        name="NVIDIA GeForce RTX 4090",
-        capability=(8, 9),
-        num_multiprocessors=128,
-        memory_bytes=24 * _GIB,
-        shared_bytes=99 * _KIB,
-        threads=1536,
-        cache_bytes=72 * _MIB,
-        attention=("flash",),
-    ),
-    "rtx5090": Gpu(
-        name="NVIDIA GeForce RTX 5090",
-        capability=(12, 0),
-        num_multiprocessors=170,
-        memory_bytes=32 * _GIB,
-        shared_bytes=99 * _KIB,
-        threads=1536,
-        cache_bytes=96 * _MIB,
-        attention=("flash",),
-    ),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 85_029_158_912, 50),
+    "h200": _gpu("NVIDIA H200", (9, 0), 132, 141 * 10**9, 50),
+    "b200": _gpu("NVIDIA B200", (10, 0), 148, 180 * 10**9, 126),
+    "l20": _gpu("NVIDIA L20", (8, 9), 92, 48 * _GIB, 96),
+    "l40s": _gpu("NVIDIA L40S", (8, 9), 142, 48 * _GIB, 96),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 24 * _GIB, 72),
+    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", (12, 0), 170, 32 * _GIB, 96),
 }
 """GPUs by the short name that ``hvcompile lower --gpu`` takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from hvcompile.backend import lower as hand_over
 from hvcompile.backend import rewrite, sealed_inputs
 from hvcompile.errors import InputError, OptionError
 from hvcompile.explanation.explain import capture
+from hvcompile.graph.attention_kernels import describe, expected
 from hvcompile.graph.nodes import is_tensor
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.lowered.gpus import GPUS
@@ -22,7 +24,7 @@ from hvcompile.lowered.walk import Walk, walk
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.sealing import seal
-from hvcompile.torch_private.absent_gpu import Gpu, TritonKernel, absent_gpu, fake_tensors, on_gpu
+from hvcompile.torch_private.absent_gpu import Compilation, Gpu, TritonKernel, absent_gpu, fake_tensors, on_gpu
 from hvcompile.torch_private.distributed import absent_ranks
 from hvcompile.torch_private.fakes import size_hint, value
 from hvcompile.torch_private.lowering import LOWERINGS
@@ -150,7 +152,7 @@ def lower_call(
     if ranks > 1 and dist.is_initialized():
         raise InputError("this process has a process group: ranks that are not there can't be added to it")
     begin = time.monotonic()
-    with absent_gpu(gpu, count=ranks, compile_kernels=compile_kernels) as compilation, absent_ranks(ranks, rank):
+    with on_absent(gpu, ranks, compile_kernels) as compilation, absent_ranks(ranks, rank):
         fakes = fake_tensors()
         model, (args, kwargs) = on_gpu(fakes, call[0], call[1:])
         with fakes:  # else Dynamo would make a mode of its own
@@ -174,6 +176,15 @@ def lower_call(
         reused=reused,
         seconds=seconds,
     )
+
+
+def on_absent(gpu: Gpu, count: int = 1, compile_kernels: bool = True) -> contextlib.AbstractContextManager[Compilation]:
+    """``absent_gpu``, where attention takes the kernel that we know torch to take."""
+
+    def choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, has_mask: bool) -> str:
+        return expected(describe(query, key, value, has_mask=has_mask))
+
+    return absent_gpu(gpu, choose, count=count, compile_kernels=compile_kernels)
 
 
 def _compile(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hvcompile.torch_private.absent_gpu import fake_tensors
+from hvcompile.torch_private.fakes import num_bytes
 from hvcompile.torch_private.generated_code import Hooks, run
 from hvcompile.torch_private.storages import LiveBytes, storage_id
 
@@ -170,13 +171,12 @@ class _Recorder:
     def on_kernel(self, name: str, source: str, args: Sequence[Any]) -> None:
         estimate = re.search(r"'kernel_num_gb': ([\d.e+-]+)", source)
         tensors = [item for item in args if isinstance(item, torch.Tensor)]
-        self._note_inputs(tensors)
-        num_bytes = round(float(estimate[1]) * 1e9) if estimate else sum(map(_nbytes, tensors))
-        self._add(TRITON, name, num_bytes)
+        self.memory.note(tensors)
+        moved = round(float(estimate[1]) * 1e9) if estimate else sum(map(num_bytes, tensors))
+        self._add(TRITON, name, moved)
 
-    def on_operator(self, name: str, operands: Sequence[torch.Tensor], result: Any) -> None:
-        self._note_inputs(operands)
-        results = _tensors(result)
+    def on_operator(self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+        self.memory.note(operands)
         if self.memory.add(results):
             self.peak_at = "/".join([*self._where, name])
         if _FREE.match(name):
@@ -191,21 +191,8 @@ class _Recorder:
         if kind in {WAIT, COLLECTIVE}:
             memory = storage_id(operands[0] if kind == WAIT else results[0])
         moved = {} if kind == WAIT else {id(tensor): tensor for tensor in (*operands, *results)}
-        self._add(kind, name, sum(map(_nbytes, moved.values())), memory)
-
-    def _note_inputs(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.memory.note(tensors)
+        self._add(kind, name, sum(map(num_bytes, moved.values())), memory)
 
     def _add(self, kind: str, name: str, num_bytes: int, memory: int = 0) -> None:
         where = tuple(self._where)
         self.events.append(Event(kind=kind, name=name, where=where, num_bytes=num_bytes, memory=memory))
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return int(tensor.numel()) * tensor.element_size()
-
-
-def _tensors(result: Any) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [item for part in result for item in _tensors(part)] if isinstance(result, (list, tuple)) else []

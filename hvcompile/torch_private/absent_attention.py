@@ -6,26 +6,16 @@ All names were checked on torch 2.13.0. Each has its reason beside it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
-_HALF = (torch.bfloat16, torch.float16)
-_LARGEST_HEAD = {"cudnn": 128, "flash": 256}
+from hvcompile.torch_private import kernels
 
-
-def _takes(kernel: str, query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a kernel that takes no mask takes these operands."""
-    size = query.shape[-1]
-    return (
-        query.dtype in _HALF
-        and query.ndim == 4
-        and size == value.shape[-1]
-        and size % 8 == 0
-        and size <= _LARGEST_HEAD[kernel]
-    )
+Choose = Callable[..., str]
+"""Takes query, key and value, ``[B, H, S, D]``, and ``has_mask``; gives the kernel that torch takes on the device."""
 
 
 def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -38,9 +28,8 @@ def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
     return mask.expand(*query.shape[:3], length)
 
 
-def _attend(order: Sequence[str]) -> Callable[..., torch.Tensor]:
-    """``scaled_dot_product_attention`` as it would be traced on the device, which takes the kernels in this order."""
-    aten = torch.ops.aten
+def _attend(choose: Choose) -> Callable[..., torch.Tensor]:
+    """``scaled_dot_product_attention`` as it would be traced on the device."""
 
     def attend(
         query: torch.Tensor,
@@ -55,43 +44,31 @@ def _attend(order: Sequence[str]) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         if enable_gqa and query.shape[1] != key.shape[1]:
             key, value = (item.repeat_interleave(query.shape[1] // item.shape[1], 1) for item in (key, value))
-        kernel = next((item for item in order if attn_mask is None and _takes(item, query, value)), "efficient")
-        if kernel == "cudnn":
-            result: Any = aten._scaled_dot_product_cudnn_attention(
-                query, key, value, None, False, dropout_p, is_causal, False, scale=scale
-            )
-        elif kernel == "flash":
-            result = aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
-            )
-        elif query.dtype == torch.float64 or query.ndim != 4:
-            result = aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale
-            )
-        else:
-            bias = None if attn_mask is None else _aligned(attn_mask, query, key)
-            result = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, False, dropout_p, is_causal, scale=scale
-            )
-        return result[0]  # type: ignore[no-any-return]
+        has_mask = attn_mask is not None
+        kernel = choose(query, key, value, has_mask=has_mask) if query.ndim == 4 else "math"
+        if attn_mask is None or kernel != "efficient":
+            return kernels.attention_by(kernel, "cuda", (query, key, value), attn_mask, is_causal, scale)  # type: ignore[no-any-return]
+        # Private: of the kernels that ``kernels`` knows, the one that takes a mask (2.13.0).
+        return torch.ops.aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+            query, key, value, _aligned(attn_mask, query, key), False, dropout_p, is_causal, scale=scale
+        )[0]
 
     return attend
 
 
 @contextlib.contextmanager
-def attention_on_cuda(order: Sequence[str]) -> Iterator[None]:
+def attention_on_cuda(choose: Choose) -> Iterator[None]:
     """Have attention of CUDA tensors trace into the kernel that the device would take.
 
     torch asks the device which one that is; where there is none it answers "math", which is decomposed.
 
     Args:
-        order: of "cudnn" and "flash", those that the device has, the first first; with a mask, and where none of them
-            takes the operands, it is the memory-efficient kernel.
+        choose: tells which kernel that is.
 
     """
     from torch._inductor import decomposition
 
-    attend = _attend(order)
+    attend = _attend(choose)
     operator: Any = torch.ops.aten.scaled_dot_product_attention.default
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for key in ("AutogradCUDA", "CUDA"):

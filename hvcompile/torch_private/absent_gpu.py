@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hvcompile.errors import InputError
-from hvcompile.torch_private.absent_attention import attention_on_cuda, forgetting
+from hvcompile.torch_private.absent_attention import Choose, attention_on_cuda, forgetting
 
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -50,7 +50,6 @@ class Gpu:
         shared_bytes: shared memory that one block can have at most (opted in).
         threads: that a multiprocessor holds at most.
         cache_bytes: of the L2 cache.
-        attention: the kernels of attention that torch tries, the first first.
 
     """
 
@@ -61,7 +60,6 @@ class Gpu:
     shared_bytes: int
     threads: int
     cache_bytes: int
-    attention: tuple[str, ...]
 
     @property
     def arch(self) -> str:
@@ -191,11 +189,14 @@ def check_tools(*, compile_kernels: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def absent_gpu(gpu: Gpu, *, count: int = 1, compile_kernels: bool = True) -> Iterator[Compilation]:
+def absent_gpu(
+    gpu: Gpu, choose_attention: Choose, *, count: int = 1, compile_kernels: bool = True
+) -> Iterator[Compilation]:
     """Within, ``count`` devices of a kind seem to be there, for this process; what would launch a kernel raises.
 
     Args:
         gpu: the kind.
+        choose_attention: which kernel of attention torch takes on it.
         count: how many.
         compile_kernels: compile each Triton kernel to machine code, in tens of milliseconds to seconds each.
 
@@ -214,7 +215,7 @@ def absent_gpu(gpu: Gpu, *, count: int = 1, compile_kernels: bool = True) -> Ite
             *_cuda(gpu, count),
             *_inductor(compilation),
             *_triton(gpu, compilation, compile_kernels),
-            attention_on_cuda(gpu.attention),
+            attention_on_cuda(choose_attention),
             forgetting(),
         ):
             stack.enter_context(patch)

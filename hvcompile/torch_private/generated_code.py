@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -27,7 +27,7 @@ class Hooks:
 
     Attributes:
         on_kernel: of a Triton launch: the kernel's name, its source and its arguments.
-        on_operator: of an operator of torch, after it: its name, what went in, and what came out.
+        on_operator: of an operator of torch, after it: its name, the tensors that went in, and those that came out.
         on_item: of a number read from the device; answers it.
         on_enter: of a function of the code that begins; its name.
         on_leave: of one that ends.
@@ -35,7 +35,7 @@ class Hooks:
     """
 
     on_kernel: Callable[[str, str, Sequence[Any]], None]
-    on_operator: Callable[[str, Sequence[Any], Any], None]
+    on_operator: Callable[[str, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
     on_item: Callable[[torch.Tensor], Any]
     on_enter: Callable[[str], None]
     on_leave: Callable[[str], None]
@@ -148,14 +148,13 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        operands = [item for item in _flat([args, kwargs or {}]) if isinstance(item, torch.Tensor)]
-        self._hooks.on_operator(str(func), operands, result)
+        self._hooks.on_operator(str(func), list(_tensors([args, kwargs or {}])), list(_tensors([result])))
         return result
 
 
-def _flat(items: Any) -> Iterable[Any]:
+def _tensors(items: Any) -> Iterator[torch.Tensor]:
     for item in items.values() if isinstance(items, dict) else items:
-        if isinstance(item, (list, tuple, dict)):
-            yield from _flat(item)
-        else:
+        if isinstance(item, torch.Tensor):
             yield item
+        elif isinstance(item, (list, tuple, dict)):
+            yield from _tensors(item)
