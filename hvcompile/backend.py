@@ -124,13 +124,13 @@ def compile_graph(
 
     trunk = rewrite(captured, settings, rows, observer, known_args=dict(enumerate(args)))
     plan = trunk if isinstance(trunk, Declined) else sealed(trunk, observer)
-    if isinstance(trunk, Declined) or isinstance(plan, Declined):
-        assert isinstance(plan, Declined)
+    if isinstance(plan, Declined):
         rows[:] = journal
         leave_as_captured(plan, settings, rows, observer, args)
         compiled = lower(captured, example_inputs, settings, observer)
         run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id)
         return observer.around_calls(run, run.derived_inputs)
+    assert isinstance(trunk, Trunk)  # which has a plan
 
     compile_misfit = misfit_compiler(trunk, captured, settings, compile_id)
     compiled = lower(trunk.module, sealed_inputs(trunk, plan, example_inputs), settings, observer, trunk)

@@ -39,9 +39,8 @@ class WeightRevisions:
     def __init__(self) -> None:
         self.revision = 0
         self._seen: list[weakref.ref[torch.Tensor]] = []
-        self._versioned: list[weakref.ref[torch.Tensor]] = []
+        self._versioned = self._located = picker(())
         self._versions = -1
-        self._located: list[weakref.ref[torch.Tensor]] = []
         self._addresses: list[int] = []
         self._samples: WeightSamples | None = None
 
@@ -51,10 +50,10 @@ class WeightRevisions:
         is_same = len(weights) == len(self._seen) and all(map(operator.is_, weights, map(operator.call, self._seen)))
         if not is_same:
             self._seen = [weakref.ref(weight) for weight in weights]
-            self._versioned = [weakref.ref(weight) for weight in weights if not weight.is_inference()]
-            self._located = [weakref.ref(weight) for weight in weights if is_plain(weight)]
-        versions = sum(map(version_of, map(operator.call, self._versioned)))
-        addresses = list(map(_ADDRESS, map(operator.call, self._located)))
+            self._versioned = picker([place for place, weight in enumerate(weights) if not weight.is_inference()])
+            self._located = picker([place for place, weight in enumerate(weights) if is_plain(weight)])
+        versions = sum(map(version_of, self._versioned(weights)))
+        addresses = list(map(_ADDRESS, self._located(weights)))
         if not is_same or versions != self._versions or addresses != self._addresses:
             if not is_same or addresses != self._addresses:
                 self._samples = None  # it reads from these addresses
