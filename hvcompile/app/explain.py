@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import fx
 
 from hvcompile import outputs
 from hvcompile.app.request.explain import Request
-from hvcompile.app.script import ScriptSeenError, run_up_to
+from hvcompile.app.script import ScriptSeenError, nothing_seen, run_up_to
 from hvcompile.app.skeleton import first_call
-from hvcompile.errors import InputError
 from hvcompile.explanation import report
 from hvcompile.explanation.explain import Explanation, explain, explain_graph
 from hvcompile.graph.costs import DEVICES
@@ -68,22 +66,7 @@ def explain_script(request: Request) -> Explanation:
     run_up_to(path, request.arguments, explain_it)
     if explanations:
         return explanations[0]
-    raise _nothing_to_explain(path, reasons)
-
-
-def _nothing_to_explain(path: str, reasons: list[str]) -> InputError:
-    """The error of a script that ended, from the reasons why graphs that it compiled would be left as they are."""
-    if not reasons:
-        return InputError(
-            f"script {path!r} ended and called no model compiled with hvfast: compile one with "
-            'backend="hvfast" and call it'
-        )
-    counts = collections.Counter(reasons)
-    summary = "; ".join(reason if number == 1 else f"{reason} ({number} graphs)" for reason, number in counts.items())
-    return InputError(
-        f"script {path!r} ended, and of the {len(reasons)} graphs that hvfast was given it would have rewritten none: "
-        f"{summary}"
-    )
+    raise nothing_seen(path, reasons)
 
 
 def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
@@ -94,12 +77,7 @@ def explain_pipeline(request: Request) -> tuple[Explanation, dict[str, str]]:
         UntraceableModelError: the transformer does not trace as one graph.
 
     """
-    call = first_call(
-        request.model,
-        request.dtype,
-        request.prompt,
-        {"num_frames": request.frames, "height": request.height, "width": request.width},
-    )
+    call = first_call(request.model, request.dtype, request.prompt, request.sizes)
     explanation = explain(
         call.pipe.transformer, *call.args, **call.kwargs, mode=request.mode, device=DEVICES[request.gpu]
     )

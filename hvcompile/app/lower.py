@@ -11,7 +11,7 @@ from torch import fx
 
 from hvcompile import outputs
 from hvcompile.app.request.lower import Request
-from hvcompile.app.script import ScriptSeenError, run_up_to
+from hvcompile.app.script import ScriptSeenError, nothing_seen, run_up_to
 from hvcompile.app.skeleton import first_call
 from hvcompile.errors import InputError
 from hvcompile.journal import Declined
@@ -41,12 +41,7 @@ def lower_request(request: Request) -> dict[str, Lowered]:
     if request.is_script:
         call, settings = script_call(str(request.model), request.arguments)
     else:
-        found = first_call(
-            request.model,
-            request.dtype,
-            request.prompt,
-            {"num_frames": request.frames, "height": request.height, "width": request.width},
-        )
+        found = first_call(request.model, request.dtype, request.prompt, request.sizes)
         call = (found.pipe.transformer, found.args, found.kwargs)
         settings = parse(PASSES, request.backend_options(), request.mode)
     results = {"hvfast": lower_call(call, settings, GPUS[request.gpu], ranks=request.ranks)}
@@ -84,11 +79,7 @@ def script_call(path: str, arguments: Sequence[str]) -> tuple[Call, Options]:
     run_up_to(path, arguments, look)
     if seen:
         return seen[0]
-    summary = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
-    raise InputError(
-        f"script {path!r} ended and called no model with blocks that it compiled with hvfast{summary}: compile one "
-        'with backend="hvfast" and call it'
-    )
+    raise nothing_seen(path, reasons)
 
 
 def _write_code(results: Mapping[str, Lowered], request: Request) -> None:

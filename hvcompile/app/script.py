@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import runpy
 import sys
 from collections.abc import Sequence
@@ -45,3 +46,18 @@ def run_up_to(path: str, arguments: Sequence[str], handler: backend.Handler) -> 
         ) from error
     finally:
         sys.argv, sys.path = before, paths
+
+
+def nothing_seen(path: str, reasons: list[str]) -> InputError:
+    """The error of a script that ended, from the reasons why graphs that it compiled would be left as they are."""
+    if not reasons:
+        return InputError(
+            f"script {path!r} ended and called no model compiled with hvfast: compile one with "
+            'backend="hvfast" and call it'
+        )
+    counts = collections.Counter(reasons)
+    summary = "; ".join(reason if number == 1 else f"{reason} ({number} graphs)" for reason, number in counts.items())
+    return InputError(
+        f"script {path!r} ended, and of the {len(reasons)} graphs that hvfast was given it would have rewritten none: "
+        f"{summary}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
     """Lay out an explanation: the trunk, the passes, what they do to each layer, and what a step costs."""
     layers = [table for row in explanation.journal if (table := _layers(row)) is not None]
-    return [_trunk(explanation), _passes(explanation), *layers, _costs(explanation, gpu), _memory(explanation)]
+    return [
+        _trunk(explanation),
+        passes_table(explanation.journal, "would do", "would leave, and why"),
+        *layers,
+        _costs(explanation, gpu),
+        _memory(explanation),
+    ]
 
 
 def _trunk(explanation: Explanation) -> Table:
@@ -36,9 +43,10 @@ def _trunk(explanation: Explanation) -> Table:
     return table
 
 
-def _passes(explanation: Explanation) -> Table:
-    table = Table("pass", "would do", "would leave, and why", title="passes", title_justify="left")
-    for row in explanation.journal:
+def passes_table(journal: Sequence[JournalRow], did: str, left: str) -> Table:
+    """What each pass did, and what it left; the headings say in which tense."""
+    table = Table("pass", did, left, title="passes", title_justify="left")
+    for row in journal:
         reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
         table.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
     return table

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.table import Table
-from rich.text import Text
 
+from hvcompile.app.tables.explanation import passes_table
 from hvcompile.explanation import figures
 from hvcompile.lowered import walk
 
@@ -18,16 +18,8 @@ if TYPE_CHECKING:
 def lowering_tables(results: Mapping[str, Lowered]) -> list[Table]:
     """Lay out what came of it: the passes, what a step does, what each block does, and the kernels."""
     main = next(iter(results.values()))
-    tables = [_passes(main), _steps(results), _functions(main), _kernels(results)]
+    tables = [passes_table(main.journal, "did", "left, and why"), _steps(results), _functions(main), _kernels(results)]
     return [*tables, _collectives(main)] if main.ranks > 1 else tables
-
-
-def _passes(item: Lowered) -> Table:
-    table = Table("pass", "did", "left, and why", title="passes", title_justify="left")
-    for row in item.journal:
-        reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
-        table.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
-    return table
 
 
 def _steps(results: Mapping[str, Lowered]) -> Table:
