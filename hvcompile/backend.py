@@ -23,6 +23,7 @@ from hvcompile import pipeline
 from hvcompile.dump.write import Dump
 from hvcompile.errors import QuantizedWeightError, RequestedPassError
 from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.breaks import ends_early, is_minor, piece_note
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor
 from hvcompile.journal import Declined, JournalRow, PassReport
@@ -31,11 +32,14 @@ from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
 from hvcompile.runtime.agreement import RanksInStep
 from hvcompile.runtime.call import CallPlan, CompiledGraph
+from hvcompile.runtime.lineage import lineage_of
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.lowering import LOWERINGS
+from hvcompile.trunk.lineage import Earlier
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
+from hvcompile.trunk.pieces import earlier_of, flow_of
 from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
@@ -97,25 +101,29 @@ def compile_graph(
 
     """
     args = example_inputs if args is None else args
+    asked = {item.section for item, requested in settings.passes if requested}
+    if asked and ends_early(captured):  # what comes after may have what this piece has not
+        settings = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
     compile_id = dynamo.compile_id() if compile_id is None else compile_id
     rows = list(journal)
     dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
     observer = Observers(dump, RanksInStep(captured, args))
 
+    flow = flow_of(captured) if dynamo.is_a_piece(captured) else None
     trunk = rewrite(captured, settings, rows, observer, known_args=dict(enumerate(args)))
     plan = trunk if isinstance(trunk, Declined) else sealed(trunk, observer)
     if isinstance(trunk, Declined) or isinstance(plan, Declined):
         assert isinstance(plan, Declined)
         rows[:] = journal
-        leave_as_captured(plan, settings, rows, observer, args)
+        leave_as_captured(plan, settings, rows, observer, args, piece_note(captured))
         compiled = lower(captured, example_inputs, settings, observer)
-        run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id)
+        run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id, flow=flow)
         return observer.around_calls(run, run.derived_inputs)
 
     compile_misfit = misfit_compiler(trunk, captured, settings, compile_id)
     compiled = lower(trunk.module, sealed_inputs(trunk, plan, example_inputs), settings, observer, trunk)
     store_weights(trunk, plan, args, observer)
-    run = CompiledGraph(compiled, plan, rows, compile_id, compile_misfit)
+    run = CompiledGraph(compiled, plan, rows, compile_id, compile_misfit, flow)
     return observer.around_calls(run, run.derived_inputs)
 
 
@@ -154,6 +162,7 @@ def rewrite(
         if isinstance(trunk, Declined):
             return trunk
         trunk.group = group
+        trunk.earlier, trunk.untold = earlier_graphs(trunk, captured, known_args, observer)
         journal[:] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off), *given_rows]
         observer.on_stage(OUTLINED, trunk.module, trunk)
         by_node = {node: known_args[place] for place, node in enumerate(trunk.inputs) if place in known_args}
@@ -171,6 +180,25 @@ def rewrite(
         else:
             observer.on_rewritten(trunk, journal, None)
             return trunk
+
+
+def earlier_graphs(
+    trunk: Trunk, captured: fx.GraphModule, known_args: Mapping[int, Any], observer: Observer
+) -> tuple[Earlier | None, Declined | None]:
+    """What earlier graphs of a broken model tell of a trunk's inputs, or why the sample can't be told from others."""
+    refused = ends_early(captured)
+    if refused is not None:
+        return None, refused
+    lineages = {place: found for place, item in known_args.items() if (found := lineage_of(item)) is not None}
+    earlier: Earlier | Declined | None
+    try:
+        earlier = earlier_of(trunk, known_args, lineages)
+    except Exception as error:
+        earlier = pipeline.unforeseen("following the model's inputs through its graphs", error)
+        observer.on_fault(earlier)
+    if earlier is None:
+        return None, is_minor(captured)
+    return (None, earlier) if isinstance(earlier, Declined) else (earlier, None)
 
 
 def _tell(observer: Observer) -> Callable[[str, Trunk], None]:
@@ -203,9 +231,24 @@ def sealed(trunk: Trunk, observer: Observer) -> CallPlan | Declined:
 
 
 def leave_as_captured(
-    declined: Declined, settings: Options, journal: list[JournalRow], observer: Observer, args: Sequence[Any]
+    declined: Declined,
+    settings: Options,
+    journal: list[JournalRow],
+    observer: Observer,
+    args: Sequence[Any],
+    piece: str = "",
 ) -> None:
-    """Say why a graph is compiled without any rewrite, or raise where that can't be."""
+    """Say why a graph is compiled without any rewrite, or raise where that can't be.
+
+    Args:
+        declined: the reason.
+        settings: a pass that they ask for by name is an error, unless another piece of the model may have it.
+        journal: gains the reason.
+        observer: is told.
+        args: of the call that is being compiled.
+        piece: which piece of a broken model the graph is; empty where it may be the whole.
+
+    """
     reason = f"{declined.what}: {declined.reason}" if declined.what else declined.reason
     for arg in args:
         if isinstance(arg, QuantizedWeight):
@@ -213,12 +256,16 @@ def leave_as_captured(
                 f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
                 f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
             ) from declined.cause
+    if piece:
+        reason += f"; {piece}"
     for item, requested in settings.passes:
-        if requested:
+        if requested and not piece:
             raise RequestedPassError(
                 f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
                 f"Drop {item.section!r} from options to compile it as it is."
             ) from declined.cause
+    asked = ", ".join(item.section for item, requested in settings.passes if requested)
+    reason += f"; options ask for {asked}, which another piece may have" if asked else ""
     log.warning("hvfast left a graph to plain %s: %s", settings.lower, reason)
     journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
     observer.on_rewritten(None, journal, None)

@@ -136,6 +136,9 @@ class FirstBlockCache(Pass):
         plan = plan_skip(trunk)
         if isinstance(plan, Declined):
             return plan.report(trunk.lists or "graph")
+        if trunk.earlier is not None:
+            clock, sample = trunk.add_earlier(value(plan.stream_out).device)
+            plan = dataclasses.replace(plan, clocks=(clock,), sample=sample)
         _rewrite(trunk, plan, self)
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
         return PassReport(

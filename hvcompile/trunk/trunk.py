@@ -15,6 +15,7 @@ from hvcompile.float8.format import Granularity
 from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import STORED, TAG, value
+from hvcompile.trunk.lineage import Earlier
 
 if TYPE_CHECKING:
     from hvcompile.ranks.split import Layout, Split
@@ -174,6 +175,8 @@ class Trunk:
         group: the ranks that run the graph together; None where it runs alone.
         sharding: how they split its sequence; None where they don't.
         shared: set where ``sharding`` is.
+        earlier: what earlier graphs of the model tell of the inputs, where it takes no timestep; None where they don't.
+        untold: why one generation can't be told from the next, where the graph is a piece of a model.
 
     """
 
@@ -187,6 +190,8 @@ class Trunk:
     group: Group | None = None
     sharding: Sharding | None = None
     shared: SharedInputs | None = None
+    earlier: Earlier | None = None
+    untold: Declined | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -211,15 +216,31 @@ class Trunk:
 
     @property
     def added(self) -> list[fx.Node]:
-        """The placeholders that passes have added, in order: derived inputs, weights, state."""
+        """The placeholders that passes have added, in order: derived inputs, weights, what earlier graphs tell, state.
+
+        All stand after those of the captured graph.
+        """
         derived = [node for item in self.derived for node in item.placeholders]
         stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
-        return [*derived, *stored, *(state.placeholder for state in self.states)]
+        earlier = self.earlier.added if self.earlier is not None else []
+        return [*derived, *stored, *earlier, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
         """The graph's output node."""
         return self.graph.output_node()
+
+    def add_earlier(self, device: torch.device) -> tuple[fx.Node, fx.Node]:
+        """Add what earlier graphs tell, ``Earlier.clock`` and ``mark``, as placeholders after all others.
+
+        State stands after these, so there may be none yet.
+        """
+        earlier = self.earlier
+        assert earlier is not None
+        assert not self.states
+        earlier.clock = self._add_placeholder("earlier_clock", (earlier.num_clocks,), torch.float64, device)
+        earlier.mark = self._add_placeholder("earlier_sample", (1,), torch.int64, device)
+        return earlier.clock, earlier.mark
 
     def add_state(
         self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
