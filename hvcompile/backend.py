@@ -20,9 +20,11 @@ import torch
 from torch import fx
 
 from hvcompile import pipeline
+from hvcompile.as_captured import OUTLINE, leave_as_captured
 from hvcompile.dump.write import Dump
-from hvcompile.errors import QuantizedWeightError, RequestedPassError
+from hvcompile.errors import QuantizedWeightError
 from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.breaks import ends_early, is_minor, piece_note
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor
 from hvcompile.journal import Declined, JournalRow, PassReport
@@ -31,23 +33,22 @@ from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
 from hvcompile.runtime.agreement import RanksInStep
 from hvcompile.runtime.call import CallPlan, CompiledGraph
-from hvcompile.runtime.hooks import describe, foreign_hooks, had_hooks, look_after
-from hvcompile.runtime.state import state_while_compiling
+from hvcompile.runtime.hooks import look_after
+from hvcompile.runtime.lineage import lineage_of
 from hvcompile.runtime.structure import Look
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.frames import is_in_a_piece
 from hvcompile.torch_private.guards import look_first
 from hvcompile.torch_private.lowering import LOWERINGS
+from hvcompile.trunk.lineage import Earlier
 from hvcompile.trunk.numbers import fix_numbers
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
+from hvcompile.trunk.pieces import earlier_of, flow_of
 from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
-
-OUTLINE = "outline"
-"""Name of the journal's row of what was outlined, beside those of the passes."""
 
 Handler = Callable[[fx.GraphModule, Sequence[Any], Options], Callable[..., Any]]
 """Takes a captured graph, its example inputs and the options, and returns what Dynamo is to call."""
@@ -117,25 +118,29 @@ def compile_graph(
 
     """
     args = example_inputs if args is None else args
+    asked = {item.section for item, requested in settings.passes if requested}
+    if asked and ends_early(captured):  # what comes after may have what this piece has not
+        settings = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
     compile_id = dynamo.compile_id() if compile_id is None else compile_id
     rows = list(journal)
     dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
     observer = Observers(dump, RanksInStep(captured, args))
 
+    flow = flow_of(captured) if dynamo.is_a_piece(captured) else None
     trunk = rewrite(captured, settings, rows, observer, known_args=dict(enumerate(args)))
     plan = trunk if isinstance(trunk, Declined) else sealed(trunk, observer)
     if isinstance(plan, Declined):
         rows[:] = journal
-        leave_as_captured(plan, settings, rows, observer, args)
+        leave_as_captured(plan, settings, rows, observer, args, piece_note(captured))
         compiled = lower(captured, example_inputs, settings, observer)
-        run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id)
+        run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id, flow=flow)
         return observer.around_calls(run, run.derived_inputs)
     assert isinstance(trunk, Trunk)  # which has a plan
 
     compile_misfit = misfit_compiler(trunk, captured, settings, compile_id)
     compiled = lower(trunk.module, sealed_inputs(trunk, plan, example_inputs), settings, observer, trunk)
     store_weights(trunk, plan, args, observer)
-    run = CompiledGraph(compiled, plan, rows, compile_id, compile_misfit)
+    run = CompiledGraph(compiled, plan, rows, compile_id, compile_misfit, flow)
     return observer.around_calls(run, run.derived_inputs)
 
 
@@ -174,6 +179,7 @@ def rewrite(
         if isinstance(trunk, Declined):
             return trunk
         trunk.group = group
+        trunk.earlier, trunk.untold = earlier_graphs(trunk, captured, known_args, observer)
         journal[:] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off), *given_rows]
         observer.on_stage(OUTLINED, trunk.module, trunk)
         by_node = {node: known_args[place] for place, node in enumerate(trunk.inputs) if place in known_args}
@@ -191,6 +197,25 @@ def rewrite(
         else:
             observer.on_rewritten(trunk, journal, None)
             return trunk
+
+
+def earlier_graphs(
+    trunk: Trunk, captured: fx.GraphModule, known_args: Mapping[int, Any], observer: Observer
+) -> tuple[Earlier | None, Declined | None]:
+    """What earlier graphs of a broken model tell of a trunk's inputs, or why the sample can't be told from others."""
+    refused = ends_early(captured)
+    if refused is not None:
+        return None, refused
+    lineages = {place: found for place, item in known_args.items() if (found := lineage_of(item)) is not None}
+    earlier: Earlier | Declined | None
+    try:
+        earlier = earlier_of(trunk, known_args, lineages)
+    except Exception as error:
+        earlier = pipeline.unforeseen("following the model's inputs through its graphs", error)
+        observer.on_fault(earlier)
+    if earlier is None:
+        return None, is_minor(captured)
+    return (None, earlier) if isinstance(earlier, Declined) else (earlier, None)
 
 
 def _tell(observer: Observer) -> Callable[[str, Trunk], None]:
@@ -220,52 +245,6 @@ def sealed(trunk: Trunk, observer: Observer) -> CallPlan | Declined:
         observer.on_sealed(trunk, None)
         observer.on_stage(SEALED, trunk.module, trunk)
     return plan
-
-
-def leave_as_captured(
-    declined: Declined, settings: Options, journal: list[JournalRow], observer: Observer, args: Sequence[Any]
-) -> None:
-    """Say why a graph is compiled without any rewrite, or raise where that can't be."""
-    reason = f"{declined.what}: {declined.reason}" if declined.what else declined.reason
-    for arg in args:
-        if isinstance(arg, QuantizedWeight):
-            raise QuantizedWeightError(
-                f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
-                f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
-            ) from declined.cause
-    for item, requested in settings.passes:
-        if requested:
-            raise RequestedPassError(
-                f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
-                f"Drop {item.section!r} from options to compile it as it is."
-            ) from declined.cause
-    warn_of_plain(settings.lower, reason)
-    journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
-    observer.on_rewritten(None, journal, None)
-
-
-def warn_of_plain(lower: str, reason: str) -> None:
-    """Say that a graph is compiled as captured, once a model and reason; where hooks break the model, name them."""
-    found = state_while_compiling()
-    if found is None:
-        log.warning("hvfast left a graph to plain %s: %s", lower, reason)
-        return
-    model, state = found
-    hooks = foreign_hooks(model)
-    if not hooks and had_hooks(model):
-        log.info(
-            "hvfast left a graph to plain %s, the last before a model without its hooks is whole: %s", lower, reason
-        )
-    elif not hooks:
-        level = logging.WARNING if state.is_news(reason) else logging.INFO
-        log.log(level, "hvfast left a graph to plain %s: %s", lower, reason)
-    elif state.is_news(text := describe(hooks)):
-        log.warning(
-            "hooks break this %s into several graphs, and hvfast leaves those without a trunk to plain %s: %s",
-            *(type(model).__name__, lower, text),
-        )
-    else:
-        log.info("hvfast left a graph to plain %s: %s", lower, reason)
 
 
 def lower(

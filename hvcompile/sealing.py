@@ -14,6 +14,7 @@ from hvcompile.graph.paths import parameter_path
 from hvcompile.runtime.agreement import Agreement, CallInputs
 from hvcompile.runtime.call import CallPlan, StateLayout
 from hvcompile.runtime.derived import DerivedCall
+from hvcompile.runtime.lineage import Origins
 from hvcompile.runtime.weights import WeightLayout
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.trunk.roles import InputRoles, classify
@@ -52,6 +53,7 @@ def seal(trunk: Trunk) -> CallPlan:
         stored=tuple(_weight_layout(stored, place) for stored in trunk.stored),
         derived=tuple(_derived_call(item, place) for item in trunk.derived),
         agreement=_agreement(trunk, roles, place),
+        origins=_origins(trunk, place),
     )
     for node in stored_sources:
         trunk.graph.erase_node(node)
@@ -127,6 +129,22 @@ def _derived_call(item: Derived, place: dict[fx.Node, int]) -> DerivedCall:
         sources=tuple(place[node] for node in item.sources),
         is_kept=item.is_kept,
         read=item.read,
+    )
+
+
+def _origins(trunk: Trunk, place: dict[fx.Node, int]) -> Origins | None:
+    """How the graph learns what earlier graphs tell; None where no pass has asked for it."""
+    earlier = trunk.earlier
+    if earlier is None or earlier.clock is None:
+        return None
+    return Origins(
+        places=tuple(place[node] for node in earlier.inputs),
+        known=tuple(place[node] for node in earlier.known),
+        kinds=earlier.kinds,
+        sample=earlier.sample_root,
+        clocks=earlier.clock_roots,
+        num_clocks=earlier.num_clocks,
+        device=fakes.value(earlier.clock).device,
     )
 
 

@@ -139,6 +139,11 @@ class FirstBlockCache(Pass):
         plan = plan_skip(trunk)
         if isinstance(plan, Declined):
             return plan.report(trunk.lists or "graph")
+        if trunk.earlier is not None:
+            earlier = trunk.add_earlier(value(plan.stream_out).device)
+            assert earlier.clock is not None
+            assert earlier.mark is not None
+            plan = dataclasses.replace(plan, clocks=(earlier.clock,), sample=earlier.mark)
         _rewrite(trunk, plan, self)
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
         return PassReport(
@@ -212,15 +217,15 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     """Decide after block 1, and put blocks 2..N into one of two branches."""
     anchor = plan.moved[-1].next  # new work stands before it
     given = {"clock": _clock(trunk, plan.clocks, value(plan.stream_out).device, anchor), "sample": plan.sample}
-    cached = _add_state(trunk, plan, given["clock"], options)
     given["contents"] = _contents(trunk, value(plan.stream_out).device, anchor)
+    cached = _add_state(trunk, plan, given, options)
     reused = _add_decision(trunk, plan, given, cached, options, anchor)
     outputs = _add_branches(trunk, plan, cached, reused, anchor)
     _take_results(trunk, plan, cached, outputs)
 
 
-def _add_state(trunk: Trunk, plan: SkipPlan, clock: fx.Node, options: FirstBlockCache) -> _Cached:
-    main, sample, clock_shape = value(plan.stream_out), value(plan.sample), value(clock).shape
+def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], options: FirstBlockCache) -> _Cached:
+    main, sample, clock_shape = value(plan.stream_out), value(plan.sample), value(given["clock"]).shape
     first = trunk.add_state("first_residual", main.shape, main.dtype, main.device)
     residuals = [
         trunk.add_state(f"residual_{place}", value(node).shape, value(node).dtype, value(node).device)
@@ -230,9 +235,7 @@ def _add_state(trunk: Trunk, plan: SkipPlan, clock: fx.Node, options: FirstBlock
         "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
         "direction": trunk.add_state("direction", clock_shape, torch.float64, main.device),
         "last_clock": trunk.add_state("last_clock", clock_shape, torch.float64, main.device),
-        "last_contents": trunk.add_state(
-            "last_contents", (1 + len(classify(trunk).conditions),), torch.int64, main.device
-        ),
+        "last_contents": trunk.add_state("last_contents", value(given["contents"]).shape, torch.int64, main.device),
         "last_sample": trunk.add_state("last_sample", sample.shape, sample.dtype, sample.device),
     }
     if options.last_steps_computed:
@@ -243,6 +246,8 @@ def _add_state(trunk: Trunk, plan: SkipPlan, clock: fx.Node, options: FirstBlock
 def _contents(trunk: Trunk, device: torch.device, anchor: fx.Node) -> fx.Node:
     """Add what tells whether weights and conditions hold what they did in the step before."""
     conditions = {f"condition_{place}": node for place, node in enumerate(classify(trunk).conditions)}
+    if trunk.earlier is not None and trunk.earlier.content is not None:
+        conditions["earlier"] = trunk.earlier.content
     operands = {"weights": trunk.add_weights_content(device), **conditions}
     function = functools.partial(contents, fakes={name: value(node) for name, node in operands.items()})
     return inline(trunk.graph, function, operands, before=anchor, tag=FirstBlockCache.__name__)["contents"]

@@ -19,7 +19,7 @@ FLOORS = (
     ("lowered",),
     ("explanation",),
     ("backend",),
-    ("sealing",),
+    ("sealing", "as_captured"),
     ("dump", "passes"),
     ("options",),
     ("rewriting",),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.backend import OUTLINE, rewrite
+from hvcompile.as_captured import OUTLINE
+from hvcompile.backend import rewrite
 from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.explanation.listing import Stage, stage
 from hvcompile.float8.weights import QuantizedWeight
@@ -179,7 +180,8 @@ def _capture(
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UntraceableModelError(
             f"{type(model).__name__} does not trace as one graph: {line}. torch.compile with fullgraph=True on the "
-            "same call says where it breaks"
+            "same call says where it breaks. Without it, hvfast rewrites the piece that holds the blocks; "
+            "hvcompile.stats(model).journal then says what it did with each piece"
         ) from error
     raise UntraceableModelError(f"the call of {type(model).__name__} computes nothing, so there is no graph")
 

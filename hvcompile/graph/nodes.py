@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -185,3 +185,29 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Everything that these nodes depend on."""
     return _closure(nodes, lambda node: node.all_input_nodes)
+
+
+def reached_from(graph: fx.Graph, sources: Mapping[fx.Node, int]) -> dict[fx.Node, frozenset[int]]:
+    """For each node, the sources that it follows from; what is written into a tensor reaches all that share its memory.
+
+    Args:
+        graph: the nodes'.
+        sources: nodes, each with what stands for it in the result.
+
+    """
+    reached: dict[fx.Node, frozenset[int]] = {}
+    written: dict[Hashable, frozenset[int]] = {}
+    is_settled = False
+    while not is_settled:
+        is_settled = True
+        for node in graph.nodes:
+            found = frozenset([sources[node]]) if node in sources else frozenset[int]()
+            found = found.union(*(reached[item] for item in node.all_input_nodes))
+            if is_tensor(node):
+                found |= written.get(storage(node), frozenset())
+            target = mutated_operand(node)
+            if target is not None and not found <= (before := written.get(storage(target), frozenset())):
+                written[storage(target)] = before | found
+                is_settled = False
+            reached[node] = found
+    return reached

@@ -114,6 +114,8 @@ def _refresh(trunk: Trunk, stale: set[fx.Node]) -> None:
     assert mode is not None
     with mode, torch.no_grad():
         for node in trunk.graph.nodes:
-            if op_name(node) in _CHEAP and stale.intersection(node.all_input_nodes):
+            # Indexing by a mask is no view, and would have lengths of its own anew.
+            is_view = op_name(node) in _CHEAP and "unbacked_bindings" not in node.meta
+            if is_view and stale.intersection(node.all_input_nodes):
                 node.meta["example_value"] = run_on_fakes(node)
                 stale.add(node)

@@ -18,13 +18,14 @@ from hvcompile.graph.nodes import (
     is_tensor,
     mutated_operand,
     op_name,
+    reached_from,
     storage,
     tensor_kind,
     writers,
 )
 from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import is_data_dependent, numel_hint, provenance, value
-from hvcompile.trunk.roles import classify
+from hvcompile.trunk.roles import InputRoles, classify
 from hvcompile.trunk.streams import is_residual
 from hvcompile.trunk.trunk import BlockCall, Trunk
 
@@ -75,20 +76,18 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
         return Declined("what leaves the blocks has a length that depends on data, so no state can be made for it")
 
     roles = classify(trunk)
-    if not roles.weights:
-        return Declined("the graph takes no parameters as inputs, so its state can't be tied to a model")
-    if roles.sample is None:
-        return Declined(
-            "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
-        )
-    if roles.python_time is not None:
-        return Declined(f"{roles.python_time} is a Python number; pass the timestep as a tensor")
-    if not roles.clocks:
-        return Declined("no input is a timestep, so one generation can't be told from the next")
-    stream = _main_stream(first, roles.sample)
+    unclear = _why_unclear(trunk, roles)
+    if unclear is not None:
+        return unclear
+    assert roles.sample is not None
+    stream = _main_stream(trunk, roles.sample)
     if stream is None:
         return Declined(f"no output of {first.path} is one of its inputs plus something, so it has no residual")
     outside = {first.call, *first.outputs.values()}
+    if not reached_from(trunk.graph, {roles.sample: 0})[stream[0]]:
+        return Declined(
+            f"{first.path} continues nothing that follows from the sample, so it can't tell how that changed"
+        )
     for node in leaving:
         if not _reaches_back(trunk, node, core, outside):
             return Declined(f"{node.name} leaves the blocks and continues no stream of {first.path}")
@@ -111,13 +110,30 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
     )
 
 
-def _main_stream(first: BlockCall, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _why_unclear(trunk: Trunk, roles: InputRoles) -> Declined | None:
+    """Why one generation can't be told from the next by the inputs; None where it can."""
+    if not roles.weights:
+        return Declined("the graph takes no parameters as inputs, so its state can't be tied to a model")
+    if trunk.untold is not None:
+        return trunk.untold
+    if roles.sample is None:
+        return Declined(
+            "no input has the rank of the output, so the sample that is denoised can't be told from its conditions"
+        )
+    if roles.python_time is not None:
+        return Declined(f"{roles.python_time} is a Python number; pass the timestep as a tensor")
+    if not roles.clocks and trunk.earlier is None:
+        return Declined("no input is a timestep, so one generation can't be told from the next")
+    return None
+
+
+def _main_stream(trunk: Trunk, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Block 1's input and output of the residual stream that carries the sample; of several, the largest."""
-    from_sample = descendants([sample])
+    first, reached = trunk.blocks[0], reached_from(trunk.graph, {sample: 0})
     streams = [item for item in first.body.streams.items() if is_residual(first.body, item[0])]
     pairs = [(first.operands[source], first.outputs.get(output)) for output, source in streams]
     found = [(entered, left) for entered, left in pairs if left is not None]
-    found.sort(key=lambda pair: (pair[0] in from_sample, numel_hint(value(pair[0]))))
+    found.sort(key=lambda pair: (bool(reached[pair[0]]), numel_hint(value(pair[0]))))
     return found[-1] if found else None
 
 

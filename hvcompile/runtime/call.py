@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from hvcompile.journal import Declined, JournalRow
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
 from hvcompile.runtime.fingerprints import Fingerprints
+from hvcompile.runtime.lineage import Origins, Traced, record
 from hvcompile.runtime.state import ModelState, Slot, model_state
 from hvcompile.runtime.weights import StoredFloat8, WeightLayout, picker
 from hvcompile.torch_private import fakes
+from hvcompile.trunk.lineage import Flow, Made
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +53,9 @@ class CallPlan:
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
-    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, and the state. ``agreement`` is
-    there where several ranks run the graph together; the last output may be for it. ``content_device`` is where the
-    graph takes the weights' content, after the state; None where it doesn't.
+    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, what ``origins`` tells of
+    earlier graphs, the weights' content on ``content_device``, unless that is None, and the state. ``agreement`` is
+    there where several ranks run the graph together; the last output may be for it.
     """
 
     anchor: int | None
@@ -68,6 +71,7 @@ class CallPlan:
     stored: tuple[WeightLayout, ...] = ()
     derived: tuple[DerivedCall, ...] = ()
     agreement: Agreement | None = None
+    origins: Origins | None = None
 
 
 class CompiledGraph:
@@ -80,7 +84,10 @@ class CompiledGraph:
         journal: list[JournalRow],
         compile_id: tuple[int, int],
         compile_instead: Callable[[Sequence[Any], str, str], Callable[..., Any]] | None = None,
+        flow: Flow | None = None,
     ) -> None:
+        # Of a piece of a model, whose outputs other pieces take; None where the graph is whole.
+        self._flow = flow
         self._compiled, self._plan, self._journal, self._compile_id = compiled, plan, journal, compile_id
         self._weights, self._numbers = picker(plan.weights), picker(plan.numbers)
         # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
@@ -88,13 +95,19 @@ class CompiledGraph:
         self._fingerprints = Fingerprints()
         self._passed = picker(plan.passed) if plan.passed is not None else None
         self._lock = threading.Lock()
-        self._has_warned = False
+        self._has_warned = self._has_lost_trace = False
         # Takes the inputs of a call, the pass whose derived inputs refuse them, and why.
         self._compile_instead = compile_instead
         self._instead: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step: the captured graph's inputs in, its outputs out."""
+        results = self._run_call(args)
+        if self._flow is not None:
+            record(self._number, functools.partial(self._made, args, self._flow), self._flow, args, results)
+        return results
+
+    def _run_call(self, args: Sequence[Any]) -> Sequence[Any]:
         plan = self._plan
         if plan.agreement is None:
             return self._step(args)
@@ -131,13 +144,41 @@ class CompiledGraph:
         passed = self._passed(args) if self._passed is not None else args
         if not plan.states:
             return self._run([*passed, *added])
-        slot, content = self._slot(model, args, revision, generation or self._generation(args))
-        results = self._run([*passed, *added, *slot.tensors, *content])
+        traced, told = self._trace(args)
+        slot, content = self._slot(model, args, revision, generation or self._generation(args), traced)
+        results = self._run([*passed, *added, *told, *content, *slot.tensors])
         end = plan.num_outputs + len(plan.states)
         slot.tensors = list(results[plan.num_outputs : end])
         if plan.has_record:
             model.add_pending(slot.number, results[end])
         return results[: plan.num_outputs]
+
+    def _made(self, args: Sequence[Any], flow: Flow) -> Made:
+        """The weights that a call was given."""
+        plan = self._plan
+        if plan.anchor is None:
+            return Made(0, None)
+        model = model_state(args[plan.anchor])
+        weights = self._weights(args) if plan.states else [args[place] for place in flow.weights]
+        with model.lock:
+            known = model.weights[self._number]
+            return Made(known.revision_of(weights), known.content_of(weights, args[plan.anchor].device))
+
+    def _trace(self, args: Sequence[Any]) -> tuple[Traced | None, list[torch.Tensor]]:
+        """What earlier graphs tell of a call, and what the graph is given of it."""
+        origins = self._plan.origins
+        if origins is None:
+            return None, []
+        traced = origins.trace(args)
+        if traced is not None:
+            return traced, list(traced.given)
+        if not self._has_lost_trace:
+            self._has_lost_trace = True
+            log.warning(
+                "hvfast can't tell what an input of this graph was made of in a call, since something between the "
+                "pieces of the model made another tensor of it or wrote into it. Such steps are computed"
+            )
+        return None, origins.untold()
 
     def _run(self, inputs: Sequence[Any]) -> Sequence[Any]:
         results: Sequence[Any] = self._compiled(*inputs)
@@ -182,16 +223,27 @@ class CompiledGraph:
         return self._numbers(args), conditions
 
     def _slot(
-        self, model: ModelState, args: Sequence[Any], stored_revision: int, generation: _Generation
+        self,
+        model: ModelState,
+        args: Sequence[Any],
+        stored_revision: int,
+        generation: _Generation,
+        traced: Traced | None,
     ) -> tuple[Slot, list[torch.Tensor]]:
         """The slot of a call, and the content of its weights, where the graph takes that."""
         device, given = self._plan.content_device, self._weights(args)
+        earlier: Hashable = None
+        if self._plan.origins is not None and traced is not None:
+            with self._lock:
+                earlier = traced.generation(self._fingerprints.fingerprint_of)
         with model.lock:
             known = model.weights[self._number]
             weights = known.revision_of(given)
             content = [] if device is None else [known.content_of(given, device)]
+            if self._plan.origins is not None and traced is None:
+                return Slot(next(model.numbers), self._fresh(args), 0), content  # of this call alone
             thread = weakref.ref(threading.current_thread())
-            key = (thread, self._number, weights, stored_revision, *generation)
+            key = (thread, self._number, weights, stored_revision, *generation, earlier)
             model.calls += 1
             for other, slot in list(model.slots.items()):
                 owner = other[0]()

@@ -10,6 +10,8 @@ All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is sa
   inputs and to deduplicate them; a copy of the graph that lacks them fails in ``process_inputs``.
 - ``Node._rename``: the only way to name a node that is there; assigning ``Node.name`` leaves the graph's names as
   they were.
+- ``GraphModule.compile_subgraph_reason``: why Dynamo ended a graph, and where in the model; nothing public tells. Nor
+  whether a function runs as Dynamo's code, but the names that this calls.
 - ``torch._dynamo.utils.counters``: how many graphs Dynamo captured in this process, whatever compiled them.
 - ``torch._dynamo.convert_frame.register_bytecode_hook``: the only way to the code that Dynamo generated for a frame.
 - ``torch._logging._internal.trace_structured`` and its ``trace_log``: artifacts for tlparse.
@@ -23,10 +25,12 @@ All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is sa
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from types import CodeType
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -37,6 +41,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hvcompile.torch_private.fakes import value
+
+
+@dataclasses.dataclass(frozen=True)
+class Break:
+    """Where Dynamo broke a model: its reason, "file:line" of the model's code, and what stands there."""
+
+    reason: str
+    place: str
+    line: str
+
 
 UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
 
@@ -98,6 +112,59 @@ def compile_id() -> tuple[int, int]:
     if current is None:
         return (-1, 0)
     return (int(current.frame_id or 0), int(current.frame_compile_id or 0))
+
+
+def break_of(module: fx.GraphModule) -> Break | None:
+    """Where and why Dynamo ended a graph before its function did; None where it did not."""
+    reason: Any = getattr(module, "compile_subgraph_reason", None)  # private: see the module's docstring
+    if reason is None or not reason.graph_break:
+        return None
+    where = next((frame for frame in reversed(reason.user_stack or ()) if not _is_torch(frame.filename)), None)
+    place = f"{where.filename}:{where.lineno}" if where is not None else ""
+    return Break(reason=str(reason.reason), place=place, line=(where.line or "") if where is not None else "")
+
+
+def is_a_piece(module: fx.GraphModule) -> bool:
+    """Whether a graph may be a piece of a model: it ends at a break, or a module runs around it as it was written."""
+    return break_of(module) is not None or caller() is not None
+
+
+def caller() -> tuple[str, bool] | None:
+    """The place in a module's method from which what Dynamo is compiling was called, and whether that is captured.
+
+    Returns:
+        "file:line", and whether Dynamo captured the method and broke it there, or left it as it was written; None where
+        no module's method is around.
+
+    """
+    for frame, _ in _module_frames():
+        is_captured = any(name.startswith(_GENERATED) for name in frame.f_code.co_names)
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}", is_captured
+    return None
+
+
+def outermost_caller() -> torch.nn.Module | None:
+    """The outermost module whose method is around what Dynamo is compiling; None if none is."""
+    modules = [module for _, module in _module_frames()]
+    return modules[-1] if modules else None
+
+
+def _module_frames() -> Iterator[tuple[FrameType, torch.nn.Module]]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+        if isinstance(owner, torch.nn.Module) and not _is_torch(frame.f_code.co_filename):
+            yield frame, owner
+        frame = frame.f_back
+
+
+# What the code that Dynamo generates for a function calls: its graph, and what comes after a break.
+_GENERATED = ("__compiled_fn", "__resume_at")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+def _is_torch(file: str) -> bool:
+    return file.startswith(_TORCH)
 
 
 def num_captured() -> int:

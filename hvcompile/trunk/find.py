@@ -319,10 +319,7 @@ def find_trunk(graph: fx.Graph) -> list[Block] | Declined:
 def _no_blocks(graph: fx.Graph, chains: Sequence[_Chain], counter: FlopCounter) -> Declined:
     several = [chain for chain in chains if len(chain.blocks) > 1]
     if not several:
-        return Declined(
-            "no module list with two or more members is called in this graph"
-            " (if Dynamo broke the model into several graphs, fullgraph=True keeps it whole or says where it breaks)"
-        )
+        return Declined("no module list with two or more members is called in this graph")
     largest = max(several, key=lambda chain: chain.arithmetic)
     share = largest.arithmetic / max(sum(map(counter.arithmetic, graph.nodes)), 1)
     return Declined(

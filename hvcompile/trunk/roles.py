@@ -35,6 +35,7 @@ class InputRoles:
         conditions: all other tensors.
         python_time: name of a timestep that is a Python number, which the graph can't keep state of; None if there is
             none.
+        made: what earlier pieces of the model have made, beside ``sample``, which is one of these then.
 
     """
 
@@ -43,14 +44,15 @@ class InputRoles:
     clocks: tuple[fx.Node, ...]
     conditions: tuple[fx.Node, ...]
     python_time: str | None
+    made: tuple[fx.Node, ...] = ()
 
     @property
     def changing(self) -> tuple[fx.Node, ...]:
-        """The inputs that are new in every step: the sample, if there is one, and the clocks."""
-        return (*([] if self.sample is None else [self.sample]), *self.clocks)
+        """The inputs that are new in every step: the sample, if there is one, the clocks, and what was made of them."""
+        return (*([] if self.sample is None else [self.sample]), *self.clocks, *self.made)
 
 
-def _is_time_like(placeholder: fx.Node) -> bool:
+def is_time_like(placeholder: fx.Node) -> bool:
     """Whether an input becomes a sinusoidal embedding: it reaches ``sin`` or ``cos`` before anything mixes it."""
     seen: set[fx.Node] = set()
     stack = [placeholder]
@@ -65,28 +67,40 @@ def _is_time_like(placeholder: fx.Node) -> bool:
     return False
 
 
-def _likeness(placeholder: fx.Node, output: torch.Tensor) -> tuple[int, int]:
-    """How much an input looks like the model's output: dimensions of equal size, then size."""
-    tensor: torch.Tensor = value(placeholder)
+def likeness(tensor: torch.Tensor, output: torch.Tensor) -> tuple[int, int]:
+    """How much an input looks like the model's output, of equal rank: dimensions of equal size, then size."""
     equal = sum(size_hint(a) == size_hint(b) for a, b in zip(tensor.shape, output.shape, strict=True))
     return equal, numel_hint(tensor)
 
 
 def classify(trunk: Trunk) -> InputRoles:
-    """Give every tensor placeholder of the trunk's graph its role."""
+    """Give every tensor placeholder of the trunk's graph its role.
+
+    A piece of a model takes what earlier pieces have made of the sample and the clocks; see ``Trunk.earlier``.
+    """
     weights = [node for node in trunk.inputs if is_tensor(node) and is_weight(node)]
     # Of a Python float that has become a literal its input is left, which nothing reads.
     derived = {node for item in trunk.derived for node in item.sources}
     read = [node for node in trunk.inputs if is_tensor(node) and (node.users or node in derived)]
     inputs = [node for node in read if not is_weight(node)]
+    if trunk.earlier is not None:
+        made = {*trunk.earlier.inputs, *trunk.earlier.known}
+        return InputRoles(
+            weights=tuple(weights),
+            sample=trunk.earlier.sample,
+            clocks=(),
+            made=tuple(node for node in inputs if node in made and node is not trunk.earlier.sample),
+            conditions=tuple(node for node in inputs if node not in made),
+            python_time=None,
+        )
     results = trunk.output.args[0]
     outputs = [value(node) for node in results if isinstance(node, fx.Node) and is_tensor(node)]  # type: ignore[union-attr]
     sample = None
     if outputs:
         output = outputs[0]
         alike = [node for node in inputs if value(node).ndim == output.ndim and value(node).is_floating_point()]
-        alike = [node for node in alike if output.ndim > 1 and not _is_time_like(node)]
-        sample = max(alike, key=lambda node: _likeness(node, output), default=None)
+        alike = [node for node in alike if output.ndim > 1 and not is_time_like(node)]
+        sample = max(alike, key=lambda node: likeness(value(node), output), default=None)
     batch = size_hint(value(sample).shape[0]) if sample is not None else 1
 
     def is_small(node: fx.Node) -> bool:
@@ -98,9 +112,9 @@ def classify(trunk: Trunk) -> InputRoles:
     others = [node for node in inputs if node is not sample and value(node).dtype != torch.bool]
     others = [node for node in others if not value(node).is_complex()]
     # A timestep that is not embedded by sines is at least one number for each sample.
-    clocks = [node for node in others if _is_time_like(node)] or [node for node in others if is_small(node)]
+    clocks = [node for node in others if is_time_like(node)] or [node for node in others if is_small(node)]
     numbers = [node for node in trunk.inputs if is_scalar(node) and ".size()" not in source_name(node)]
-    python_time = next((source_name(node) or node.name for node in numbers if _is_time_like(node)), None)
+    python_time = next((source_name(node) or node.name for node in numbers if is_time_like(node)), None)
     conditions = [node for node in inputs if node is not sample and node not in clocks]
     return InputRoles(
         weights=tuple(weights),

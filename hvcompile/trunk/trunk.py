@@ -15,6 +15,7 @@ from hvcompile.float8.format import Granularity
 from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import STORED, TAG, value
+from hvcompile.trunk.lineage import Earlier
 
 if TYPE_CHECKING:
     from hvcompile.ranks.split import Layout, Split
@@ -185,6 +186,8 @@ class Trunk:
         shared: set where ``sharding`` is.
         weights_content: placeholder of what tells whether the weights hold what they did, an int64 scalar; None where
             no pass has asked for it.
+        earlier: what earlier graphs of the model tell of the inputs, where it takes no timestep; None where they don't.
+        untold: why one generation can't be told from the next, where the graph is a piece of a model.
 
     """
 
@@ -199,6 +202,8 @@ class Trunk:
     sharding: Sharding | None = None
     shared: SharedInputs | None = None
     weights_content: fx.Node | None = None
+    earlier: Earlier | None = None
+    untold: Declined | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -223,16 +228,34 @@ class Trunk:
 
     @property
     def added(self) -> list[fx.Node]:
-        """The placeholders that passes have added, in order: derived inputs, weights, state, the weights' content."""
+        """The placeholders that passes have added, in order.
+
+        Derived inputs, weights, what earlier graphs tell, the weights' content, and state last. All stand after those
+        of the captured graph.
+        """
         derived = [node for item in self.derived for node in item.placeholders]
         stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
+        earlier = self.earlier.added if self.earlier is not None else []
         content = [] if self.weights_content is None else [self.weights_content]
-        return [*derived, *stored, *(state.placeholder for state in self.states), *content]
+        return [*derived, *stored, *earlier, *content, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
         """The graph's output node."""
         return self.graph.output_node()
+
+    def add_earlier(self, device: torch.device) -> Earlier:
+        """Add what earlier graphs tell, ``Earlier.clock``, ``mark`` and ``content``, as placeholders after all others.
+
+        State stands after these, so there may be none yet.
+        """
+        earlier = self.earlier
+        assert earlier is not None
+        assert not self.states
+        earlier.clock = self._add_placeholder("earlier_clock", (earlier.num_clocks,), torch.float64, device)
+        earlier.mark = self._add_placeholder("earlier_sample", (1,), torch.int64, device)
+        earlier.content = self._add_placeholder("earlier_content", (1,), torch.int64, device)
+        return earlier
 
     def add_state(
         self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
@@ -246,9 +269,11 @@ class Trunk:
     def add_weights_content(self, device: torch.device) -> fx.Node:
         """Add a number that differs where the weights' content does, as a placeholder after all others.
 
-        The runtime makes it in every call, an int64 scalar, of some elements of each weight that the graph takes.
+        The runtime makes it in every call, an int64 scalar, of some elements of each weight that the graph takes. State
+        stands after it, so there may be none yet.
         """
         assert self.weights_content is None
+        assert not self.states
         self.weights_content = self._add_placeholder("weights_content", (), torch.int64, device)
         return self.weights_content
 

@@ -1,0 +1,85 @@
+"""What is said of a graph that is compiled as it was captured, without any rewrite, and where that is an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from hvcompile.errors import QuantizedWeightError, RequestedPassError
+from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.journal import Declined, JournalRow, PassReport
+from hvcompile.options import Options
+from hvcompile.runtime.hooks import describe, foreign_hooks, had_hooks
+from hvcompile.runtime.state import state_while_compiling
+from hvcompile.trunk.observer import Observer
+
+log = logging.getLogger(__name__)
+
+OUTLINE = "outline"
+"""Name of the journal's row of what was outlined, beside those of the passes."""
+
+
+def leave_as_captured(
+    declined: Declined,
+    settings: Options,
+    journal: list[JournalRow],
+    observer: Observer,
+    args: Sequence[Any],
+    piece: str = "",
+) -> None:
+    """Say why a graph is compiled without any rewrite, or raise where that can't be.
+
+    Args:
+        declined: the reason.
+        settings: a pass that they ask for by name is an error, unless another piece of the model may have it.
+        journal: gains the reason.
+        observer: is told.
+        args: of the call that is being compiled.
+        piece: which piece of a broken model the graph is; empty where it may be the whole.
+
+    """
+    reason = f"{declined.what}: {declined.reason}" if declined.what else declined.reason
+    for arg in args:
+        if isinstance(arg, QuantizedWeight):
+            raise QuantizedWeightError(
+                f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
+                f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
+            ) from declined.cause
+    if piece:
+        reason += f"; {piece}"
+    for item, requested in settings.passes:
+        if requested and not piece:
+            raise RequestedPassError(
+                f"options ask for {item.section!r}, but this graph can't be rewritten: {reason}. "
+                f"Drop {item.section!r} from options to compile it as it is."
+            ) from declined.cause
+    asked = ", ".join(item.section for item, requested in settings.passes if requested)
+    reason += f"; options ask for {asked}, which another piece may have" if asked else ""
+    warn_of_plain(settings.lower, reason)
+    journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
+    observer.on_rewritten(None, journal, None)
+
+
+def warn_of_plain(lower: str, reason: str) -> None:
+    """Say that a graph is compiled as captured, once a model and reason; where hooks break the model, name them."""
+    found = state_while_compiling()
+    if found is None:
+        log.warning("hvfast left a graph to plain %s: %s", lower, reason)
+        return
+    model, state = found
+    hooks = foreign_hooks(model)
+    if not hooks and had_hooks(model):
+        log.info(
+            "hvfast left a graph to plain %s, the last before a model without its hooks is whole: %s", lower, reason
+        )
+    elif not hooks:
+        level = logging.WARNING if state.is_news(reason) else logging.INFO
+        log.log(level, "hvfast left a graph to plain %s: %s", lower, reason)
+    elif state.is_news(text := describe(hooks)):
+        log.warning(
+            "hooks break this %s into several graphs, and hvfast leaves those without a trunk to plain %s: %s",
+            *(type(model).__name__, lower, text),
+        )
+    else:
+        log.info("hvfast left a graph to plain %s: %s", lower, reason)
