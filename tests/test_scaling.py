@@ -53,8 +53,8 @@ def test_collectives_and_bytes_are_those_of_ulysses(scaling: Any) -> None:
     shares = [scaling.share(captured, ranks, "meta") for ranks in (1, 2, 3, 4)]
     one, *others = [shares[0], shares[1], shares[3]]
     token, blocks, refiner = 2 * WIDTH, 3, 4 * TEXT * TEXT * WIDTH  # the refiner's, before the blocks, on every rank
-    # What the first rank sends, sample, timestep and guidance, and then each rank to the others: how far it was off, and
-    # a hash in three numbers of each of the text, its pooled form and its mask.
+    # What the first rank sends, sample, timestep and guidance, and then each rank to the others: how far it was off,
+    # and a hash in three numbers of each of the text, its pooled form and its mask.
     shared, sample, apart = 3 + 1, 2 * 4 * (3 * 4 * 6) + 4 + 4, (3 + 3 * 3) * 4
     local, keys = 6, 18 + TEXT
     assert shares[2].collectives == 2 * blocks + 1 + shared
