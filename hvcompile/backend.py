@@ -41,7 +41,7 @@ from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.frames import is_in_a_piece
 from hvcompile.torch_private.guards import look_first
 from hvcompile.torch_private.lowering import LOWERINGS
-from hvcompile.trunk.lineage import Earlier
+from hvcompile.trunk.lineage import Earlier, Flow
 from hvcompile.trunk.numbers import fix_numbers
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
@@ -126,7 +126,7 @@ def compile_graph(
     dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
     observer = Observers(dump, RanksInStep(captured, args))
 
-    flow = flow_of(captured) if dynamo.is_a_piece(captured) else None
+    flow = flowing(captured, observer) if dynamo.is_a_piece(captured) else None
     trunk = rewrite(captured, settings, rows, observer, known_args=dict(enumerate(args)))
     plan = trunk if isinstance(trunk, Declined) else sealed(trunk, observer)
     if isinstance(plan, Declined):
@@ -197,6 +197,15 @@ def rewrite(
         else:
             observer.on_rewritten(trunk, journal, None)
             return trunk
+
+
+def flowing(captured: fx.GraphModule, observer: Observer) -> Flow | None:
+    """What flows through a piece of a model; None where that can't be told, for a reason that nobody foresaw."""
+    try:
+        return flow_of(captured)
+    except Exception as error:
+        observer.on_fault(pipeline.unforeseen("following the model's inputs through a graph", error))
+        return None
 
 
 def earlier_graphs(

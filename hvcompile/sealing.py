@@ -53,7 +53,7 @@ def seal(trunk: Trunk) -> CallPlan:
         stored=tuple(_weight_layout(stored, place) for stored in trunk.stored),
         derived=tuple(_derived_call(item, place) for item in trunk.derived),
         agreement=_agreement(trunk, roles, place),
-        origins=_origins(trunk, place),
+        origins=_origins(trunk),
     )
     for node in stored_sources:
         trunk.graph.erase_node(node)
@@ -132,14 +132,14 @@ def _derived_call(item: Derived, place: dict[fx.Node, int]) -> DerivedCall:
     )
 
 
-def _origins(trunk: Trunk, place: dict[fx.Node, int]) -> Origins | None:
+def _origins(trunk: Trunk) -> Origins | None:
     """How the graph learns what earlier graphs tell; None where no pass has asked for it."""
     earlier = trunk.earlier
     if earlier is None or earlier.clock is None:
         return None
     return Origins(
-        places=tuple(place[node] for node in earlier.inputs),
-        known=tuple(place[node] for node in earlier.known),
+        places=earlier.inputs,
+        known=earlier.known,
         kinds=earlier.kinds,
         sample=earlier.sample_root,
         clocks=earlier.clock_roots,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
@@ -423,3 +424,44 @@ def test_what_is_written_reaches_views() -> None:
     results: Any = graphs[0].output_node().args[0]
     view, other = results
     assert (reached[view], reached[other]) == (frozenset([0]), frozenset([1]))
+
+
+def broken_hunyuan_video() -> nn.Module:
+    """A model that is captured whole but for a hook, as tools that look at activations put it on."""
+    model = zoo.FAMILIES["hunyuan_video"].build(num_layers=2, num_single_layers=2, width=64)
+    model.get_submodule("context_embedder").register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    return model
+
+
+def on_this_rank(lower: str) -> tuple[list[float], list[bool], list[str]]:
+    """A computed step's error in two generations, which steps were reused, and what the passes matched."""
+    inputs = [zoo.FAMILIES["hunyuan_video"].inputs(seed=seed) for seed in (3, 4)]
+    model = broken_hunyuan_video()
+    fast = hvfast(model, options={"lower": lower, **ALWAYS})
+    errors = []
+    with torch.no_grad():
+        for given in inputs:
+            for place, step in enumerate(generation(given)):
+                found = first(fast(**step, return_dict=False))
+                if place == 0:
+                    errors.append(relative_error(found, first(model(**step, return_dict=False))))
+    matched = [
+        name for name in ("ShardedAttention", "UnmaskedAttention") for row in rows_of(fast, name)[-1].report.matched
+    ]
+    return errors, steps_of(fast), matched
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_a_hook_that_breaks_a_model(lower: str) -> None:
+    errors, reused, matched = on_this_rank(lower)
+    assert max(errors) < 1e-5
+    assert reused == [False, True, True] * 2
+    assert set(matched) == {"UnmaskedAttention"}
+
+
+def test_a_piece_on_two_ranks() -> None:
+    """The piece with the blocks is sharded, and the ranks decide alike."""
+    for errors, reused, matched in ranks.results(ranks.launch(on_this_rank, 2, "eager")):
+        assert max(errors) < 1e-5
+        assert reused == [False, True, True] * 2
+        assert set(matched) == {"ShardedAttention", "UnmaskedAttention"}

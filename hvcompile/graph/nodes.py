@@ -43,6 +43,12 @@ def is_size(node: fx.Node) -> bool:
     return is_scalar(node) and not isinstance(value(node), torch.SymFloat)
 
 
+def is_graph(node: fx.Node) -> bool:
+    """Whether a node refers to a graph that an operation takes, such as the function that masks FlexAttention."""
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and isinstance(getattr(owner, str(node.target), None), fx.GraphModule)
+
+
 def is_parameter(node: fx.Node) -> bool:
     """Whether a node is a placeholder for a parameter of the model."""
     return node.op == "placeholder" and (

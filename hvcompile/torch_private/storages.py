@@ -32,6 +32,9 @@ def mark_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 def storage_id(tensor: torch.Tensor) -> int:
     """What tells a tensor's storage from all others that are alive; a view has that of its base. Fake tensors too."""
+    # Private: inside vmap, tensors are wrappers that give no storage (2.11.0, 2.13.0).
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return, no-untyped-call]
 
 

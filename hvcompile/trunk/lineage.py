@@ -91,9 +91,9 @@ class Earlier:
     """What is known of the inputs that earlier graphs of the model have made, for a graph that takes no timestep.
 
     Attributes:
-        inputs: the placeholders that earlier graphs have made.
-        known: placeholders that are the model's sample or timestep itself.
-        sample: of ``inputs``, the one that carries the sample.
+        inputs: places of the captured graph's inputs that earlier graphs have made.
+        known: places of those that are the model's sample or timestep itself.
+        sample: of ``inputs``, the place of the one that carries the sample.
         kinds: of the roots of ``inputs``, in order.
         sample_root: which of them is the sample.
         clock_roots: which are timesteps.
@@ -105,9 +105,9 @@ class Earlier:
 
     """
 
-    inputs: tuple[fx.Node, ...]
-    known: tuple[fx.Node, ...]
-    sample: fx.Node
+    inputs: tuple[int, ...]
+    known: tuple[int, ...]
+    sample: int
     kinds: tuple[Hashable, ...]
     sample_root: int
     clock_roots: tuple[int, ...]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from hvcompile.graph.flops import FlopCounter
-from hvcompile.graph.nodes import is_context_switch, mutated_operand, op_name
+from hvcompile.graph.nodes import is_context_switch, is_graph, mutated_operand, op_name
 from hvcompile.torch_private.fakes import layout_key, shape_key, value
 from hvcompile.trunk.find import Block
 from hvcompile.trunk.operands import is_activation, stride_order
@@ -104,7 +104,24 @@ def _row(node: fx.Node, labels: dict[fx.Node, Any]) -> tuple[Any, ...]:
     """What a node computes, comparable between blocks: operation, wiring and literals, its inputs as labels."""
     # The text of a run-time assertion names symbols, which Dynamo numbers anew in every block.
     args = node.args[:1] if op_name(node).startswith("_assert_scalar") else node.args
-    return (node.op, node.target, _canonical(args, labels.get), _canonical(node.kwargs, labels.get))
+    target = _graph_key(getattr(node.graph.owning_module, str(node.target))) if is_graph(node) else node.target
+    return (node.op, target, _canonical(args, labels.get), _canonical(node.kwargs, labels.get))
+
+
+def _graph_key(module: fx.GraphModule) -> Any:
+    """What a graph that an operation takes computes, comparable between blocks, whatever its nodes are called."""
+    labels: dict[fx.Node, Any] = {}
+    rows: list[tuple[Any, ...]] = []
+    for position, node in enumerate(module.graph.nodes):
+        held = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        if node.op == "placeholder":
+            rows.append((node.op,))
+        elif node.op == "get_attr" and not is_graph(node):
+            rows.append((node.op, id(held)))  # a constant, which the graph keeps alive
+        else:
+            rows.append(_row(node, labels))
+        labels[node] = ("node", position)
+    return tuple(rows)
 
 
 def _rows(block: Block, operands: Sequence[fx.Node]) -> Iterator[tuple[Any, ...]]:

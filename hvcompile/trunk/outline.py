@@ -19,9 +19,11 @@ from hvcompile.graph.nodes import (
     draws_random_numbers,
     drop_grad_switches,
     is_context_switch,
+    is_graph,
     is_scalar,
     is_tensor,
     mutated_operand,
+    op_name,
     settle,
     storage,
 )
@@ -38,11 +40,19 @@ from hvcompile.trunk.operands import as_operands, contiguous_like, is_activation
 from hvcompile.trunk.streams import find_streams
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
+_VECTORISING = {"_vmap_increment_nesting", "_vmap_decrement_nesting"}
+
 
 def recover(captured: fx.GraphModule) -> Trunk | Declined:
     """Find the repeated blocks of a graph captured by Dynamo and outline them; the captured graph is not changed."""
     module = dynamo.clone_graph_module(captured)
     drop_grad_switches(module.graph)
+    vectorised = next((node for node in module.graph.nodes if op_name(node) in _VECTORISING), None)
+    if vectorised is not None:
+        return Declined(
+            f"the graph calls torch.vmap ({vectorised.name}), between whose begin and end nothing may be moved. "
+            "FlexAttention does so where it makes a mask inside the model: make the mask outside, and hand it in"
+        )
     count_from_start(module.graph)
     fix_numbers_of_modules(module.graph)
     blocks = find_trunk(module.graph)
@@ -52,6 +62,7 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
     sizes = symbolic_sizes(module.graph, before=blocks[0].nodes[0])
     _adopt_context_switches(module.graph, blocks)
+    _adopt_submodules(module.graph, blocks)
     operands = [sizes + [operand for operand in entering(block) if operand not in sizes] for block in blocks]
     declined = _check_graph(module.graph, blocks)
     if declined is not None:
@@ -100,6 +111,25 @@ def _adopt_context_switches(graph: fx.Graph, blocks: Sequence[Block]) -> None:
             switches = {region, *region.users} - set(block.nodes)
             owned = set(block.nodes) | switches
             block.nodes = [node for node in graph.nodes if node in owned]
+
+
+def _adopt_submodules(graph: fx.Graph, blocks: Sequence[Block]) -> None:
+    """Give a block a reference of its own to each graph that its operations take: FlexAttention's masks and scores."""
+    for block in blocks:
+        inside, own = set(block.nodes), dict[fx.Node, fx.Node]()
+        for node in block.nodes:
+            for operand in node.all_input_nodes:
+                if is_graph(operand) and operand not in own:
+                    with graph.inserting_before(node):
+                        own[operand] = graph.node_copy(operand)
+        for node in block.nodes:
+            for operand in [item for item in node.all_input_nodes if item in own]:
+                node.replace_input_with(operand, own[operand])
+        inside |= set(own.values())
+        block.nodes = [node for node in graph.nodes if node in inside]
+        for operand in own:
+            if not operand.users:
+                graph.erase_node(operand)
 
 
 def _autocast_around(block: Block, within: dict[fx.Node, tuple[fx.Node, ...]]) -> Hashable:

@@ -69,9 +69,9 @@ def earlier_of(trunk: Trunk, args: Mapping[int, Any], lineages: Mapping[int, Lin
     told = [found[place].value for place in (sample, *clocks)]
     own = [place for place in args if place not in lineages]
     return Earlier(
-        inputs=tuple(trunk.inputs[place] for place in lineages),
-        known=tuple(trunk.inputs[place] for place in own if any(args[place] is item for item in told)),
-        sample=trunk.inputs[max(carriers, key=lambda place: args[place].numel())],
+        inputs=tuple(lineages),
+        known=tuple(place for place in own if any(args[place] is item for item in told)),
+        sample=max(carriers, key=lambda place: args[place].numel()),
         kinds=tuple(root.kind for root in found),
         sample_root=sample,
         clock_roots=clocks,

@@ -84,12 +84,13 @@ def classify(trunk: Trunk) -> InputRoles:
     read = [node for node in trunk.inputs if is_tensor(node) and (node.users or node in derived)]
     inputs = [node for node in read if not is_weight(node)]
     if trunk.earlier is not None:
-        made = {*trunk.earlier.inputs, *trunk.earlier.known}
+        carrier = trunk.inputs[trunk.earlier.sample]
+        made = {trunk.inputs[place] for place in (*trunk.earlier.inputs, *trunk.earlier.known)}
         return InputRoles(
             weights=tuple(weights),
-            sample=trunk.earlier.sample,
+            sample=carrier,
             clocks=(),
-            made=tuple(node for node in inputs if node in made and node is not trunk.earlier.sample),
+            made=tuple(node for node in inputs if node in made and node is not carrier),
             conditions=tuple(node for node in inputs if node not in made),
             python_time=None,
         )
