@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,9 +31,12 @@ from hvcompile.rewriting.key_padding import (
     read_lengths,
 )
 from hvcompile.torch_private import fakes
-from hvcompile.torch_private.fakes import value
+from hvcompile.torch_private.fakes import numel_hint, size_hint, value
 from hvcompile.trunk.invariants import drop_dead
 from hvcompile.trunk.trunk import Body, Trunk
+
+MOST_SCORES = 2**30
+"""Bytes of an attention's scores beyond which they are never all in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,16 +147,18 @@ class UnmaskedAttention(Pass):
         """Shorten keys, pin the kernel, and hoist; where the kernel is unmet, only shorten keys."""
         matched: list[str] = []
         noted: list[str] = []
+        declined = list(plan.declined)
         kernel = AUTO if unmet else self.kernel
         if plan.masks.masked:
             # With its kernel at once: what torch takes by itself may not be traceable with keys of unknown number.
-            plain = _unmask(trunk, plan.masks, kernel)
-            matched.append(_say(plan.masks))
-            if plain:
-                noted.append(
-                    f"{', '.join(plain)}: written out, for torch takes its math kernel, and torch {torch.__version__} "
-                    "can't trace that with a number of keys that is known at run time alone"
-                )
+            lengths = _lengths(trunk, plan.masks)
+            ways = _ways(plan.masks, kernel, lengths)
+            if isinstance(ways, Declined):
+                declined.append((ways.what, ways.reason))
+            else:
+                _unmask(trunk, plan.masks, ways, lengths)
+                matched.append(_say(plan.masks))
+                noted += _say_instead(plan.masks, ways)
         if self.kernel == AUTO:
             remaining = [node for body in trunk.bodies for node in attentions(body.module.graph)]
             for kind in dict.fromkeys(map(_describe, remaining)):
@@ -166,7 +171,7 @@ class UnmaskedAttention(Pass):
             matched.append(f"{len(plan.kinds)} attentions run kernel {kernel!r}, asked for by options: {kinds}")
         if self.hoist and not unmet:
             matched += hoist(trunk, UnmaskedAttention.__name__)
-        return PassReport(matched=tuple(matched), declined=plan.declined, unmet=unmet, noted=tuple(noted))
+        return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=unmet, noted=tuple(noted))
 
     def instead(self) -> Pass:
         """Attention with its masks, which not every kernel takes."""
@@ -188,18 +193,75 @@ def _say(found: Match) -> str:
     return f"{places}: keys end where the padding begins, found from the mask by the runtime"
 
 
-def _unmask(trunk: Trunk, found: Match, kernel: str) -> list[str]:
-    """Replace what was found; returns the attentions that had to be written out in plain operations."""
-    plain: list[str] = []
-    tag = UnmaskedAttention.__name__
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How an attention runs with shorter keys; ``instead`` says by what, where torch's own choice can't be traced."""
+
+    attend: Callable[..., Any]
+    instead: str = ""
+
+
+_Lengths = dict[tuple[str, ...], list[torch.SymInt]]
+"""For each source of masks, how many keys each sample keeps."""
+
+
+def _lengths(trunk: Trunk, found: Match) -> _Lengths:
     mode: Any = fakes.fake_mode(trunk.graph)
+    return {
+        source: [fakes.unbacked_size(mode, LEAST_KEYS, num_keys(masked)) for _ in range(masked.samples)]
+        for source, masked in found.lengths.items()
+    }
+
+
+def _ways(found: Match, kernel: str, lengths: _Lengths) -> list[_Way] | Declined:
+    """How each attention runs with shorter keys, or why one can't."""
+    ways: list[_Way] = []
+    for masked in found.masked:
+        attend = _attend(masked.node, kernel, lengths[masked.source][0])
+        way = _instead(masked.node) if attend is None else _Way(attend=attend)
+        if isinstance(way, Declined):
+            return Declined(way.reason, f"{masked.node.name} of {masked.body.name}")
+        ways.append(way)
+    return ways
+
+
+def _instead(node: fx.Node) -> _Way | Declined:
+    """What computes an attention of which torch must not ask the number of keys; large scores stay in a kernel."""
+    query, key, _ = _operands(node)
+    scores = numel_hint(query) // size_hint(query.shape[-1]) * size_hint(key.shape[2]) * 4
+    if scores <= MOST_SCORES:
+        return _Way(attend=_written_out(node), instead="written out")
+    kind = _describe(node, is_unmasked=True)
+    refused = {kernel: refusal(kernel, kind) for kernel in KERNELS if kernel not in {AUTO, "math"}}
+    for kernel, reason in refused.items():
+        if not reason:
+            return _Way(attend=_pinned(node, kernel), instead=f"kernel {kernel!r}")
+    return Declined(
+        f"torch {torch.__version__} can't trace its math kernel with a number of keys that is known at run time alone; "
+        f"written out it would hold {scores / 2**30:.1f} GiB of scores; and no other kernel takes it ("
+        + "; ".join(f"{kernel}: {reason}" for kernel, reason in refused.items())
+        + ")"
+    )
+
+
+def _say_instead(found: Match, ways: Sequence[_Way]) -> list[str]:
+    by_way: dict[str, list[str]] = {}
+    for masked, way in zip(found.masked, ways, strict=True):
+        if way.instead:
+            by_way.setdefault(way.instead, []).append(f"{masked.node.name} of {masked.body.name}")
+    return [
+        f"{', '.join(names)}: {instead}, for torch takes its math kernel, and torch {torch.__version__} can't trace "
+        "that with a number of keys that is known at run time alone"
+        for instead, names in by_way.items()
+    ]
+
+
+def _unmask(trunk: Trunk, found: Match, ways: Sequence[_Way], numbers: _Lengths) -> None:
+    """Replace what was found."""
+    tag = UnmaskedAttention.__name__
     assert found.masks is not None
-    names: list[str] = []
-    sizes: list[torch.SymInt] = []
-    for place, masked in enumerate(found.lengths.values()):
-        for sample in range(masked.samples):
-            names.append(f"valid_keys_{place}_{sample}")
-            sizes.append(fakes.unbacked_size(mode, LEAST_KEYS, num_keys(masked)))
+    names = [f"valid_keys_{place}_{item}" for place, held in enumerate(numbers.values()) for item in range(len(held))]
+    sizes = [size for held in numbers.values() for size in held]
     is_kept = not is_read_in_every_call(found.sources)
     derived = trunk.add_derived(
         names, sizes, made_by=tag, module=found.masks, sources=found.sources, is_kept=is_kept, read=read_lengths
@@ -210,17 +272,13 @@ def _unmask(trunk: Trunk, found: Match, kernel: str) -> list[str]:
     lengths = {source: [next(placeholders) for _ in range(item.samples)] for source, item in found.lengths.items()}
     inside: dict[tuple[Any, fx.Node], fx.Node] = {}
     unread: list[fx.Node] = []
-    for masked in found.masked:
+    for masked, way in zip(found.masked, ways, strict=True):
         operands = []
         for length in lengths[masked.source]:
             if (masked.body, length) not in inside:
                 inside[masked.body, length] = trunk.add_operand(masked.body, length)
             operands.append(inside[masked.body, length])
-        attend = _attend(masked.node, kernel, operands[0])
-        if attend is None:
-            attend = _written_out(masked.node)
-            plain.append(f"{masked.node.name} of {masked.body.name}")
-        mask = _rewrite(masked, operands, attend, tag)
+        mask = _rewrite(masked, operands, way.attend, tag)
         leaves = made_of(mask)[1]
         drop_dead(masked.body.module.graph, [mask])
         for leaf in leaves:
@@ -229,7 +287,6 @@ def _unmask(trunk: Trunk, found: Match, kernel: str) -> list[str]:
                 unread += [block.operands[position] for block in trunk.blocks if block.body is masked.body]
                 trunk.drop_operand(masked.body, leaf)
     drop_dead(trunk.graph, unread)
-    return plain
 
 
 def _rewrite(masked: Masked, lengths: list[fx.Node], attend: Callable[..., Any], tag: str) -> fx.Node:
@@ -263,7 +320,7 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], attend: Callable[..., Any],
     return mask
 
 
-def _attend(node: fx.Node, kernel: str, length: fx.Node) -> Callable[..., Any] | None:
+def _attend(node: fx.Node, kernel: str, length: torch.SymInt) -> Callable[..., Any] | None:
     """What gives an attention of query, key and value with so many keys, unmasked; None if torch can't trace it."""
     given = {name: held for name, held in arguments(node).items() if name not in {"query", "key", "value", "attn_mask"}}
     target: Any = node.target
@@ -274,7 +331,7 @@ def _attend(node: fx.Node, kernel: str, length: fx.Node) -> Callable[..., Any] |
     query, key, held = _operands(node)
     scale = given.get("scale")
     known = given | ({"scale": value(scale)} if isinstance(scale, fx.Node) else {})
-    parts = [query, *(item.narrow(2, 0, value(length)) for item in (key, held))]
+    parts = [query, *(item.narrow(2, 0, length) for item in (key, held))]
     # On meta nothing will run: what is taken there says nothing of the device that is planned for.
     if query.device.type != "meta" and not fakes.is_traceable(target, *parts, **known):
         return None

@@ -641,6 +641,25 @@ def test_what_torch_cannot_trace_is_written_out(
     assert any("written out" in told for told in row.report.noted) is not seen[0]
 
 
+@pytest.mark.parametrize(("sizes", "kernel"), [({}, "flash"), ({"values": WIDTH // 2}, "")], ids=["flash", "none"])
+def test_large_scores_are_never_written_out(
+    sizes: Mapping[str, int], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that can replaces the math kernel; where none can, the mask stays, and the reason is told."""
+    monkeypatch.setattr(fakes, "is_traceable", lambda *given, **kwargs: False)
+    monkeypatch.setattr("hvcompile.passes.unmasked_attention.MOST_SCORES", 0)
+    model = MaskedToy(sizes=sizes)
+    fast = hvfast(model, fullgraph=True, options={"lower": "aot"})
+    check(fast, model, masked_inputs(15, 14))
+    (row,) = [row for row in hvcompile.stats(fast).journal[0] if row.name == "UnmaskedAttention"]
+    if kernel:
+        assert any(f"kernel {kernel!r}, for torch takes its math kernel" in told for told in row.report.noted)
+    else:
+        ((_, why),) = [item for item in row.report.declined if "GiB of scores" in item[1]]
+        assert "query and value differ in head size" in why
+        assert not any("keys end where" in told for told in row.report.matched)
+
+
 @pytest.mark.parametrize("kernel", ["flash", "math"])
 @pytest.mark.parametrize("unmask", [True, False])
 def test_kernels_with_and_without_masks(kernel: str, unmask: bool) -> None:
