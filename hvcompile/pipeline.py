@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from hvcompile.errors import HvcompileError, InvalidRewriteError, OptionError, RequestedPassError
+from hvcompile.graph.aliasing import shared_memory
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor, op_name
 from hvcompile.journal import Declined, JournalRow, PassReport
@@ -184,6 +185,9 @@ def _check(trunk: Trunk, before: tuple[list[Any], list[Any]], name: str) -> None
         if isinstance(module, fx.GraphModule):
             module.graph.lint()
             module.recompile()
+    shared = shared_memory(trunk.module)
+    if shared:
+        raise InvalidRewriteError(f"{name} left calls that share memory: {shared}")
     wanted, found = _signature_key(before), _signature_key(_signature(trunk))
     if wanted != found:
         raise InvalidRewriteError(f"{name} changed the graph's signature from {wanted} to {found}")

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from hvcompile.errors import OptionError
+from hvcompile.graph.aliasing import refresh
 from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import settle
 from hvcompile.journal import Declined, PassReport
@@ -338,6 +339,7 @@ def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequen
         if not node.users:
             trunk.graph.erase_node(node)
     settle(trunk.graph)
+    refresh(trunk.graph, set(outputs))
 
 
 def _is_ours(sharding: Sharding, stream: fx.Node, before: fx.Node) -> fx.Node:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.graph.inline import run_on_fakes
+from hvcompile.graph.aliasing import refresh
 from hvcompile.graph.nodes import ancestors, is_tensor, op_name, storage
-from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.invariants import copied_out, drop_dead, invariants
 from hvcompile.trunk.operands import contiguous_like
@@ -77,7 +76,12 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _pays(node: fx.Node) -> bool:
-    """Whether something is computed on the way to a node, rather than cast or laid out anew."""
+    """Whether something is computed on the way to a node, rather than cast or laid out anew.
+
+    One number never pays, and it may be there to be read as a Python number, which no derived input is.
+    """
+    if value(node).ndim == 0:
+        return False
     work = [
         item
         for item in {node, *ancestors([node])}
@@ -105,17 +109,4 @@ def _take_out(trunk: Trunk, nodes: list[fx.Node], tag: str) -> None:
             user.replace_all_uses_with(placeholder)  # one operand of all blocks, not one a kind of block
             trunk.graph.erase_node(user)
     drop_dead(trunk.graph, nodes)
-    _refresh(trunk, set(derived.placeholders))
-
-
-def _refresh(trunk: Trunk, stale: set[fx.Node]) -> None:
-    """Bring the fake values of views up to date, which tell what shares memory with what."""
-    mode = fakes.fake_mode(trunk.graph)
-    assert mode is not None
-    with mode, torch.no_grad():
-        for node in trunk.graph.nodes:
-            # Indexing by a mask is no view, and would have lengths of its own anew.
-            is_view = op_name(node) in _CHEAP and "unbacked_bindings" not in node.meta
-            if is_view and stale.intersection(node.all_input_nodes):
-                node.meta["example_value"] = run_on_fakes(node)
-                stale.add(node)
+    refresh(trunk.graph, set(derived.placeholders))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Hashable, Sequence
 
 from torch import fx
 
@@ -16,6 +17,7 @@ from hvcompile.graph.nodes import (
     is_scalar,
     is_size,
     is_tensor,
+    is_weight,
     mutated_operand,
     op_name,
     reached_from,
@@ -24,6 +26,7 @@ from hvcompile.graph.nodes import (
     writers,
 )
 from hvcompile.journal import Declined
+from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import is_data_dependent, numel_hint, provenance, value
 from hvcompile.trunk.roles import InputRoles, classify
 from hvcompile.trunk.streams import is_residual
@@ -63,7 +66,9 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
     after, needed = descendants(calls), ancestors(calls)
     if first.call in after:
         return Declined(f"{first.path} reads the result of a later block")
-    core = set(calls) | {user for call in calls for user in call.users} | (after & needed)
+    core = set(calls) | (after & needed)
+    # What leaves of a tuple are its parts, also those that no block reads.
+    core |= {user for node in core if not is_tensor(node) for user in node.users if user.target is operator.getitem}
     leaving = [node for node in trunk.graph.nodes if node in core and any(user not in core for user in node.users)]
     if not leaving:
         return Declined("nothing that the blocks compute is read after them")
@@ -95,6 +100,9 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
     within = contexts(trunk.graph)
     if len({within[node] for node in moved}) > 1:
         return Declined("some of the blocks, but not all, stand in an autocast region")
+    parts = _parts_of_one(moved)
+    if parts is not None:
+        return parts
     for node in moved:
         if is_context_switch(node) or mutated_operand(node) is not None:
             return Declined(f"between the blocks stands {node.format_node()}, which acts on what is outside them")
@@ -124,6 +132,20 @@ def _why_unclear(trunk: Trunk, roles: InputRoles) -> Declined | None:
         return Declined(f"{roles.python_time} is a Python number; pass the timestep as a tensor")
     if not roles.clocks and trunk.earlier is None:
         return Declined("no input is a timestep, so one generation can't be told from the next")
+    return None
+
+
+def _parts_of_one(moved: Sequence[fx.Node]) -> Declined | None:
+    """Why weights can't be operands of the branch, which may not share memory; copies in every step are too dear."""
+    core, seen = set(moved), dict[Hashable, fx.Node]()
+    for node in moved:
+        for item in node.all_input_nodes:
+            if item in core or not is_tensor(item) or not is_weight(item):
+                continue
+            other = seen.setdefault(storage(item), item)
+            if other is not item:
+                paths = " and ".join(source_name(weight) or weight.name for weight in (other, item))
+                return Declined(f"{paths} are parts of one tensor, and the operands of a branch may not share memory")
     return None
 
 

@@ -66,7 +66,8 @@ def as_operands(
     """Prepare nodes as operands of a subgraph, at the graph's insertion point.
 
     Activations are made contiguous: Inductor fails on a stride assertion at run time if the caller chose an operand's
-    layout. Activations that may share storage with another operand are copied: operands of ``cond`` may not alias.
+    layout. Activations that may share storage with another operand are copied: operands of ``cond`` may not alias. So
+    are those that ``contiguous`` would leave with other strides than the same operand of another call may have.
     Weights, numbers and constants pass as they are.
 
     Args:
@@ -85,7 +86,7 @@ def as_operands(
     for node in ordered:
         if node in passed:
             continue
-        if storage(node) in storages:
+        if storage(node) in storages or _has_odd_strides(value(node)):
             operand = graph.call_function(torch.clone, (node,), {"memory_format": torch.contiguous_format})
             operand.meta = provenance(node, tag, contiguous_like(value(node)))
         else:
@@ -94,6 +95,14 @@ def as_operands(
         storages.add(storage(node))
         passed[node] = operand
     return {node: passed[node] for node in ordered}
+
+
+def _has_odd_strides(fake: torch.Tensor) -> bool:
+    """Whether a dimension of one element has a stride that is not the usual one; ``contiguous`` leaves it as it is."""
+    if fake.layout is not torch.strided or 1 not in [size for size in fake.shape if isinstance(size, int)]:
+        return False
+    strides = zip(fake.shape, fake.contiguous().stride(), contiguous_like(fake).stride(), strict=True)
+    return any(isinstance(size, int) and size == 1 and str(own) != str(usual) for size, own, usual in strides)
 
 
 def symbolic_sizes(graph: fx.Graph, before: fx.Node) -> list[fx.Node]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvcompile.graph.aliasing import refresh
 from hvcompile.graph.nodes import (
     contexts,
     draws_random_numbers,
@@ -93,6 +94,7 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
         if node.op == "call_method" and node.meta.get(TAG) == "outline" and not node.users:
             module.graph.erase_node(node)  # an order restored for blocks that are calls now
     settle(module.graph)
+    refresh(module.graph, {output for block in trunk.blocks for output in block.outputs.values()})
     _prepare_operands(trunk)
     module.graph.lint()
     module.recompile()
