@@ -108,17 +108,14 @@ def steps(model: Callable[..., torch.Tensor], tokens: int, batch: int) -> list[t
 @pytest.mark.parametrize(("tokens", "batch"), [(12, 1), (1, 1), (3, 2)])
 @pytest.mark.parametrize("how", sorted(ONE | TWO))
 def test_streams_that_are_views(how: str, tokens: int, batch: int) -> None:
-    """A computed step is eager's, the same step reused gives the same, and lowering changes no reused step.
-
-    Where blocks hand their stream on transposed, no residual is seen, and each step is computed.
-    """
+    """A computed step is eager's, the same step reused gives the same, and lowering changes no reused step."""
     model = Streaming(how).eval()
     found = {}
     for lower in ("eager", "aot"):
         torch._dynamo.reset()
-        fast = hvfast(model, fullgraph=True, options={"lower": lower, **({} if how == "transposed" else ALWAYS)})
+        fast = hvfast(model, fullgraph=True, options={"lower": lower, **ALWAYS})
         found[lower] = steps(fast, tokens, batch)
-        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True, True] * (how != "transposed")
+        assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True, True]
         hvcompile.reset(fast)
     expected = steps(model, tokens, batch)[0]
     for eager, lowered in zip(found["eager"], found["aot"], strict=True):

@@ -120,7 +120,7 @@ def test_guidance_halves_decide_as_on_their_own(tiny_pipeline: Any) -> None:
         **size,
     )
     assert len(calls) == 24
-    assert hvcompile.stats(recorded.fast).slots == 2
+    assert {step.slot for step in hvcompile.stats(recorded.fast).steps} == {0, 1}
     for half in (0, 1):
         torch._dynamo.reset()
         alone = hvfast(copy.deepcopy(model), **how)

@@ -14,7 +14,7 @@ from oracle import hvfast
 from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
-from hvcompile.runtime import call, state
+from hvcompile.runtime import slots, state
 from hvcompile.runtime.fingerprints import fingerprint, hash_of
 
 SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
@@ -184,7 +184,8 @@ def test_inference_mode() -> None:
 
 def test_reset_and_stats() -> None:
     model = compiled(Toy(), threshold=1e9)
-    Generation(model, 0).run()
+    run = Generation(model, 0)
+    run.run()
     stats = hvcompile.stats(model)
     assert (stats.hits, stats.misses, stats.slots) == (len(SCHEDULE) - 1, 1, 1)
     tensors = 2 * TOKENS * WIDTH * 4 + TOKENS * WIDTH * 4  # first residual, cached residual, last sample
@@ -205,7 +206,7 @@ def test_stale_slots_are_freed() -> None:
     model = compiled(Toy(), threshold=1e9)
     with torch.no_grad():
         model(**toy_inputs(1))
-        for place in range(call.STALE_AFTER_CALLS + 1):
+        for place in range(slots.STALE_AFTER_CALLS + 1):
             model(**toy_inputs(0) | {"timestep": torch.full((1,), 900.0 - place)})
     assert hvcompile.stats(model).slots == 1
 
@@ -260,10 +261,51 @@ def test_models_that_share_a_block_share_no_state() -> None:
 def test_slots_are_bounded_and_churn_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = compiled(Toy(), threshold=1e9)
     with torch.no_grad():
-        for seed in range(call.MOST_SLOTS + 3):
+        for seed in range(slots.MOST_SLOTS + 3):
             model(**toy_inputs(seed))
-    assert hvcompile.stats(model).slots == call.MOST_SLOTS
+    assert hvcompile.stats(model).slots <= slots.MOST_SLOTS
     assert caplog.text.count("changes at every step") == 1
+
+
+def test_a_generation_s_state_goes_with_its_conditions(caplog: pytest.LogCaptureFixture) -> None:
+    """Twenty prompts of four steps, one after the other: at most one has state, none when the last is over."""
+    model = compiled(Toy(), threshold=1e9)
+    with torch.no_grad():
+        for seed in range(20):
+            inputs = toy_inputs(seed)
+            for place in range(4):
+                model(**inputs | {"timestep": torch.full((1,), 900.0 - place)})
+            assert hvcompile.stats(model).slots == 1
+    del inputs
+    stats = hvcompile.stats(model)
+    assert (stats.slots, stats.bytes) == (0, 8 * 4)  # what is left are hoisted frequencies
+    assert [step.reused for step in stats.steps] == [False, True, True, True] * 20
+    assert "hvfast has dropped state" not in caplog.text
+
+
+def test_conditions_that_are_made_anew_at_every_step_keep_their_state(caplog: pytest.LogCaptureFixture) -> None:
+    """With the same content they are the same generation's, also where guidance runs two beside each other."""
+    model = compiled(Toy(), threshold=1e9)
+    with torch.no_grad():
+        for seed in range(0, 12, 2):
+            for place in range(4):
+                for half in range(2):
+                    time = torch.full((1,), 900.0 - place)
+                    model(**toy_inputs(seed + half) | {"timestep": time, "sample": toy_inputs(seed)["sample"]})
+            assert hvcompile.stats(model).slots <= 4
+    assert [step.reused for step in hvcompile.stats(model).steps] == [False, False, *[True] * 6] * 6
+    assert "hvfast has dropped state" not in caplog.text
+
+
+def test_too_many_generations_at_once_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = compiled(Toy(), threshold=1e9)
+    kept = [toy_inputs(seed) for seed in range(slots.MOST_SLOTS + 1)]
+    with torch.no_grad():
+        for place in range(3):
+            for inputs in kept:
+                model(**inputs | {"timestep": torch.full((1,), 900.0 - place)})
+    assert hvcompile.stats(model).slots == slots.MOST_SLOTS
+    assert caplog.text.count("hvfast has dropped state") == 1
 
 
 def test_a_model_that_never_ran() -> None:

@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,18 +17,13 @@ from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
 from hvcompile.runtime.fingerprints import Fingerprints
 from hvcompile.runtime.lineage import Origins, Traced, record
-from hvcompile.runtime.state import ModelState, Slot, model_state
+from hvcompile.runtime.slots import Slot
+from hvcompile.runtime.state import ModelState, model_state
 from hvcompile.runtime.weights import StoredFloat8, WeightLayout, picker
 from hvcompile.torch_private import fakes
 from hvcompile.trunk.lineage import Flow, Made
 
 log = logging.getLogger(__name__)
-
-# A slot that was not used in this many calls of its model belongs to a generation that is over.
-STALE_AFTER_CALLS = 32
-# Generations (or guidance halves) that run at the same time in one model at most; each holds two or more activations.
-MOST_SLOTS = 8
-
 
 # A call's numbers, and the fingerprints of its conditions: what tells its generation from others.
 _Generation = tuple[tuple[Any, ...], tuple[int, ...]]
@@ -236,38 +230,21 @@ class CompiledGraph:
         if self._plan.origins is not None and traced is not None:
             with self._lock:
                 earlier = traced.generation(self._fingerprints.fingerprint_of)
+        fresh = functools.partial(self._fresh, args)
         with model.lock:
             known = model.weights[self._number]
             weights = known.revision_of(given)
             content = [] if device is None else [known.content_of(given, device)]
             if self._plan.origins is not None and traced is None:
-                return Slot(next(model.numbers), self._fresh(args), 0), content  # of this call alone
-            thread = weakref.ref(threading.current_thread())
-            key = (thread, self._number, weights, stored_revision, *generation, earlier)
-            model.calls += 1
-            for other, slot in list(model.slots.items()):
-                owner = other[0]()
-                if owner is None or not owner.is_alive() or model.calls - slot.last_call > STALE_AFTER_CALLS:
-                    del model.slots[other]
-            found = model.slots.get(key)
-            if found is None:
-                if len(model.slots) >= MOST_SLOTS:
-                    oldest = min(model.slots, key=lambda other: model.slots[other].last_call)
-                    del model.slots[oldest]
-                    self._warn_of_churn()
-                found = model.slots[key] = Slot(next(model.numbers), self._fresh(args), 0)
-            found.last_call = model.calls
-            return found, content
-
-    def _warn_of_churn(self) -> None:
-        if not self._has_warned:
+                return model.slots.of_one_call(fresh), content
+            key = (self._number, weights, stored_revision, *generation, earlier)
+            found, churn = model.slots.find(key, [args[place] for place in self._plan.conditions], fresh)
+        if churn and not self._has_warned:
             self._has_warned = True
             log.warning(
-                "hvfast keeps state for %d sets of conditions at most and has dropped the oldest: an input beside the "
-                "sample and the timestep changes at every step, or more generations than that run at once. Steps whose "
-                "state was dropped are computed",
-                MOST_SLOTS,
+                "hvfast has dropped state of a generation unused: %s. Steps whose state was dropped are computed", churn
             )
+        return found, content
 
     def _fresh(self, args: Sequence[Any]) -> list[torch.Tensor]:
         symbols = {symbol: args[place] for place, symbol in self._plan.symbols.items()}

@@ -3,7 +3,7 @@
 A compiled graph takes its state as extra inputs and returns the next state as extra outputs; ``CompiledGraph`` passes
 it on. State is kept in slots. A slot belongs to one model with its weights as they are, one thread, one compiled graph,
 one set of shapes and one set of conditions (text embeddings, masks ...). So the two halves of classifier-free guidance,
-two prompts, two pipelines and two threads each have their own.
+two prompts, two pipelines and two threads each have their own. A slot goes with the conditions that it is known by.
 
 As long as a pipeline passes the same, unmodified condition tensors in every step, finding a slot reads nothing from the
 device. For each new tensor it reads one number.
@@ -27,6 +27,7 @@ from hvcompile.float8.weights import Restored, restore_weights
 from hvcompile.journal import JournalRow
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import Kept
+from hvcompile.runtime.slots import Slots
 from hvcompile.runtime.weights import StoredFloat8, WeightRevisions
 from hvcompile.torch_private.dynamo import compiled_module
 from hvcompile.torch_private.frames import called_module
@@ -80,15 +81,6 @@ class Stats:
 
 
 @dataclasses.dataclass(eq=False)
-class Slot:
-    """The state of one generation, and when it was last used."""
-
-    number: int
-    tensors: list[torch.Tensor]
-    last_call: int
-
-
-@dataclasses.dataclass(eq=False)
 class ModelState:
     """Everything that is kept for one model; it goes when the model does."""
 
@@ -96,15 +88,13 @@ class ModelState:
     graphs: dict[int, tuple[tuple[int, int], list[JournalRow]]] = dataclasses.field(default_factory=dict)
     # Held weakly: they go with the compiled graphs.
     agreements: weakref.WeakSet[Agreement] = dataclasses.field(default_factory=weakref.WeakSet)
-    slots: dict[Any, Slot] = dataclasses.field(default_factory=dict)
+    slots: Slots = dataclasses.field(default_factory=Slots)
     weights: dict[int, WeightRevisions] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(WeightRevisions)
     )
     stored: dict[int, StoredFloat8] = dataclasses.field(default_factory=dict)
-    numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
     kept: dict[tuple[int, int], Kept] = dataclasses.field(default_factory=lambda: collections.defaultdict(Kept))
     unfit: int = 0
-    calls: int = 0
     hits: int = 0
     misses: int = 0
     pending: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)

@@ -250,7 +250,8 @@ def _outline(
     with graph.inserting_after(reference):
         call = graph.call_function(INVOKE_SUBGRAPH, (reference, body.name, *operands))
     results: Any = body.module.graph.output_node().args[0]
-    call.meta = provenance(last, "outline", tuple(value(result) for result in results))
+    # Each call has results of its own, whose fake values tell them from those of other calls.
+    call.meta = provenance(last, "outline", tuple(contiguous_like(value(result)) for result in results))
     reference.meta = {TAG: "outline"}
     anchor = call
     for number, result in enumerate(outputs):

@@ -17,20 +17,8 @@ _SPLITTING = {"split", "chunk", "unbind", "tensor_split"}
 
 # Operations through which a residual stream passes; they add to it or scale it, but change nothing else.
 _CARRIERS = {
-    "add",
-    "sub",
-    "mul",
-    "permute",
-    "getitem",
-    "cat",
-    "clone",
-    "contiguous",
-    "to",
-    "type_as",
-    "dropout",
-    "where",
-    "concat",
-    *_SPLITTING,
+    *("add", "sub", "mul", "where", "cat", "concat", "getitem", "narrow", *_SPLITTING),
+    *("permute", "transpose", "view", "reshape", "clone", "contiguous", "to", "type_as", "dropout"),
 } | {f"{kind}{name}" for kind in ("", "un") for name in ("squeeze", "flatten")}
 
 

@@ -19,7 +19,7 @@ from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, Wants
 from hvcompile.rewriting.sharding.rules import RULES
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
-from hvcompile.trunk.operands import is_activation
+from hvcompile.trunk.operands import contiguous_like, is_activation
 from hvcompile.trunk.roles import classify
 from hvcompile.trunk.trunk import BlockCall, Body, Sharding, Trunk
 
@@ -192,7 +192,7 @@ class Around:
         top.env[node] = call = top.copy(node)
         call.args = (*call.args[:2], *operands)
         outputs: Any = resharder.end.args[0]
-        call.meta["example_value"] = tuple(value(item) for item in outputs)
+        call.meta["example_value"] = tuple(contiguous_like(value(item)) for item in outputs)
         top.layouts[node] = results
 
     def _part(self, node: fx.Node, layout: Layout) -> fx.Node:
