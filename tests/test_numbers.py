@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from torch import nn
 from toy import TEXT, WIDTH, Toy, toy_inputs
 
@@ -105,9 +106,9 @@ def test_sizes_that_are_marked(name: str, dims: tuple[int, ...]) -> None:
     ("name", "wide"),
     [
         ("hunyuan_video", {"width": 64}),
-        ("wan_t2v", {"num_attention_heads": 4, "ffn_dim": 128}),
-        ("ltx", {"num_attention_heads": 4, "cross_attention_dim": 64}),
-        ("flux_guided", {"num_attention_heads": 4}),
+        pytest.param("wan_t2v", {"num_attention_heads": 4, "ffn_dim": 128}, marks=SLOW),
+        pytest.param("ltx", {"num_attention_heads": 4, "cross_attention_dim": 64}, marks=SLOW),
+        pytest.param("flux_guided", {"num_attention_heads": 4}, marks=SLOW),
     ],
 )
 def test_float8_at_several_sizes(name: str, wide: dict[str, int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import sharded_cases as cases
 import torch
 import torch.distributed as dist
 from oracle import hvfast
+from slow import SLOW
 from torch import fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,7 +30,6 @@ from hvcompile.passes.unmasked_attention import UnmaskedAttention
 from hvcompile.torch_private import lowering
 from hvcompile.torch_private.fakes import TAG, value
 
-SLOW = pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
 RING: dict[str, Any] = {"ring": 2}
 BOTH: dict[str, Any] = {"ulysses": 2, "ring": 2}
 
@@ -531,8 +530,12 @@ def test_with_float8_as_one_rank_with_float8(size: int, layouts: list[Any], lowe
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("size", "thresholds", "layouts"),
-    [(2, [0.75, 0.85], [True, RING]), (4, [0.75, 0.8, 0.85], [True, {"ring": 4}, BOTH])],
-    ids=["two", "four"],
+    [
+        (2, [0.75, 0.85], [True, RING]),
+        (4, [0.8], [True, BOTH]),
+        pytest.param(4, [0.75, 0.8, 0.85], [True, {"ring": 4}, BOTH], marks=SLOW),
+    ],
+    ids=["two", "four", "four-all"],
 )
 def test_decides_as_one_rank_does(size: int, thresholds: list[float], layouts: list[Any]) -> None:
     """Thirty steps at several thresholds: the same steps reused, outputs to 1e-3."""
