@@ -9,6 +9,10 @@ class InputError(HvcompileError, ValueError):
     """What the user gave can't be used; the message is one line: what, where, what is allowed, what to do."""
 
 
+class OutputError(HvcompileError, OSError):
+    """A file can't be written; the message is one line: what, why, and where its content is kept instead."""
+
+
 class OptionError(HvcompileError, ValueError):
     """An option has an unknown key, a wrong type or a value out of range."""
 

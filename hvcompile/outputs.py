@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from hvcompile.errors import InputError
+from hvcompile.errors import InputError, OutputError
+
+LEAST_FREE = 2**16
+"""Bytes; a disk with less is full."""
 
 
 def check(path: Path, *, name: str, kind: str, suffixes: Sequence[str]) -> None:
@@ -48,12 +53,50 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a file to write beside ``path``, which takes its place when the block ends without an error.
 
     Where ``path`` is a link, the file that it leads to is replaced.
+
+    Raises:
+        OutputError: for any OSError within; the file that was there is as it was.
+
     """
-    path = path.resolve()
-    with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=path.parent) as directory:
-        part = Path(directory, path.name)
-        yield part
-        part.replace(path)
+    try:
+        path = path.resolve()
+        with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=path.parent) as directory:
+            part = Path(directory, path.name)
+            yield part
+            part.replace(path)
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        with contextlib.suppress(OSError):  # an encoder tells of a full disk in words of its own
+            if shutil.disk_usage(path.parent).free < LEAST_FREE:
+                reason = os.strerror(errno.ENOSPC)
+        raise OutputError(f"{str(path)!r} can't be written ({reason})") from error
+
+
+def keep_elsewhere(name: str, write: Callable[[BinaryIO], None], *, instead_of: Path) -> Path | None:
+    """Write what would else be lost to the first place that takes it; None where no place does.
+
+    Args:
+        name: of the file; something is put before its ending where that is taken.
+        write: writes the content to an open file.
+        instead_of: the file that could not be written. Its directory is tried first, since something smaller may fit.
+
+    """
+    places = [instead_of.parent, Path.cwd(), Path(tempfile.gettempdir()), Path.home()]
+    for place in dict.fromkeys(item.resolve() for item in places):
+        kept: Path | None = None
+        try:
+            handle, text = tempfile.mkstemp(prefix=f"{Path(name).stem}-", suffix=Path(name).suffix, dir=place)
+            kept = Path(text)
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+        except OSError:
+            if kept is not None:
+                kept.unlink(missing_ok=True)
+        else:
+            return kept
+    return None
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -21,13 +23,16 @@ from diffusers import (
     DiffusionPipeline,
 )
 from PIL import Image
+from rich.console import Console
 from transformers import T5Config, T5EncoderModel
 
 import hvcompile
+from hvcompile import outputs
 from hvcompile.app import generate, metrics, pipelines, tiny, video
 from hvcompile.app.generate import Request
 from hvcompile.app.grid import Grid
-from hvcompile.errors import InputError, UncompiledModelError
+from hvcompile.app.tables import generation as tables
+from hvcompile.errors import InputError, OutputError, UncompiledModelError
 
 SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
 
@@ -242,6 +247,62 @@ def test_pixels_that_are_not_finite_leave_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not all finite: give dtype"):
         video.write(np.full((1, 16, 16, 3), np.nan, np.float32), output, fps=24)
     assert output.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("error", [av.error.EOFError(1, "End of file"), OSError(28, "No space left on device")])
+def test_frames_that_no_file_takes_are_kept(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says where, and the file that was there is as it was."""
+    output = tmp_path / "a.mp4"
+    output.write_bytes(b"old")
+    frames = np.random.default_rng(0).random((3, 16, 24, 3), np.float32)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(imageio.v3, "imwrite", fails)
+    with pytest.raises(
+        OutputError, match=r"a\.mp4' can't be written \(.*\): the frames are kept in '.*\.npz'"
+    ) as raised:
+        video.write(frames, output, fps=12)
+    assert "\n" not in str(raised.value)
+    (kept,) = tmp_path.glob("*.npz")
+    assert str(kept) in str(raised.value)
+    with np.load(kept) as held:
+        assert np.array_equal(held["frames"], (frames * 255).round().astype(np.uint8))
+        assert held["fps"] == 12
+    assert output.read_bytes() == b"old"
+
+
+def test_frames_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next place is taken where a directory takes nothing, and nothing half written is left in it."""
+    full, free = tmp_path / "full", tmp_path / "free"
+    full.mkdir()
+    free.mkdir()
+    monkeypatch.chdir(free)
+
+    def write(file: Any) -> None:
+        if Path(file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.name}").resolve().parent == full:
+            raise OSError(28, "No space left on device")
+        file.write(b"all")
+
+    kept = outputs.keep_elsewhere("a-frames.npz", write, instead_of=full / "a.mp4")
+    assert kept is not None
+    assert (kept.parent, kept.read_bytes()) == (free, b"all")
+    assert not list(full.iterdir())
+
+
+def test_a_run_without_a_compiler_writes_its_video(loaded: pipelines.Loaded, tmp_path: Path) -> None:
+    """As with TORCHDYNAMO_DISABLE=1: nothing is known of graphs, and all that was computed is there."""
+    fresh = replace(loaded, pipe=copy.copy(loaded.pipe))
+    fresh.pipe.transformer = copy.deepcopy(loaded.pipe.transformer)
+    with torch.compiler.set_stance("force_eager"):
+        result = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), loaded=fresh)
+    assert (result.graphs, result.recompiles) == (None, None)
+    assert len(decode(tmp_path / "a.mp4")) == 5
+    table = Console(width=100)
+    with table.capture() as captured:
+        table.print(tables.summary(result))
+    assert "none: the model ran without a compiler" in captured.get()
 
 
 def test_a_directory_is_loaded_by_the_same_code_with_the_pipelines_own_defaults(tmp_path: Path) -> None:

@@ -31,12 +31,15 @@ PLAIN_BACKEND = "inductor"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished generation; ``comparison``, ``sheet``, its picture, and ``report`` are None unless asked for."""
+    """A finished generation; ``comparison``, ``sheet``, its picture, and ``report`` are None unless asked for.
+
+    ``graphs`` and ``recompiles`` are None where nothing was compiled, as with ``TORCHDYNAMO_DISABLE=1``.
+    """
 
     output: Path
     run: metrics.Run
-    graphs: int
-    recompiles: int
+    graphs: int | None
+    recompiles: int | None
     comparison: metrics.Comparison | None = None
     sheet: Path | None = None
     report: Path | None = None
@@ -79,18 +82,25 @@ def _generate(request: Request, observe: Observer, loaded: pipelines.Loaded) -> 
     num_calls = _num_calls(loaded.pipe.transformer)
     calls: list[dynamo.Call] = []
     run = _run(request, loaded, observe, BACKEND, request.compile_arguments(), calls if request.html_file else None)
-    stats = hvcompile.stats(loaded.pipe.transformer)
-    result = Result(output=request.output, run=run, graphs=stats.graphs, recompiles=stats.recompiles)
+    stats = _stats(loaded.pipe.transformer)  # where ranks disagree it raises, and no video is written
+    if launch.rank() == 0:  # all ranks have the same frames
+        observe("writing")
+        video.write(run.frames, request.output, fps=request.fps)
+    result = Result(
+        output=request.output,
+        run=run,
+        graphs=stats.graphs if stats is not None else None,
+        recompiles=stats.recompiles if stats is not None else None,
+    )
     if launch.rank() > 0:
-        return result  # all ranks have the same frames; the first one writes them
-    observe("writing")
-    video.write(run.frames, request.output, fps=request.fps)
+        return result
     if plain is not None:
         observe("comparing")
         result = _compared(request, result, plain)
     if request.html_file is not None:
         observe("reporting")
-        _report(request.html_file, request, loaded, result, _since(stats, num_calls), calls)
+        done = _since(stats, num_calls) if stats is not None else None
+        _report(request.html_file, request, loaded, result, done, calls)
         result = dataclasses.replace(result, report=request.html_file)
     return result
 
@@ -100,7 +110,7 @@ def _report(
     request: Request,
     loaded: pipelines.Loaded,
     result: Result,
-    stats: hvcompile.Stats,
+    stats: hvcompile.Stats | None,
     calls: list[dynamo.Call],
 ) -> None:
     """Write the report of a run; the first call of its transformer is traced once more, and nothing is computed."""
@@ -130,11 +140,16 @@ def _report(
 
 def _num_calls(transformer: torch.nn.Module) -> int:
     """How many decisions a transformer's cache has made so far."""
+    stats = _stats(transformer)
+    return 0 if stats is None else stats.hits + stats.misses
+
+
+def _stats(transformer: torch.nn.Module) -> hvcompile.Stats | None:
+    """What was done with a transformer; None where it has not been compiled, or Dynamo is switched off."""
     try:
-        stats = hvcompile.stats(transformer)
+        return hvcompile.stats(transformer)
     except UncompiledModelError:
-        return 0
-    return stats.hits + stats.misses
+        return None
 
 
 def _since(stats: hvcompile.Stats, num_calls: int) -> hvcompile.Stats:
@@ -275,9 +290,8 @@ def _decisions(transformer: torch.nn.Module) -> Callable[[], list[tuple[bool, fl
 
     def new() -> list[tuple[bool, float]]:
         nonlocal seen
-        try:
-            stats = hvcompile.stats(transformer)
-        except UncompiledModelError:  # its first call is still to come
+        stats = _stats(transformer)
+        if stats is None:  # its first call is still to come
             return []
         num_new, seen = stats.hits + stats.misses - seen, stats.hits + stats.misses
         return [(bool(call.reused), float(call.difference)) for call in stats.steps[-num_new:]] if num_new else []

@@ -7,10 +7,11 @@ from pathlib import Path
 import av
 import imageio.v3
 import numpy as np
+import numpy.typing as npt
 
 from hvcompile import outputs
 from hvcompile.app.metrics import Frames
-from hvcompile.errors import InputError
+from hvcompile.errors import InputError, OutputError
 
 CONTAINERS = (".mp4", ".mkv", ".mov")
 
@@ -22,15 +23,38 @@ def check_finite(frames: Frames, name: str) -> None:
 
 
 def write(frames: Frames, output: Path, *, fps: int) -> None:
-    """Write ``frames`` as H.264 in full size; a file that was at ``output`` is replaced only when all went well."""
+    """Write ``frames`` as H.264 in full size; a file that was at ``output`` is replaced only when all went well.
+
+    Raises:
+        InputError: a pixel is not finite.
+        OutputError: the file can't be written; the frames are kept elsewhere, and the message says where.
+
+    """
     check_finite(frames, output.name)
     pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
     # Players expect colour at half resolution, which takes even sizes only.
     is_even = not any(size % 2 for size in pixels.shape[1:3])
-    with outputs.replacing(output) as part:
-        imageio.v3.imwrite(
-            part, pixels, plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p" if is_even else "yuv444p"
-        )
+    how = {"plugin": "pyav", "codec": "libx264", "out_pixel_format": "yuv420p" if is_even else "yuv444p"}
+    try:
+        with outputs.replacing(output) as part:
+            try:
+                imageio.v3.imwrite(part, pixels, fps=fps, **how)
+            except (av.error.FFmpegError, EOFError) as error:
+                raise OSError(str(error)) from error
+    except OutputError as error:
+        raise OutputError(f"{error}: {_kept(pixels, output, fps)}") from error.__cause__
+
+
+def _kept(pixels: npt.NDArray[np.uint8], output: Path, fps: int) -> str:
+    """Keep the frames of a video that can't be written; says where they are and how to read them."""
+    kept = outputs.keep_elsewhere(
+        f"{output.stem}-frames.npz",
+        lambda file: np.savez_compressed(file, frames=pixels, fps=np.array(fps)),
+        instead_of=output,
+    )
+    if kept is None:
+        return "free some space; the frames could be kept nowhere, so they are lost"
+    return f'the frames are kept in {str(kept)!r}; numpy.load(...)["frames"] is [frames, height, width, 3] in uint8'
 
 
 def read(path: Path, name: str) -> Frames:

@@ -28,8 +28,11 @@ def summary(result: Result) -> Table:
     table.add_row("seconds a step after", *(figures.number(run.step_seconds, ".4f") for run in runs))
     table.add_row("steps computed", *(str(len(run.steps) - run.num_reused) for run in runs))
     table.add_row("steps reused", *(str(run.num_reused) for run in runs))
-    table.add_row("graphs", str(result.graphs))
-    table.add_row("recompiles", str(result.recompiles))
+    if result.graphs is None:
+        table.add_row("graphs", "none: the model ran without a compiler")
+    else:
+        table.add_row("graphs", str(result.graphs))
+        table.add_row("recompiles", str(result.recompiles))
     if result.comparison is not None:
         _add_comparison(table, result.comparison)
     num_frames, height, width, _ = result.run.frames.shape
