@@ -185,3 +185,10 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert lines[0] == "outline: blocks x 4: 4 blocks share 1 bodies"
     assert lines[2].startswith("UnmaskedAttention: 1 values that follow from sizes are computed once")
     assert lines[-1].startswith("FirstBlockCache: blocks.1 .. blocks.3 run on a miss; cached: ")
+
+
+def test_a_missing_compiler_is_an_error_of_one_line() -> None:
+    fast = hvfast(Toy().eval(), fullgraph=True)
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with torch.no_grad(), without, pytest.raises(Exception, match=r"LoweringError: there is no C\+\+ compiler"):
+        fast(**toy_inputs())

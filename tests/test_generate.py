@@ -291,6 +291,22 @@ def test_frames_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(full.iterdir())
 
 
+def test_a_missing_compiler_is_told_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "load", None)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(InputError, match=r"no C\+\+ compiler.*apt install g\+\+.*CXX"),
+    ):
+        generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"))
+
+
+def test_a_cache_that_can_t_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"can't write its code to .*cache.*TORCHINDUCTOR_CACHE_DIR"):
+        generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"))
+
+
 def test_a_run_without_a_compiler_writes_its_video(loaded: pipelines.Loaded, tmp_path: Path) -> None:
     """As with TORCHDYNAMO_DISABLE=1: nothing is known of graphs, and all that was computed is there."""
     fresh = replace(loaded, pipe=copy.copy(loaded.pipe))

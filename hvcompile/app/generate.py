@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import hvcompile
 from hvcompile import outputs
 from hvcompile.app import metrics, pipelines, sheet, video
 from hvcompile.app.request.generate import Request
-from hvcompile.errors import UncompiledModelError, UntraceableModelError
+from hvcompile.errors import InputError, UncompiledModelError, UntraceableModelError
 from hvcompile.explanation import report
 from hvcompile.explanation.explain import explain
 from hvcompile.ranks import launch
 from hvcompile.torch_private import dynamo
+from hvcompile.torch_private.compilers import why_no_compiling
 
 __all__ = ["Observer", "Request", "Result", "generate"]
 
@@ -65,6 +67,9 @@ def generate(
     """
     request.check()
     device = launch.device_of_this_rank(request.device)
+    lacking = why_no_compiling(pipelines.resolve_device(device))
+    if lacking and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+        raise InputError(lacking)
     if loaded is None:
         observe("loading")
         loaded = pipelines.load(request.model, request.dtype, device)

@@ -34,9 +34,11 @@ from torch._inductor.exc import InductorError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hvcompile.errors import LoweringError
+from hvcompile.torch_private.compilers import why_no_compiling
 from hvcompile.torch_private.distributed import is_left_running
 
 Compiled = Callable[..., Any]
+CPU = torch.device("cpu")
 COND = torch.ops.higher_order.cond
 INVOKE_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
 
@@ -57,7 +59,7 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     """Compile with Inductor; the result takes the graph's placeholders in order and returns its outputs as a tuple.
 
     Raises:
-        LoweringError: Inductor asks for a size that depends on data.
+        LoweringError: Inductor asks for a size that depends on data, or lacks what it compiles with.
 
     """
     # Private: without them an outlined body inside a branch fails to lower (2.11.0, 2.13.0).
@@ -77,6 +79,9 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     except InductorError as error:
         _, separator, question = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
         if not separator:
+            lacking = why_no_compiling(next((item.device for item in inputs if isinstance(item, torch.Tensor)), CPU))
+            if lacking:
+                raise LoweringError(f"{lacking}. options={{'lower': 'aot'}} runs the graph without it") from error
             raise
         raise LoweringError(
             f"Inductor of torch {torch.__version__} asks for a length that depends on data, which is known when the "
