@@ -9,6 +9,7 @@ Source: Dao, FlashAttention-2 (arXiv:2307.08691), for the order of the loops; Zh
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -230,11 +231,19 @@ def attend(
         As ``float8.attention.attend``.
 
     """
+    # Triton launches on the current device, whichever one the operands are on.
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        return _on_its_device(query, key, value, scale, how or {})
+
+
+def _on_its_device(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, how: dict[str, int]
+) -> torch.Tensor:
     query, key, value = (item if item.stride(-1) == 1 else item.contiguous() for item in (query, key, value))
     batch, heads, num_queries, size = query.shape
     num_keys, count = key.shape[2], batch * heads
     width = max(32, triton.next_power_of_2(size))  # the smallest size that float8 products take
-    chosen = launch(torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)) | (how or {})
+    chosen = launch(torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)) | how
     blocks = [triton.cdiv(number, KEY_BLOCK) for number in (num_queries, num_keys)]
     padded_queries, padded_keys = (number * KEY_BLOCK for number in blocks)
 
