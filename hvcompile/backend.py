@@ -22,8 +22,9 @@ from torch import fx
 from hvcompile import pipeline
 from hvcompile.as_captured import OUTLINE, leave_as_captured
 from hvcompile.dump.write import Dump
-from hvcompile.errors import QuantizedWeightError
+from hvcompile.errors import InvalidRewriteError, QuantizedWeightError
 from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.graph.aliasing import shared_memory
 from hvcompile.graph.breaks import ends_early, is_minor, piece_note
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor
@@ -234,7 +235,11 @@ def _tell(observer: Observer) -> Callable[[str, Trunk], None]:
 def recovered(captured: fx.GraphModule, observer: Observer) -> Trunk | Declined:
     """The trunk of a captured graph, or why there is none, be it for a reason that nobody foresaw."""
     try:
-        return recover(captured)
+        trunk = recover(captured)
+        shared = shared_memory(trunk.module) if isinstance(trunk, Trunk) else ""
+        if shared:
+            raise InvalidRewriteError(f"it left calls that share memory: {shared}")
+        return trunk
     except Exception as error:
         declined = pipeline.unforeseen("outlining the blocks", error)
         observer.on_fault(declined)

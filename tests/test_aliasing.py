@@ -219,6 +219,19 @@ def test_a_pass_that_leaves_memory_shared_is_named(how: str, words: str) -> None
         run_passes(trunk, [(Careless(how=how), False)], lambda *_: None, [])
 
 
+def test_an_outlining_that_leaves_memory_shared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the first pass after it."""
+    monkeypatch.setattr("hvcompile.backend.shared_memory", lambda module: "one takes another")
+    monkeypatch.delenv("HVCOMPILE_STRICT")
+    fast = hvfast(Toy().eval(), fullgraph=True, options={"lower": "eager"})
+    with torch.no_grad():
+        assert relative_error(fast(**toy_inputs()), Toy().eval()(**toy_inputs())) < 1e-6
+    (row,) = hvcompile.stats(fast).journal[0]
+    ((_, why),) = row.report.declined
+    assert "outlining the blocks" in why
+    assert "it left calls that share memory: one takes another" in why
+
+
 def test_branches_are_looked_at_as_bodies_are() -> None:
     def graph_of(function: Callable[..., Any]) -> fx.GraphModule:
         module = fx.symbolic_trace(function)

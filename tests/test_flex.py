@@ -83,6 +83,22 @@ def test_masks_and_scores_are_part_of_what_a_block_computes(lower: str) -> None:
         assert relative_error(fast(**inputs), changed) < 1e-5
 
 
+def test_a_mask_that_is_an_attribute_of_a_class() -> None:
+    class OfClass(FlexBlock):
+        mask = masks_of(128, (3,))[0]
+
+        def forward(self, hidden: torch.Tensor, masks: list[BlockMask], time: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden, [self.mask], time)
+
+    model = FlexToy((1, 1, 1)).eval()
+    model.blocks = nn.ModuleList(OfClass(1) for _ in range(3))
+    inputs = toy_inputs(tokens=128)
+    fast = hvfast(model, fullgraph=True, options={"lower": "eager", **ALWAYS})
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), model(**inputs)) < 1e-5
+    assert row_of(fast, "outline").report.matched == ("blocks x 3: 3 blocks share 1 bodies",)
+
+
 def far_inputs(seed: int, step: int = 0) -> dict[str, Any]:
     draw = zoo.Draw(seed)
     return {

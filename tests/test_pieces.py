@@ -317,6 +317,50 @@ def test_what_an_earlier_piece_was_given_changes(what: str, seen: Callable[[torc
     assert steps_of(fast) == [False, True, False, True]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def write_unseen(tensor: torch.Tensor, way: str, factor: float) -> None:
+    if way == "data":
+        tensor.data.mul_(factor)
+    else:
+        tensor.numpy()[:] *= factor
+
+
+class Meddling(Broken):
+    """Python between the pieces writes into what the earlier one made, and leaves no trace."""
+
+    def __init__(self, what: str, way: str) -> None:
+        super().__init__("before")
+        self.what, self.way, self.factor = what, way, 1.0
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, guidance: float = 1.0
+    ) -> torch.Tensor:
+        frequencies = torch.exp(-torch.arange(16 // 2, device=timestep.device) * 0.7)
+        angles = timestep[:, None].float() / 1000 * frequencies[None]
+        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) * guidance
+        hidden, text = self.embed(sample), text * 1.5
+        write_unseen({"hidden": hidden, "text": text, "time": time}[self.what], self.way, self.factor)
+        for block in self.blocks:
+            hidden = block(hidden, text, time)
+        result: torch.Tensor = self.head(hidden)
+        return result
+
+
+@pytest.mark.parametrize("way", ["data", "numpy"])
+@pytest.mark.parametrize("what", ["hidden", "text", "time"])
+def test_what_is_written_unseen_between_the_pieces(what: str, way: str) -> None:
+    model = Meddling(what, way)
+    fast = hvfast(model, options={"lower": "eager", **ALWAYS})
+    with torch.no_grad():
+        for step in range(6):
+            model.factor = 1.0 if step < 3 else 4.0
+            inputs = toy_inputs(timestep=900.0 - step)
+            found = fast(**inputs)
+            if step in (0, 3):
+                assert relative_error(found, model(**inputs)) < 1e-6
+    assert steps_of(fast)[:4] == [False, True, True, False]
+
+
 def test_one_step_generations() -> None:
     """A clock that stands still with another sample is another generation, which the embedded values can't tell."""
     model = Broken("before")

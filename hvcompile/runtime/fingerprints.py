@@ -46,7 +46,11 @@ def hash_of(tensor: Any, like: torch.Tensor | None = None) -> Any:
 
 def sketch(tensor: torch.Tensor) -> torch.Tensor:
     """``hash_of`` at most 512 elements, spread evenly over a tensor; cheap however large it is."""
-    flat = tensor.detach().reshape(-1)
+    # As it lies in memory: to lay out a large tensor anew would cost a copy.
+    flat = tensor.detach()
+    if flat.layout is torch.strided:
+        flat = flat.permute(sorted(range(flat.ndim), key=lambda dim: flat.stride()[dim], reverse=True))
+    flat = flat.reshape(-1)
     content: torch.Tensor = hash_of(flat[:: max(1, flat.numel() // 256)])
     return content
 

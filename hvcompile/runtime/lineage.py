@@ -1,7 +1,8 @@
 """What values between the graphs of a model came from, followed from call to call; see ``trunk.lineage``.
 
 A value is known by the object that it is. Python code between two graphs that makes another tensor of it ends what is
-known, and so does a write into it. Then a step of the graph that holds the blocks is computed.
+known, and so does a write into it. Then a step of the graph that holds the blocks is computed. Of writes that leave no
+trace on the host some elements tell, on the device, when the value is taken.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hvcompile.runtime.fingerprints import hash_of
+from hvcompile.runtime.fingerprints import hash_of, sketch
 from hvcompile.torch_private.storages import version_of
 from hvcompile.trunk.lineage import Flow, Lineage, Made, Root, RootKey
 
@@ -31,12 +32,29 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def lineage_of(item: Any) -> Lineage | None:
-    """Where a value came from; None where it came from no graph, or was written to since."""
+    """Where a value came from; None where it came from no graph, or was seen to be written to since."""
+    known = _known(item)
+    return None if known is None else known.lineage
+
+
+class _Known(NamedTuple):
+    """What is remembered of a value that a graph returned; ``content`` is its ``sketch``."""
+
+    lineage: Lineage
+    version: int
+    content: torch.Tensor
+
+    def written(self, item: torch.Tensor) -> torch.Tensor:
+        """0 where the value's elements that are looked at are what they were, else another number; int64 scalar."""
+        return sketch(item) - self.content
+
+
+def _known(item: Any) -> _Known | None:
     if not isinstance(item, torch.Tensor):
         return None
     with _LOCK:
-        known: tuple[Lineage, int] | None = _KNOWN.get(item)  # type: ignore[no-untyped-call]
-    return known[0] if known is not None and known[1] == _version(item) else None
+        known: _Known | None = _KNOWN.get(item)  # type: ignore[no-untyped-call]
+    return known if known is not None and known.version == _version(item) else None
 
 
 def record(number: int, weights: Callable[[], Made], flow: Flow, args: Sequence[Any], results: Sequence[Any]) -> None:
@@ -75,7 +93,8 @@ def record(number: int, weights: Callable[[], Made], flow: Flow, args: Sequence[
     with _LOCK:
         for place in made:
             followed = frozenset[RootKey]().union(*(follows[source] for source in flow.outputs[place]))
-            _KNOWN[results[place]] = Lineage(roots, followed, makers), _version(results[place])
+            result = results[place]
+            _KNOWN[result] = _Known(Lineage(roots, followed, makers), _version(result), sketch(result))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,12 +124,14 @@ class Origins:
         """What earlier graphs tell of a call; None where they tell nothing, or something else than when compiled."""
         roots: dict[RootKey, Root] = {}
         makers: dict[int, Made] = {}
+        contents: list[torch.Tensor] = []
         for place in self.places:
-            lineage = lineage_of(args[place])
-            if lineage is None:
+            known = _known(args[place])
+            if known is None:
                 return None
-            roots.update(lineage.roots)
-            makers.update(lineage.made_by)
+            roots.update(known.lineage.roots)
+            makers.update(known.lineage.made_by)
+            contents.append(known.written(args[place]))
         found = list(roots.values())
         if tuple(root.kind for root in found) != self.kinds:
             return None
@@ -121,7 +142,7 @@ class Origins:
             return None
         others = [root.value for root in found if all(root.value is not item for item in told)]
         clock = torch.cat([item.detach().reshape(-1).to(self.device, torch.float64) for item in told[1:]])
-        contents = [hash_of(item) for item in others if isinstance(item, torch.Tensor)]
+        contents += [hash_of(item) for item in others if isinstance(item, torch.Tensor)]
         contents += [made.content for made in makers.values() if made.content is not None]
         content = hash_of(torch.stack([item.to(self.device) for item in contents])) if contents else self._nothing()
         return Traced(

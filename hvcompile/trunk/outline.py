@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     if vectorised is not None:
         return Declined(
             f"the graph calls torch.vmap ({vectorised.name}), between whose begin and end nothing may be moved. "
-            "FlexAttention does so where it makes a mask inside the model: make the mask outside, and hand it in"
+            "FlexAttention does so where a mask is made inside the model, and makes an empty one where it is given none. "
+            "Make the mask outside, one that lets all through where you need none, and hand it in as block_mask"
         )
     count_from_start(module.graph)
     fix_numbers_of_modules(module.graph)
@@ -202,7 +204,7 @@ def _placeholder_name(operand: fx.Node, block: Block) -> str:
     prefix = f"{block.path}."
     if operand.op != "placeholder" or not path.startswith(prefix):
         return operand.name
-    name = path.removeprefix(prefix).replace(".", "_")
+    name = re.sub(r"\W+", "_", path.removeprefix(prefix))  # an attribute of a class is reached by a call
     return name if name.isidentifier() else f"part_{name}"  # "0.weight", of a Sequential
 
 
