@@ -53,7 +53,7 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     if vectorised is not None:
         return Declined(
             f"the graph calls torch.vmap ({vectorised.name}), between whose begin and end nothing may be moved. "
-            "FlexAttention does so where a mask is made inside the model, and makes an empty one where it is given none. "
+            "FlexAttention does so where a mask is made inside the model, and makes one where it is given none. "
             "Make the mask outside, one that lets all through where you need none, and hand it in as block_mask"
         )
     count_from_start(module.graph)
