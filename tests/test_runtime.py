@@ -312,6 +312,8 @@ def test_a_model_that_never_ran() -> None:
     for ask in (hvcompile.stats, hvcompile.reset):
         with pytest.raises(hvcompile.UncompiledModelError, match="compile it with"):
             ask(Toy())
+    with pytest.raises(hvcompile.UncompiledModelError, match="this ReLU has no weights"):
+        hvcompile.stats(torch.nn.ReLU())
     with pytest.raises(TypeError, match="str"):
         hvcompile.stats("model")  # type: ignore[arg-type]
 

@@ -176,6 +176,10 @@ def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
         )
     states = _states_in(module)
     if not states:
+        if next(module.parameters(), next(module.buffers(), None)) is None:
+            raise UncompiledModelError(
+                f"this {type(module).__name__} has no weights, by which hvfast knows a model: nothing is kept of it"
+            )
         raise UncompiledModelError(
             f"this {type(module).__name__} has not run under hvfast yet: compile it with "
             f'model.compile(backend="hvfast") and call it once'
