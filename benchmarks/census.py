@@ -241,7 +241,7 @@ def is_right(row: Row) -> bool:
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     if why := row.get("eager_failed") or (row.get("failed") if "trunk" not in row else None):
-        return [row["name"], *["-"] * 6, why.replace("|", "\\|")]
+        return [row["name"], row["lower"], *["-"] * 6, why.replace("|", "\\|")]
     errors = [row[f"{which}_error"] for which in ("computed", "again", "other") if f"{which}_error" in row]
     notes = [row.get("failed"), row.get("dynamic_failed"), *row.get("why_no_trunk", ()), *row.get("why_no_cache", ())]
     notes += [row.get("why_not_whole"), f"{row['unfit']} calls in a graph of their own" if row["unfit"] else None]
@@ -249,6 +249,7 @@ def cells(row: Row) -> list[str]:
     moved = f"yes, {row['dynamic_shapes']} shapes" if row.get("dynamic_error", float("inf")) <= BOUND else "no"
     return [
         row["name"],
+        row["lower"],
         ("yes, after a call without" if row.get("warm") else "yes") if row["whole"] else f"no: {row['graphs']} graphs",
         "; ".join(text.split(":")[0] for text in row["trunk"]) or "none",
         ("reused" if row["reused"] else "there, not reused") if row["cache"] else "no",
@@ -270,7 +271,7 @@ def table(rows: Sequence[Row]) -> str:
         f"are right to {BOUND:g}": sum(map(is_right, ran)),
         "are right with dynamic=True": sum(row.get("dynamic_error", float("inf")) <= BOUND for row in ran),
     }
-    head = ["model", "one graph", "trunk", "cache", "right", "error", "dynamic", "notes"]
+    head = ["model", "lowered by", "one graph", "trunk", "cache", "right", "error", "dynamic", "notes"]
     lowered = ", ".join(sorted({row["lower"] for row in rows}))
     lines = [
         f"{len(rows)} models, float32 on a CPU, run by {lowered}. Of these:",

@@ -165,6 +165,53 @@ def test_one_frame(name: str, lower: str) -> None:
     assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True]
 
 
+class ModulatedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        scale, shift = modulation.unbind(2)
+        return hidden + 0.2 * torch.tanh(self.mix(hidden * (1 + scale) + shift))
+
+
+class Modulated(Toy):
+    """Every token has its own modulation, joined along the tokens and then turned, as Helios' has."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.modulate = nn.Linear(WIDTH, 2 * WIDTH)
+        self.blocks = nn.ModuleList(ModulatedBlock() for _ in range(3))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = sample.shape
+        frequencies = torch.exp(-torch.arange(WIDTH // 2, device=timestep.device) * 0.7)
+        angles = timestep[:, None].float() / 1000 * frequencies[None]
+        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        parts = [self.modulate(item).view(batch, 2, 1, width) for item in (time * 0, time)]
+        split = [part.expand(batch, 2, count, width) for part, count in zip(parts, (5, tokens - 5), strict=True)]
+        modulation = torch.cat(split, dim=2).permute(0, 2, 1, 3)
+        hidden = self.embed(sample)
+        for block in self.blocks:
+            hidden = block(hidden, modulation)
+        result: torch.Tensor = self.head(hidden)
+        return result
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_branches_read_their_operands_as_they_lie(dynamic: bool | None) -> None:
+    """Inductor chooses how what it computes lies in memory, and compiles branches for what was traced."""
+    model = Modulated().eval()
+    fresh = torch._inductor.config.patch({"force_disable_caches": True})
+    fast = hvfast(model, fullgraph=True, dynamic=dynamic, options=ALWAYS)
+    with fresh:
+        found = steps(fast, 12, 1)
+    expected = steps(model, 12, 1)[0]
+    assert relative_error(found[0], expected) < 1e-5
+    assert relative_error(found[1], expected) < 1e-5
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, True, True]
+
+
 # What the pass runner finds.
 
 

@@ -34,6 +34,7 @@ from torch._inductor.exc import InductorError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hvcompile.errors import LoweringError
+from hvcompile.torch_private.branches import operands_as_traced
 from hvcompile.torch_private.compilers import why_no_compiling
 from hvcompile.torch_private.distributed import is_left_running
 
@@ -75,7 +76,8 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         config["reorder_for_peak_memory"] = False
     try:
         # Private: no public entry takes a Dynamo graph with added placeholders (2.11.0, 2.13.0).
-        compiled: Any = compile_fx(module, list(inputs), config_patches=config)
+        with operands_as_traced():
+            compiled: Any = compile_fx(module, list(inputs), config_patches=config)
     except InductorError as error:
         _, separator, question = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
         if not separator:
