@@ -67,7 +67,7 @@ def generate(
     """
     request.check()
     device = launch.device_of_this_rank(request.device)
-    lacking = why_no_compiling(pipelines.resolve_device(device))
+    lacking = why_no_compiling(loaded.device if loaded is not None else pipelines.resolve_device(device))
     if lacking and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
         raise InputError(lacking)
     if loaded is None:
@@ -88,9 +88,6 @@ def _generate(request: Request, observe: Observer, loaded: pipelines.Loaded) -> 
     calls: list[dynamo.Call] = []
     run = _run(request, loaded, observe, BACKEND, request.compile_arguments(), calls if request.html_file else None)
     stats = _stats(loaded.pipe.transformer)  # where ranks disagree it raises, and no video is written
-    if launch.rank() == 0:  # all ranks have the same frames
-        observe("writing")
-        video.write(run.frames, request.output, fps=request.fps)
     result = Result(
         output=request.output,
         run=run,
@@ -98,7 +95,9 @@ def _generate(request: Request, observe: Observer, loaded: pipelines.Loaded) -> 
         recompiles=stats.recompiles if stats is not None else None,
     )
     if launch.rank() > 0:
-        return result
+        return result  # all ranks have the same frames; the first one writes them
+    observe("writing")
+    video.write(run.frames, request.output, fps=request.fps)
     if plain is not None:
         observe("comparing")
         result = _compared(request, result, plain)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvcompile.graph.subgraphs import callees, is_call
 from hvcompile.torch_private import dynamo, lowering
 
 _IN_PLACE: dict[type[ast.operator], Callable[..., Any]] = {
@@ -183,7 +184,13 @@ def fix_numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule
 
     """
     modules = [item for item in module.modules() if isinstance(item, fx.GraphModule)]
-    calls = [(node, *_callees(owner, node)) for owner in modules for node in owner.graph.nodes if _is_call(node)]
+    calls = [
+        (node, list(graphs.values()), operands)
+        for owner in modules
+        for node in owner.graph.nodes
+        if is_call(node)
+        for graphs, operands in [callees(owner, node)]
+    ]
     values = _numbers(module, inputs, [(bodies, operands) for _, bodies, operands in calls])
     if all(number is None for number in values.values()):
         return module
@@ -223,18 +230,6 @@ def _numbers(
                         is_same = values.setdefault(placeholder, values[operand]) == values[operand]
                         values[placeholder] = values[operand] if is_same else None
     return values
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.target in {lowering.COND, lowering.INVOKE_SUBGRAPH}
-
-
-def _callees(owner: fx.GraphModule, call: fx.Node) -> tuple[list[fx.GraphModule], list[Any]]:
-    """The graphs that a call may run, and the operands that each gets."""
-    is_cond = call.target is lowering.COND
-    references: Any = call.args[1:3] if is_cond else call.args[:1]
-    operands: Any = call.args[3] if is_cond else call.args[2:]
-    return [operator.attrgetter(str(node.target))(owner) for node in references], list(operands)
 
 
 def _replace(node: fx.Node, number: float) -> None:

@@ -22,18 +22,16 @@ from hvcompile.graph.nodes import (
     op_name,
     storage,
 )
+from hvcompile.graph.subgraphs import callees, is_call
 from hvcompile.torch_private import fakes, storages
 from hvcompile.torch_private.fakes import layout_key, value
-from hvcompile.torch_private.lowering import COND, INVOKE_SUBGRAPH
-
-_SUBGRAPHS = {"invoke_subgraph", "cond"}
 
 
 def refresh(graph: fx.Graph, changed: set[fx.Node]) -> None:
     """Bring the fake values of views up to date after nodes have got others, or have taken others' places.
 
-    A node that reads one of these is run on fake values. If it gives the same memory on, or did so before, it gets the
-    new value, and what reads it is looked at in turn.
+    A node that reads one of these is run on fake values. If it gives the same memory on, or its result lies in memory
+    otherwise, it gets the new value, and what reads it is looked at in turn.
 
     Args:
         graph: in topological order.
@@ -61,7 +59,20 @@ def shared_memory(root: fx.GraphModule) -> str:
     Operands of a call must not share memory, no result may share it with an operand or another result, and no operand
     may be written to.
     """
-    return next(filter(None, (_fault(module, node) for module in _graphs(root) for node in module.graph.nodes)), "")
+    looked_at: set[fx.GraphModule] = set()  # blocks share bodies
+    for owner in _graphs(root):
+        for call in filter(is_call, owner.graph.nodes):
+            graphs, operands = callees(owner, call)
+            given = [node for node in operands if isinstance(node, fx.Node) and is_tensor(node)]
+            twice = _first_pair(dict.fromkeys(given))
+            if twice:
+                return f"{call.name} takes {twice[0].name} and {twice[1].name}, which share memory"
+            for name, graph in graphs.items():
+                fault = "" if graph in looked_at else _fault_inside(graph)
+                if fault:
+                    return f"{name}, which {call.name} runs, {fault}"
+                looked_at.add(graph)
+    return ""
 
 
 def _graphs(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -69,7 +80,7 @@ def _graphs(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def _may_run(node: fx.Node) -> bool:
-    if node.op not in {"call_function", "call_method"} or op_name(node) in _SUBGRAPHS or is_context_switch(node):
+    if node.op not in {"call_function", "call_method"} or is_call(node) or is_context_switch(node):
         return False
     if draws_random_numbers(node) or mutated_operand(node) is not None or any(map(is_graph, node.all_input_nodes)):
         return False
@@ -88,22 +99,6 @@ def _memory(held: Any) -> set[Hashable]:
 
 def _layouts(held: Any) -> list[Hashable]:
     return list(map(layout_key, _tensors(held)))
-
-
-def _fault(owner: fx.GraphModule, call: fx.Node) -> str:
-    if call.op != "call_function" or call.target not in {COND, INVOKE_SUBGRAPH}:
-        return ""
-    operands: Any = call.args[3] if call.target is COND else call.args[2:]
-    given = [node for node in operands if isinstance(node, fx.Node) and is_tensor(node)]
-    twice = _first_pair(dict.fromkeys(given))
-    if twice:
-        return f"{call.name} takes {twice[0].name} and {twice[1].name}, which share memory"
-    for target in call.all_input_nodes:
-        if is_graph(target):
-            fault = _fault_inside(getattr(owner, str(target.target)))
-            if fault:
-                return f"{target.target}, which {call.name} runs, {fault}"
-    return ""
 
 
 def _fault_inside(module: fx.GraphModule) -> str:

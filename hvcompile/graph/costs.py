@@ -15,8 +15,8 @@ from torch import fx
 
 from hvcompile.graph.flops import FlopCounter
 from hvcompile.graph.nodes import is_tensor, op_name, storage
+from hvcompile.graph.subgraphs import is_call
 from hvcompile.torch_private.fakes import num_bytes, value
-from hvcompile.torch_private.lowering import COND, INVOKE_SUBGRAPH
 
 REST = "rest"
 """Everything but products (``flops.py`` has their kinds): norms, modulation, activations, rotary embedding."""
@@ -122,7 +122,7 @@ def _is_call(node: fx.Node) -> bool:
     """Whether a node runs another graph, or is one of the results of that."""
     if op_name(node) == "getitem" and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node.op == "call_function" and node.target in {COND, INVOKE_SUBGRAPH}
+    return is_call(node)
 
 
 def _bytes_of_rest(graph: fx.Graph, products: set[fx.Node]) -> int:

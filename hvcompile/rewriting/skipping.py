@@ -86,13 +86,9 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
         return unclear
     assert roles.sample is not None
     stream = _main_stream(trunk, roles.sample)
-    if stream is None:
-        return Declined(f"no output of {first.path} is one of its inputs plus something, so it has no residual")
+    if isinstance(stream, Declined):
+        return stream
     outside = {first.call, *first.outputs.values()}
-    if not reached_from(trunk.graph, {roles.sample: 0})[stream[0]]:
-        return Declined(
-            f"{first.path} continues nothing that follows from the sample, so it can't tell how that changed"
-        )
     for node in leaving:
         if not _reaches_back(trunk, node, core, outside):
             return Declined(f"{node.name} leaves the blocks and continues no stream of {first.path}")
@@ -149,14 +145,20 @@ def _parts_of_one(moved: Sequence[fx.Node]) -> Declined | None:
     return None
 
 
-def _main_stream(trunk: Trunk, sample: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _main_stream(trunk: Trunk, sample: fx.Node) -> tuple[fx.Node, fx.Node] | Declined:
     """Block 1's input and output of the residual stream that carries the sample; of several, the largest."""
     first, reached = trunk.blocks[0], reached_from(trunk.graph, {sample: 0})
     streams = [item for item in first.body.streams.items() if is_residual(first.body, item[0])]
     pairs = [(first.operands[source], first.outputs.get(output)) for output, source in streams]
     found = [(entered, left) for entered, left in pairs if left is not None]
     found.sort(key=lambda pair: (bool(reached[pair[0]]), numel_hint(value(pair[0]))))
-    return found[-1] if found else None
+    if not found:
+        return Declined(f"no output of {first.path} is one of its inputs plus something, so it has no residual")
+    if not reached[found[-1][0]]:
+        return Declined(
+            f"{first.path} continues nothing that follows from the sample, so it can't tell how that changed"
+        )
+    return found[-1]
 
 
 def _rewritten_source(trunk: Trunk, node: fx.Node) -> fx.Node | None:
