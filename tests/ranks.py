@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Imported once, in the process that all ranks are forked from: diffusers takes seconds.
@@ -19,11 +22,16 @@ PRELOAD = ["torch", "torch.distributed.tensor", "hvcompile.backend", "toy", "zoo
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended: what its function returned, or the text of what it raised; both None where it was killed."""
+    """How a rank ended: what its function returned, or the text of what it raised; both None where it was killed.
+
+    ``fault`` is where it was when a signal of the processor's ended it, as Python's faulthandler tells it.
+    """
 
     result: Any
     error: str | None
     seconds: float
+    exit_code: int | None
+    fault: str
 
 
 def free_port() -> int:
@@ -32,7 +40,10 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _rank(function: Callable[..., Any], rank: int, ranks: int, port: int, timeout: float, pipe: Any, args: Any) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, ranks: int, port: int, timeout: float, pipe: Any, fault: Path, args: Any
+) -> None:
+    faulthandler.enable(fault.open("w"))
     import torch
     import torch.distributed as dist
 
@@ -70,38 +81,45 @@ def launch(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     port, begin = free_port(), time.monotonic()
-    processes, pipes = [], []
-    for rank in range(ranks):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(function, rank, ranks, port, group_timeout, theirs, args))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
-    ended: list[Ended] = []
-    try:
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(max(0.0, begin + limit - time.monotonic())):
-                raise TimeoutError(f"rank {rank} of {ranks} hung for {limit:g} s in {function.__name__}")
-            try:
-                result, error = pipe.recv()
-            except EOFError:
-                result = error = None
-            ended.append(Ended(result, error, time.monotonic() - begin))
-        for process in processes:
-            process.join(max(0.0, begin + limit - time.monotonic()))
-            if process.is_alive():
-                raise TimeoutError(f"a rank hung for {limit:g} s at the end of {function.__name__}")
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
-    return ended
+    processes, pipes, answers = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        faults = [Path(folder) / str(rank) for rank in range(ranks)]
+        try:
+            for rank, fault in enumerate(faults):
+                ours, theirs = context.Pipe(duplex=False)
+                told = (function, rank, ranks, port, group_timeout, theirs, fault, args)
+                processes.append(context.Process(target=_rank, args=told))
+                processes[-1].start()
+                theirs.close()
+                pipes.append(ours)
+            for rank, pipe in enumerate(pipes):
+                if not pipe.poll(max(0.0, begin + limit - time.monotonic())):
+                    raise TimeoutError(f"rank {rank} of {ranks} hung for {limit:g} s in {function.__name__}")
+                try:
+                    result, error = pipe.recv()
+                except EOFError:
+                    result = error = None
+                answers.append((result, error, time.monotonic() - begin))
+            for process in processes:
+                process.join(max(0.0, begin + limit - time.monotonic()))
+                if process.is_alive():
+                    raise TimeoutError(f"a rank hung for {limit:g} s at the end of {function.__name__}")
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [
+            Ended(*answer, process.exitcode, fault.read_text() if fault.exists() else "")
+            for answer, process, fault in zip(answers, processes, faults, strict=True)
+        ]
 
 
 def results(ended: list[Ended]) -> list[Any]:
-    """What the ranks returned; fails where one raised."""
+    """What the ranks returned; fails where one raised, or was ended by a signal, which is told first."""
+    for rank, one in enumerate(ended):
+        was_killed = bool(one.fault) or (one.exit_code or 0) < 0
+        assert not was_killed, f"rank {rank}: exit code {one.exit_code}\n{one.fault}"
     for rank, one in enumerate(ended):
         assert one.error is None, f"rank {rank}: {one.error}"
     return [one.result for one in ended]
