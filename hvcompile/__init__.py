@@ -13,6 +13,7 @@ from hvcompile.errors import (
     OutputError,
     QuantizedWeightError,
     RequestedPassError,
+    RunError,
     UncompiledModelError,
     UntraceableModelError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "QuantizedWeightError",
     "RequestedPassError",
     "Restored",
+    "RunError",
     "Stats",
     "Step",
     "UncompiledModelError",

@@ -13,6 +13,10 @@ class OutputError(HvcompileError, OSError):
     """A file can't be written; the message is one line: what, why, and where its content is kept instead."""
 
 
+class RunError(HvcompileError, RuntimeError):
+    """A pipeline failed while it ran, for a reason outside this package; ``__cause__`` is what it raised."""
+
+
 class OptionError(HvcompileError, ValueError):
     """An option has an unknown key, a wrong type or a value out of range."""
 

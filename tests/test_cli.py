@@ -37,7 +37,8 @@ def result(output: Path, *, compare: bool) -> generate.Result:
     quality = metrics.Quality(psnr=(30.0, math.inf), ssim=(0.9, 1.0), temporal_psnr=(31.0,))
     comparison = metrics.Comparison(run=ours, plain=plain, quality=quality) if compare else None
     sheet = output.with_name("a.sheet.png") if compare else None
-    return generate.Result(output=output, run=ours, graphs=1, recompiles=0, comparison=comparison, sheet=sheet)
+    stats = hvcompile.Stats(graphs=1, recompiles=0, hits=2, misses=2, slots=1, bytes=0, steps=[], journal=[])
+    return generate.Result(output=output, run=ours, stats=stats, comparison=comparison, sheet=sheet)
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[generate.Request]:
 
     def generated(request: generate.Request, observe: generate.Observer) -> generate.Result:
         seen.append(request)
+        assert request.output is not None
         outcome = result(request.output, compare=request.compare)
         observe("loading")
         for step in outcome.run.steps:

@@ -28,11 +28,12 @@ from transformers import T5Config, T5EncoderModel
 
 import hvcompile
 from hvcompile import outputs
-from hvcompile.app import generate, metrics, pipelines, tiny, video
+from hvcompile.app import generate, metrics, pipelines, runner, tiny, video
+from hvcompile.app.arguments import call_arguments
 from hvcompile.app.generate import Request
 from hvcompile.app.grid import Grid
 from hvcompile.app.tables import generation as tables
-from hvcompile.errors import InputError, OutputError, UncompiledModelError
+from hvcompile.errors import HvcompileError, InputError, OptionError, OutputError, UncompiledModelError
 
 SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
 
@@ -61,6 +62,8 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         hits = sum(step.reused for step in steps)
         return SimpleNamespace(graphs=1, recompiles=0, hits=hits, misses=len(steps) - hits, steps=steps)
 
+    monkeypatch.setattr(runner, "BACKEND", eager)
+    monkeypatch.setattr(runner, "PLAIN_BACKEND", "eager")
     monkeypatch.setattr(generate, "BACKEND", eager)
     monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
     monkeypatch.setattr(hvcompile, "stats", stats)
@@ -130,7 +133,7 @@ def test_a_plain_run_that_is_not_finite_is_told_before_the_fast_one_is_made(
     def broken(*_: Any) -> metrics.Run:
         return metrics.Run(frames=np.full((1, 16, 16, 3), np.nan, np.float32), seconds=1.0, steps=())
 
-    monkeypatch.setattr(generate, "_run", broken)
+    monkeypatch.setattr(runner.Runner, "run", broken)
     with pytest.raises(InputError, match="the pixels of the plain compiled model are not all finite: give dtype"):
         generate.generate(Request(**SMALL, compare=True, output=tmp_path / "a.mp4"), loaded=loaded)
     assert not list(tmp_path.iterdir())
@@ -184,19 +187,17 @@ def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": math.nan}, "threshold is nan"),
         ({"mode": "fastest"}, "mode 'fastest' is unknown.*exact"),
-        ({"mode": "exact", "threshold": 0.1}, "threshold can't be given with a mode"),
-        ({"mode": "exact", "fp8": True}, "fp8 can't be given with a mode"),
-        ({"mode": "exact", "dump": Path("d")}, "HVCOMPILE_DUMP=d"),
-        ({"true_cfg": 3.0}, "without negative_prompt"),
+        ({"mode": "exact", "threshold": 0.1}, "options ask for 'first_block_cache', which mode='exact' rules out"),
+        ({"mode": "exact", "fp8": True}, "options ask for 'fp8', which mode='exact' rules out"),
+        ({"true_cfg": 3.0}, "without negative-prompt"),
         ({"output": Path("/")}, "is a directory"),
         ({"output": Path("no/such/out.mp4")}, "no directory 'no/such'"),
-        ({"output": Path("out.txt")}, "no video file.*.mp4"),
+        ({"output": Path("out.txt")}, "no video or picture file.*.mp4"),
         ({"device": "toaster"}, "device 'toaster' can't be used.*cpu"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown.*bfloat16"),
         ({"model": "/no/such/model"}, "neither a directory nor a hub id"),
         ({"dump": Path(__file__)}, "is a file: give a directory"),
-        ({"sheet_file": Path("s.png")}, "sheet 's.png' is of a comparison: give compare too"),
-        ({"json_file": Path("f.json")}, "json 'f.json' is of a comparison: give compare too"),
+        ({"sheet_file": Path("s.png")}, "sheet 's.png' is of a comparison or of several clips: give compare too"),
         ({"compare": True, "sheet_file": Path("s.gif")}, "sheet 's.gif' is no PNG picture.*.png"),
         ({"compare": True, "json_file": Path("no/f.json")}, "json 'no/f.json': there is no directory 'no'"),
     ],
@@ -206,7 +207,7 @@ def test_what_is_wrong_whatever_the_model_is_refused_before_loading(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("nothing may be loaded"))
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises((InputError, OptionError), match=message) as caught:
         generate.generate(Request(**{"prompt": "x", "output": Path("out.mp4"), **given}))
     assert "\n" not in str(caught.value)
 
@@ -218,7 +219,7 @@ def test_what_is_wrong_whatever_the_model_is_refused_before_loading(
         ({"width": 8}, "width is 8, .*: give 16$"),
         ({"frames": 16}, "multiple of 4, plus 1: give 13 or 17"),
         ({"frames": 2}, "give 1 or 5"),
-        ({"negative_prompt": "a dog"}, "negative_prompt does nothing .* true_cfg"),
+        ({"negative_prompt": "a dog"}, "negative-prompt does nothing .* true-cfg"),
     ],
 )
 def test_what_the_pipeline_does_not_take_is_refused_before_compiling(
@@ -313,7 +314,7 @@ def test_a_run_without_a_compiler_writes_its_video(loaded: pipelines.Loaded, tmp
     fresh.pipe.transformer = copy.deepcopy(loaded.pipe.transformer)
     with torch.compiler.set_stance("force_eager"):
         result = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), loaded=fresh)
-    assert (result.graphs, result.recompiles) == (None, None)
+    assert result.stats is None
     assert len(decode(tmp_path / "a.mp4")) == 5
     table = Console(width=100)
     with table.capture() as captured:
@@ -326,7 +327,8 @@ def test_a_directory_is_loaded_by_the_same_code_with_the_pipelines_own_defaults(
     loaded = pipelines.load(str(tmp_path), dtype="bfloat16")
     assert loaded.pipe.transformer.dtype == torch.bfloat16
     assert loaded.default("num_inference_steps") == 50
-    assert Request(prompt="x", output=tmp_path / "a.mp4", steps=3).call_arguments(loaded) == {"num_inference_steps": 3}
+    request = Request(prompt="x", output=tmp_path / "a.mp4", steps=3)
+    assert call_arguments(request, loaded) == {"num_inference_steps": 3}
     assert Grid.of(loaded.pipe) == Grid(spatial=16, temporal=4)
 
 
@@ -378,37 +380,115 @@ def test_another_pipeline_is_followed_by_the_same_code(backends: list[int], tmp_
     result = generate.generate(request, loaded=loaded)
     assert [step.reused for step in result.run.steps] == [False, True, False, False]
     assert [frame.shape for frame in decode(tmp_path / "a.mp4")] == [(32, 48, 3)] * 9
-    with pytest.raises(InputError, match="true_cfg can't be used: CogVideoXPipeline has no true_cfg_scale"):
+    with pytest.raises(InputError, match="true-cfg can't be used: CogVideoXPipeline has no true_cfg_scale"):
         generate.generate(replace(request, true_cfg=2.0), loaded=loaded)
 
 
-def test_a_pipeline_that_makes_no_video_from_text_alone_is_refused() -> None:
+def test_a_pipeline_that_can_t_be_followed_is_refused() -> None:
     class Plain:
         def __call__(self, prompt: str) -> None: ...
 
-    class Unfollowed(Plain):
-        def __call__(self, prompt: str, num_frames: int = 9) -> None: ...
-
-    class FromImage:
-        def __call__(
-            self,
-            image: object,
-            prompt: str,
-            num_frames: int = 9,
-            num_inference_steps: int = 9,
-            generator: object = None,
-            output_type: str = "",
-            callback_on_step_end: object = None,
-        ) -> None: ...
-
-    def message(kind: type[Any], transformer: bool = True) -> str:
-        pipe: Any = kind()
-        pipe.transformer = torch.nn.Linear(1, 1) if transformer else None
+    def message(**components: torch.nn.Module) -> str:
+        pipe: Any = Plain()
+        pipe.components = components
         with pytest.raises(InputError) as caught:
             pipelines._loaded(pipe, "m", torch.device("cpu"), {})
         return str(caught.value)
 
-    assert "is a Plain, which has no transformer to compile" in message(Plain, transformer=False)
-    assert "is a Plain, which makes no video" in message(Plain)
-    assert "lacks num_inference_steps, generator, output_type, callback_on_step_end" in message(Unfollowed)
-    assert "is a FromImage, which also needs image" in message(FromImage)
+    assert "is a Plain, which has no transformer to compile" in message(unet=torch.nn.Linear(1, 1))
+    assert "lacks num_inference_steps, generator, output_type" in message(transformer=torch.nn.Linear(1, 1))
+
+
+def test_memory_that_runs_out_and_other_failures_of_a_pipeline_are_one_line(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The cause is named, and what could be done; the frames of an earlier run stay."""
+    request = Request(**SMALL, output=tmp_path / "a.mp4")
+
+    def fail(error: Exception) -> str:
+        monkeypatch.setattr(type(loaded.pipe), "encode_prompt", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(HvcompileError) as caught:
+            generate.generate(request, loaded=loaded)
+        assert "\n" not in str(caught.value)
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    memory = fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried to allocate"))
+    assert memory.startswith("InputError: there is not enough memory (HunyuanVideoPipeline, before its first step")
+    assert "give a smaller height, width or frames" in memory
+    other = fail(KeyError("no such key"))
+    assert other.startswith("RunError: HunyuanVideoPipeline failed before its first step ended: KeyError: ")
+    assert "shows the traceback" in other
+
+
+def test_a_model_that_is_no_whole_graph_is_compiled_in_pieces(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fresh = replace(loaded, pipe=copy.copy(loaded.pipe))
+    model = fresh.pipe.transformer = copy.deepcopy(loaded.pipe.transformer)
+    forward = type(model).forward
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", broken)
+    events: list[Any] = []
+    result = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), events.append, fresh)
+    assert len(result.run.steps) == 4
+    (told,) = [event for event in events if "in pieces" in str(event)]
+    assert "Dynamo can't keep the model in one graph" in told
+    assert len(decode(tmp_path / "a.mp4")) == 5
+
+
+def test_words_that_the_tiny_model_does_not_know_are_told(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    given = {**SMALL, "prompt": "A red circle, moves left over a zebra. zebra"}
+    (note,) = generate.generate(Request(**given, output=tmp_path / "a.mp4"), loaded=loaded).notes
+    assert note.startswith("the tiny model was not trained on zebra, and draws something else")
+    given["prompt"] = "a small red circle moves to the left over a blue background"
+    assert not generate.generate(Request(**given, output=tmp_path / "a.mp4"), loaded=loaded).notes
+
+
+def test_several_prompts_and_seeds_are_one_compilation_and_a_file_each(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two of them\na red circle\n\na blue square\n")
+    given = {**SMALL, "prompt": None, "prompts_file": prompts, "seeds": "0-1", "json_file": tmp_path / "a.json"}
+    batch = generate.generate_all(Request(**given, output=tmp_path / "a.mp4"), loaded=loaded)
+    names = [f"a-{number}-seed{seed}" for number in (1, 2) for seed in (0, 1)]
+    assert [clip.job.output.stem for clip in batch.clips] == names
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.json",
+        "a.sheet.png",
+        "prompts.txt",
+        *(f"{name}.mp4" for name in names),
+    }
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert [(clip["prompt"], clip["seed"], clip["frames"], clip["error"]) for clip in record["clips"]] == [
+        ("a red circle", 0, 5, None),
+        ("a red circle", 1, 5, None),
+        ("a blue square", 0, 5, None),
+        ("a blue square", 1, 5, None),
+    ]
+    alone = generate.generate(
+        Request(**{**SMALL, "prompt": "a blue square"}, seed=1, output=tmp_path / "b.mp4"), loaded=loaded
+    )
+    assert alone.output.read_bytes() == (tmp_path / "a-2-seed1.mp4").read_bytes()
+
+
+def test_of_several_clips_one_that_fails_is_named_and_the_others_are_made(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = runner.Runner.run
+
+    def sometimes(self: Any, job: Any, arguments: Any) -> Any:
+        made = run(self, job, arguments)
+        return replace(made, frames=made.frames * np.float32(np.nan)) if job.seed == 1 else made
+
+    monkeypatch.setattr(runner.Runner, "run", sometimes)
+    batch = generate.generate_all(Request(**SMALL, seeds="0-2", output=tmp_path / "a.mp4"), loaded=loaded)
+    assert [clip.error is None for clip in batch.clips] == [True, False, True]
+    assert "not all finite" in str(batch.clips[1].error)
+    assert {path.name for path in tmp_path.iterdir()} == {"a-seed0.mp4", "a-seed2.mp4", "a.sheet.png"}

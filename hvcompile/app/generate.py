@@ -1,60 +1,36 @@
-"""One generation from the command line: load, compile, run, measure, compare, write the video file."""
+"""Generations from the command line: load, compile, run, measure, compare, write the files."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-import hvcompile
 from hvcompile import outputs
-from hvcompile.app import metrics, pipelines, sheet, video
-from hvcompile.app.request.generate import Request
-from hvcompile.errors import InputError, UncompiledModelError, UntraceableModelError
-from hvcompile.explanation import report
-from hvcompile.explanation.explain import explain
+from hvcompile.app import adapters, metrics, overview, pictures, pipelines, sheet, tiny, video
+from hvcompile.app.arguments import call_arguments
+from hvcompile.app.denoisers import denoisers, stats_of_all
+from hvcompile.app.records import record, write_report
+from hvcompile.app.request.generate import PICTURES, VIDEOS, Request
+from hvcompile.app.request.jobs import Job
+from hvcompile.app.results import Batch, Clip, Result
+from hvcompile.app.runner import BACKEND, PLAIN_BACKEND, Runner
+from hvcompile.app.steps import Observer
+from hvcompile.errors import HvcompileError, InputError
 from hvcompile.ranks import launch
+from hvcompile.runtime.state import Stats
 from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.compilers import why_no_compiling
 
-__all__ = ["Observer", "Request", "Result", "generate"]
-
-BACKEND = "hvfast"
-PLAIN_BACKEND = "inductor"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A finished generation; ``comparison``, ``sheet``, its picture, and ``report`` are None unless asked for.
-
-    ``graphs`` and ``recompiles`` are None where nothing was compiled, as with ``TORCHDYNAMO_DISABLE=1``.
-    """
-
-    output: Path
-    run: metrics.Run
-    graphs: int | None
-    recompiles: int | None
-    comparison: metrics.Comparison | None = None
-    sheet: Path | None = None
-    report: Path | None = None
-
-
-Observer = Callable[["str | metrics.Step"], None]
-"""Told, as a generation goes on, what has begun (a few words) and each step when it is done."""
+__all__ = ["Batch", "Clip", "Observer", "Request", "Result", "generate", "generate_all"]
 
 
 def generate(
     request: Request, observe: Observer = lambda event: None, loaded: pipelines.Loaded | None = None
 ) -> Result:
-    """Run ``request`` and write its video file.
+    """Run ``request``, which asks for one clip or picture, and write its files.
 
     Args:
         request: what to generate.
@@ -63,8 +39,57 @@ def generate(
 
     Raises:
         InputError: the request can't be met; before any compile time is spent, except where the pixels aren't finite.
+        RunError: the pipeline failed for a reason outside this package.
+        OutputError: a file can't be written; what was made is kept elsewhere, and the message says where.
 
     """
+    with _ready(request, observe, loaded) as ready:
+        (job,) = request.jobs(_output(request, ready))
+        return _generate(request, job, observe, ready)
+
+
+def generate_all(
+    request: Request, observe: Observer = lambda event: None, loaded: pipelines.Loaded | None = None
+) -> Batch:
+    """Run every job of ``request`` with one compilation, write a file each, and a contact sheet of all.
+
+    A job that fails is noted, and the others go on. Arguments and errors are those of ``generate``, errors of single
+    jobs aside.
+    """
+    with _ready(request, observe, loaded) as ready:
+        output = _output(request, ready)
+        arguments, jobs = call_arguments(request, ready), request.jobs(output)
+        runner = Runner(ready, BACKEND, request.compile_arguments(), observe)
+        clips: list[Clip] = []
+        shown: list[overview.Row] = []
+        for job in jobs:
+            observe(f"{len(clips) + 1} of {len(jobs)}: seed {job.seed}, {job.prompt}")
+            try:
+                run = runner.run(job, arguments)
+                if launch.rank() == 0:
+                    _write(run, job.output, request.fps)
+            except HvcompileError as error:
+                clips.append(Clip(job=job, run=None, error=" ".join(str(error).split())))
+                continue
+            shown.append(overview.Row.of(run.frames, f"seed {job.seed}: {job.prompt}"))
+            clips.append(Clip(job=job, run=run.without_frames()))
+        place = None
+        if shown and launch.rank() == 0:
+            place = request.sheet_path(output)
+            sheet.write(overview.draw(shown), place)
+        stats = stats_of_all(denoisers(ready.pipe))
+        batch = Batch(clips=tuple(clips), stats=stats, sheet=place, notes=_notes(request, ready, stats))
+        if request.json_file is not None and launch.rank() == 0:
+            made = [
+                record(request, ready, clip.job, clip.run, stats, arguments) | {"error": clip.error} for clip in clips
+            ]
+            outputs.write_json({"clips": made}, request.json_file)
+        return batch
+
+
+@contextlib.contextmanager
+def _ready(request: Request, observe: Observer, loaded: pipelines.Loaded | None) -> Iterator[pipelines.Loaded]:
+    """Check all that can be checked, load, and join the other ranks; within, the pipeline can run."""
     request.check()
     device = launch.device_of_this_rank(request.device)
     lacking = why_no_compiling(loaded.device if loaded is not None else pipelines.resolve_device(device))
@@ -73,90 +98,87 @@ def generate(
     if loaded is None:
         observe("loading")
         loaded = pipelines.load(request.model, request.dtype, device)
+    pipelines.tile(loaded, request.vae_tiling)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):
-        return _generate(request, observe, loaded)
+        call_arguments(request, loaded)
+        adapters.fuse(loaded.pipe, request.lora)
+        yield loaded
 
 
-def _generate(request: Request, observe: Observer, loaded: pipelines.Loaded) -> Result:
-    request.call_arguments(loaded)
+def _output(request: Request, loaded: pipelines.Loaded) -> Path:
+    """Where the result goes; raises InputError where the file is of another kind than what the pipeline makes."""
+    endings, what = (VIDEOS, "videos") if loaded.makes_video else (PICTURES, "pictures")
+    output = request.output or Path(f"out{endings[0]}")
+    if output.suffix.lower() not in endings:
+        raise InputError(
+            f"output {str(output)!r} does not fit {loaded.kind}, which makes {what}: give a name that ends in "
+            f"{', '.join(endings)}"
+        )
+    return output
+
+
+def _generate(request: Request, job: Job, observe: Observer, loaded: pipelines.Loaded) -> Result:
+    arguments = call_arguments(request, loaded)
     # The plain model goes first: a rewrite may free the weights that it runs on (FP8 does).
-    plain = _run(request, loaded, observe, PLAIN_BACKEND, {}) if request.compare else None
-    if plain is not None:
+    plain = None
+    if request.compare:
+        plain = Runner(loaded, PLAIN_BACKEND, {"dynamic": request.dynamic or None}, observe).run(job, arguments)
         video.check_finite(plain.frames, "the plain compiled model")
-    num_calls = _num_calls(loaded.pipe.transformer)
+    models = denoisers(loaded.pipe)
+    before = stats_of_all(models)
     calls: list[dynamo.Call] = []
-    run = _run(request, loaded, observe, BACKEND, request.compile_arguments(), calls if request.html_file else None)
-    stats = _stats(loaded.pipe.transformer)  # where ranks disagree it raises, and no video is written
-    result = Result(
-        output=request.output,
-        run=run,
-        graphs=stats.graphs if stats is not None else None,
-        recompiles=stats.recompiles if stats is not None else None,
-    )
+    runner = Runner(loaded, BACKEND, request.compile_arguments(), observe, calls if request.html_file else None)
+    run = runner.run(job, arguments)
+    # Where ranks disagree it raises, and no video is written: what they made is not one video.
+    stats = stats_of_all(models)
+    result = Result(output=job.output, run=run, stats=stats, notes=_notes(request, loaded, stats, run))
     if launch.rank() > 0:
         return result  # all ranks have the same frames; the first one writes them
     observe("writing")
-    video.write(run.frames, request.output, fps=request.fps)
+    _write(run, job.output, request.fps)
     if plain is not None:
         observe("comparing")
         result = _compared(request, result, plain)
+    if request.json_file is not None:
+        figures = record(request, loaded, job, run, stats, arguments)
+        compared = result.comparison.record() if result.comparison is not None else {}
+        outputs.write_json(figures | compared, request.json_file)
     if request.html_file is not None:
         observe("reporting")
-        done = _since(stats, num_calls) if stats is not None else None
-        _report(request.html_file, request, loaded, result, done, calls)
+        since = _since(stats, 0 if before is None else before.hits + before.misses) if stats is not None else None
+        write_report(request, loaded, job, dataclasses.replace(result, stats=since), arguments, calls)
         result = dataclasses.replace(result, report=request.html_file)
     return result
 
 
-def _report(
-    path: Path,
-    request: Request,
-    loaded: pipelines.Loaded,
-    result: Result,
-    stats: hvcompile.Stats | None,
-    calls: list[dynamo.Call],
-) -> None:
-    """Write the report of a run; the first call of its transformer is traced once more, and nothing is computed."""
-    num_frames, height, width, _ = result.run.frames.shape
-    arguments = request.call_arguments(loaded)
-    facts = {
-        "prompt": request.prompt,
-        "clip": f"{width}x{height}, {num_frames} frames, seed {request.seed}, in {result.output}",
-        "settings": ", ".join(
-            f"{name} {value}" for name, value in arguments.items() if isinstance(value, (int, float))
-        ),
-        "time": f"{result.run.seconds:.2f} s in all, {result.run.compile_seconds:.2f} s compiling",
-    }
-    if result.run.step_seconds is not None:
-        facts["time"] += f", {result.run.step_seconds:.4f} s a step after"
-    if result.comparison is not None and result.comparison.step_speedup is not None:
-        facts["against inductor"] = f"{result.comparison.step_speedup:.2f} times as fast a step"
-    explanation = None
-    try:
-        (args, kwargs), *_ = calls
-        explanation = explain(loaded.pipe.transformer, *args, **kwargs, **request.compile_arguments())
-    except UntraceableModelError as error:  # Dynamo broke the call into several graphs; the run itself is there
-        facts["not shown"] = f"the trunk and the graphs: {error}"
-    title = request.model or type(loaded.pipe).__name__
-    report.write(path, explanation=explanation, stats=stats, title=title, facts=facts)
+def _write(run: metrics.Run, output: Path, fps: int) -> None:
+    if output.suffix.lower() in PICTURES:
+        pictures.write(run.frames, output)
+    else:
+        video.write(run.frames, output, fps=fps)
 
 
-def _num_calls(transformer: torch.nn.Module) -> int:
-    """How many decisions a transformer's cache has made so far."""
-    stats = _stats(transformer)
-    return 0 if stats is None else stats.hits + stats.misses
+def _notes(
+    request: Request, loaded: pipelines.Loaded, stats: Stats | None, run: metrics.Run | None = None
+) -> tuple[str, ...]:
+    """What a user should know of a generation beside its figures, a line each."""
+    notes = []
+    if request.model is None and (unknown := tiny.unknown_words([job.prompt for job in request.jobs(Path("x"))])):
+        notes.append(
+            f"the tiny model was not trained on {', '.join(unknown)}, and draws something else; it knows shapes, "
+            "colours and directions, such as: a red circle moves to the left over a blue background"
+        )
+    if run is not None:
+        asked = (request.frames, request.height, request.width)
+        if any(size not in (None, made) for size, made in zip(asked, run.size, strict=True)):
+            frames, height, width = run.size
+            length = f", {frames} frames" if loaded.makes_video else ""
+            notes.append(f"{loaded.kind} made {width}x{height}{length}, which is not what was asked for")
+    return tuple(notes)
 
 
-def _stats(transformer: torch.nn.Module) -> hvcompile.Stats | None:
-    """What was done with a transformer; None where it has not been compiled, or Dynamo is switched off."""
-    try:
-        return hvcompile.stats(transformer)
-    except UncompiledModelError:
-        return None
-
-
-def _since(stats: hvcompile.Stats, num_calls: int) -> hvcompile.Stats:
+def _since(stats: Stats, num_calls: int) -> Stats:
     """What was done after the first ``num_calls`` decisions."""
     if num_calls == 0:
         return stats
@@ -167,146 +189,11 @@ def _since(stats: hvcompile.Stats, num_calls: int) -> hvcompile.Stats:
 
 
 def _compared(request: Request, result: Result, plain: metrics.Run) -> Result:
-    """Measure a run against the plain one, and write the contact sheet and the figures."""
+    """Measure a run against the plain one, and write the contact sheet."""
     run = result.run
     quality = metrics.compare(run.frames, plain.frames)
-    comparison = metrics.Comparison(run=run, plain=plain, quality=quality)
     names = {"clip_name": f"hvfast ({run.num_reused} of {len(run.steps)} steps reused)", "reference_name": "inductor"}
-    sheet.write(sheet.draw(run.frames, plain.frames, quality, **names), request.sheet_path())
-    if request.json_file is not None:
-        outputs.write_json(_record(request, result, comparison), request.json_file)
-    return dataclasses.replace(result, comparison=comparison, sheet=request.sheet_path())
-
-
-def _record(request: Request, result: Result, comparison: metrics.Comparison) -> dict[str, Any]:
-    num_frames, height, width, _ = result.run.frames.shape
-    return {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "reference": "inductor",
-        "clip": str(result.output),
-        "frames": num_frames,
-        "height": height,
-        "width": width,
-        "steps": len(result.run.steps),
-        "steps_reused": result.run.num_reused,
-        "seconds": {"clip": result.run.seconds, "reference": comparison.plain.seconds},
-        "seconds_a_step": {"clip": result.run.step_seconds, "reference": comparison.plain.step_seconds},
-        **comparison.quality.record(),
-    }
-
-
-def _run(
-    request: Request,
-    loaded: pipelines.Loaded,
-    observe: Observer,
-    backend: str,
-    compile_arguments: dict[str, Any],
-    calls: list[dynamo.Call] | None = None,
-) -> metrics.Run:
-    """Compile the transformer with ``backend`` and run the pipeline once, step by step under ``observe``.
-
-    ``calls`` gains the transformer's first call.
-    """
-    pipe, arguments = loaded.pipe, request.call_arguments(loaded)
-    num_steps = int(arguments.get("num_inference_steps") or loaded.default("num_inference_steps"))
-    pipe.transformer.compile(backend=backend, **compile_arguments)
-    if calls is not None:
-        dynamo.keep_first_call(pipe.transformer, calls)
-    decisions = _decisions(pipe.transformer) if backend == BACKEND else _no_decisions
-    watch = _Watch(backend, num_steps, loaded.device, decisions, observe)
-    observe(f"{backend}: compiling")
-    with watch.beginning_after(_others(pipe)):
-        start = time.perf_counter()
-        frames = pipe(
-            request.prompt,
-            generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
-            output_type="np",
-            callback_on_step_end=watch.end_step,
-            callback_on_step_end_tensor_inputs=[],
-            **arguments,
-        ).frames[0]
-    seconds = time.perf_counter() - start
-    return metrics.Run(frames=np.asarray(frames, dtype=np.float32), seconds=seconds, steps=tuple(watch.steps))
-
-
-def _others(pipe: Any) -> list[torch.nn.Module]:
-    """The models of a pipeline besides its transformer."""
-    parts = pipe.components.items()
-    return [part for name, part in parts if name != "transformer" and isinstance(part, torch.nn.Module)]
-
-
-class _Watch:
-    """Times the steps of a run, and tells of each when it is done."""
-
-    def __init__(
-        self,
-        backend: str,
-        num_steps: int,
-        device: torch.device,
-        decisions: Callable[[], list[tuple[bool, float]]],
-        observe: Observer,
-    ) -> None:
-        self._backend, self._num_steps, self._device = backend, num_steps, device
-        self._decisions, self._observe = decisions, observe
-        self._decisions()  # those of an earlier generation on the same model
-        self.steps: list[metrics.Step] = []
-        self._mark = time.perf_counter()
-
-    @contextlib.contextmanager
-    def beginning_after(self, encoders: Sequence[torch.nn.Module]) -> Iterator[None]:
-        """Within, the first step begins when the last of these has run: the text is encoded."""
-        hooks = [encoder.register_forward_hook(self._restart) for encoder in encoders]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _restart(self, *_: Any) -> None:
-        if not self.steps:  # afterwards, too, models run: the decoder
-            self._mark = time.perf_counter()
-
-    def end_step(self, *_: Any) -> dict[str, Any]:
-        """Take the time of a step, as the callback of a pipeline."""
-        _synchronise(self._device)
-        now, calls = time.perf_counter(), self._decisions()  # several calls where guidance runs the transformer twice
-        self.steps.append(
-            metrics.Step(
-                backend=self._backend,
-                index=len(self.steps),
-                num_steps=self._num_steps,
-                seconds=now - self._mark,
-                reused=bool(calls) and all(reused for reused, _ in calls),
-                difference=max((difference for _, difference in calls), default=None),
-            )
-        )
-        self._observe(self.steps[-1])
-        if len(self.steps) == self._num_steps:
-            self._observe("decoding")
-        self._mark = time.perf_counter()
-        return {}
-
-
-def _decisions(transformer: torch.nn.Module) -> Callable[[], list[tuple[bool, float]]]:
-    """Make a function that returns (reused, difference) of the transformer calls since it was last called."""
-    seen = 0
-
-    def new() -> list[tuple[bool, float]]:
-        nonlocal seen
-        stats = _stats(transformer)
-        if stats is None:  # its first call is still to come
-            return []
-        num_new, seen = stats.hits + stats.misses - seen, stats.hits + stats.misses
-        return [(bool(call.reused), float(call.difference)) for call in stats.steps[-num_new:]] if num_new else []
-
-    return new
-
-
-def _no_decisions() -> list[tuple[bool, float]]:
-    return []
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    place = request.sheet_path(result.output)
+    sheet.write(sheet.draw(run.frames, plain.frames, quality, **names), place)
+    comparison = metrics.Comparison(run=run, plain=plain, quality=quality)
+    return dataclasses.replace(result, comparison=comparison, sheet=place)

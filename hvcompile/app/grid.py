@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
 
 # Pipelines of diffusers name the same two numbers differently; the first attribute that a pipeline has is the one.
@@ -27,10 +29,16 @@ class Grid:
 
     @classmethod
     def of(cls, pipe: Any) -> Self:
-        """Read the grid of a loaded pipeline from its VAE's scale factors and its transformer's patch size."""
-        patch = getattr(pipe.transformer.config, "patch_size", 1)
+        """Read the grid of a loaded pipeline from its VAE's scale factors and its transformer's patch size.
+
+        Pipelines of pictures that pack latents in squares say so by their image processor's own factor.
+        """
+        patch = getattr(next(iter(denoisers(pipe).values())).config, "patch_size", 1)
         patch = patch[-1] if isinstance(patch, list | tuple) else patch
-        return cls(spatial=_first(pipe, _SPATIAL) * (patch or 1), temporal=_first(pipe, _TEMPORAL))
+        processor = getattr(getattr(pipe, "image_processor", None), "config", None)
+        packed = int(getattr(processor, "vae_scale_factor", 1) or 1)
+        spatial = math.lcm(_first(pipe, _SPATIAL) * (patch or 1), packed)
+        return cls(spatial=spatial, temporal=_first(pipe, _TEMPORAL))
 
     def check(self, *, height: int | None, width: int | None, frames: int | None) -> None:
         """Raise InputError where a size given (None: the pipeline's own) is off the grid; names the nearest legal."""

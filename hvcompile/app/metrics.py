@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -63,9 +64,9 @@ class Quality:
         }
         return {
             name: {
-                "mean": _as_json(mean),
-                "worst": _as_json(min(values, default=None)),
-                "each": [_as_json(value) for value in values],
+                "mean": as_json(mean),
+                "worst": as_json(min(values, default=None)),
+                "each": [as_json(value) for value in values],
             }
             for name, (values, mean) in measures.items()
         }
@@ -76,7 +77,8 @@ def _finite_mean(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else math.inf
 
 
-def _as_json(value: float | None) -> float | None:
+def as_json(value: float | None) -> float | None:
+    """A figure as JSON takes it: null for one that is infinite, not a number or not there."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -103,11 +105,31 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One pass of the pipeline: ``frames`` as ``Frames``, ``seconds`` of all of it, and its steps in order."""
+    """One pass of the pipeline.
+
+    Attributes:
+        frames: of the clip; of a picture, one.
+        seconds: of all of it: text, compiling, steps, decoding.
+        steps: in order.
+        peak_bytes: the most memory held at a time: on a GPU in this run, else by the process since it began; None where
+            it was not measured.
+
+    """
 
     frames: Frames
     seconds: float
     steps: tuple[Step, ...]
+    peak_bytes: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Number of frames, height and width."""
+        num_frames, height, width, _ = self.frames.shape
+        return num_frames, height, width
+
+    def without_frames(self) -> Run:
+        """The same, in which frames take no memory: all are black, in number and size as they were."""
+        return dataclasses.replace(self, frames=np.broadcast_to(np.float32(0), self.frames.shape))
 
     @property
     def num_reused(self) -> int:
@@ -144,6 +166,11 @@ class Comparison:
     def total_speedup(self) -> float:
         """Times faster in all: text encoding, compiling, every step and decoding."""
         return self.plain.seconds / self.run.seconds
+
+    def record(self) -> dict[str, Any]:
+        """The comparison as JSON, beside what is recorded of the run itself."""
+        plain = {"seconds": self.plain.seconds, "seconds_a_step": self.plain.step_seconds}
+        return {"reference": {"backend": "inductor", **plain}, **self.quality.record()}
 
 
 def compare(clip: Frames, reference: Frames) -> Quality:

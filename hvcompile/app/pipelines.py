@@ -1,7 +1,8 @@
-"""Loads a text-to-video pipeline of diffusers, the embedded tiny one or any other."""
+"""Loads a pipeline of diffusers, the embedded tiny one or any other with a transformer that denoises."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import textwrap
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 
+from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What a pipeline's call must take for a generation to be asked for, and followed step by step.
-_NEEDED = ("prompt", "num_inference_steps", "generator", "output_type", "callback_on_step_end")
+_NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Loaded:
     """A pipeline on its device, and what to call it with where the user gives nothing.
 
     Attributes:
-        pipe: a diffusers pipeline with a ``transformer``, in evaluation mode.
+        pipe: a diffusers pipeline with one or more denoisers, in evaluation mode.
         defaults: keyword arguments of the call; only those in which we differ from the pipeline's own defaults.
 
     """
@@ -35,21 +37,41 @@ class Loaded:
     defaults: Mapping[str, Any]
 
     @property
+    def kind(self) -> str:
+        """The name of the pipeline's class."""
+        return type(self.pipe).__name__
+
+    @property
     def device(self) -> torch.device:
-        """The device of the transformer."""
-        return torch.device(self.pipe.transformer.device)
+        """The device of the first denoiser."""
+        return next(next(iter(denoisers(self.pipe).values())).parameters()).device
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Those of the pipeline's call."""
+        return inspect.signature(self.pipe.__call__).parameters
+
+    @property
+    def makes_video(self) -> bool:
+        """Whether the pipeline makes a video; else it makes a picture."""
+        return self.accepts("num_frames")
+
+    @property
+    def required(self) -> list[str]:
+        """Arguments of the call that have no default, besides the prompt."""
+        return [name for name, item in self.parameters.items() if item.default is item.empty and name != "prompt"]
 
     def accepts(self, argument: str) -> bool:
         """Whether the pipeline's call has this keyword argument."""
-        return argument in inspect.signature(self.pipe.__call__).parameters
+        return argument in self.parameters
 
     def default(self, argument: str) -> Any:
         """Tell what the pipeline uses for ``argument`` where it is not given."""
-        return self.defaults.get(argument, inspect.signature(self.pipe.__call__).parameters[argument].default)
+        return self.defaults.get(argument, self.parameters[argument].default)
 
 
 def load(model: str | None = None, dtype: str | None = None, device: str | None = None) -> Loaded:
-    """Load a text-to-video pipeline.
+    """Load a pipeline.
 
     Args:
         model: a directory in the layout of diffusers, or a hub id; None for the embedded tiny HunyuanVideo.
@@ -57,8 +79,8 @@ def load(model: str | None = None, dtype: str | None = None, device: str | None 
         device: as torch writes it ("cpu", "cuda:1"); None for a GPU where there is one.
 
     Raises:
-        InputError: no such directory, not a pipeline, a hub id that can't be fetched, a pipeline that makes no video
-            from text alone or has no transformer, an unknown dtype or a device that is not there.
+        InputError: no such directory, not a pipeline, a hub id that can't be fetched, a pipeline without a transformer
+            or whose call can't be followed, an unknown dtype or a device that is not there.
 
     """
     place = resolve_device(device)
@@ -69,6 +91,17 @@ def load(model: str | None = None, dtype: str | None = None, device: str | None 
     from hvcompile.app import tiny
 
     return _loaded(_from_pretrained(str(tiny.DIRECTORY), precision), "the tiny pipeline", place, tiny.DEFAULTS)
+
+
+def tile(loaded: Loaded, is_tiled: bool) -> None:
+    """Decode in tiles, or whole, where the pipeline has the choice.
+
+    A full-size clip does not fit in memory decoded whole; small ones are not tiled in any case.
+    """
+    vae = getattr(loaded.pipe, "vae", None)
+    switch = getattr(vae, "enable_tiling" if is_tiled else "disable_tiling", None)
+    if switch is not None:
+        switch()
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -172,23 +205,18 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
 
 def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any]) -> Loaded:
     kind = type(pipe).__name__
-    if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
-        raise InputError(f"model {name!r} is a {kind}, which has no transformer to compile: give a video transformer")
-    parameters = inspect.signature(pipe.__call__).parameters
-    if "num_frames" not in parameters:
-        raise InputError(f"model {name!r} is a {kind}, which makes no video: give a text-to-video pipeline")
-    missing = [key for key in _NEEDED if key not in parameters]
+    if not denoisers(pipe):
+        raise InputError(f"model {name!r} is a {kind}, which has no transformer to compile: give one that has")
+    loaded = Loaded(pipe=pipe, defaults=defaults)
+    missing = [key for key in _NEEDED if not loaded.accepts(key)]
     if missing:
         raise InputError(
             f"model {name!r} is a {kind}, whose call lacks {', '.join(missing)}: it can't be followed here"
         )
-    others = [key for key, value in parameters.items() if value.default is value.empty and key != "prompt"]
-    if others:
-        raise InputError(f"model {name!r} is a {kind}, which also needs {', '.join(others)}: give a text-to-video one")
-    if hasattr(getattr(pipe, "vae", None), "enable_tiling"):
-        pipe.vae.enable_tiling()  # a full-size clip does not fit in memory decoded whole; small ones are not tiled
     pipe.set_progress_bar_config(disable=True)
-    return Loaded(pipe=pipe.to(device), defaults=defaults)
+    loaded = dataclasses.replace(loaded, pipe=pipe.to(device))
+    tile(loaded, True)
+    return loaded
 
 
 def first_line(error: BaseException) -> str:

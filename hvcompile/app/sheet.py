@@ -21,8 +21,9 @@ GAINS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """By what the difference may be amplified: the largest that leaves nearly all of it unclipped."""
 
 _NARROWEST, _WIDEST = 176, 320  # pixels of a picture's width: room for its caption, and six to a screen
-_MARGIN, _GAP, _LINE = 16, 8, 20
-_INK, _FAINT, _PAPER = (24, 24, 27), (96, 96, 104), (255, 255, 255)
+MARGIN, GAP, LINE = 16, 8, 20
+"""Pixels around a sheet, between its pictures, and of a line of text."""
+_INK, FAINT, PAPER = (24, 24, 27), (96, 96, 104), (255, 255, 255)
 
 
 def draw(clip: Frames, reference: Frames, quality: Quality, *, clip_name: str, reference_name: str) -> Image.Image:
@@ -46,23 +47,23 @@ def draw(clip: Frames, reference: Frames, quality: Quality, *, clip_name: str, r
     titles = [f"{clip_name}  against  {reference_name}", _figures(quality)]
     captions = [_caption(quality, frame, chosen) for frame in chosen]
 
-    label_width = math.ceil(max(font.getlength(label) for label, _ in rows)) + _GAP
-    columns_width = label_width + len(chosen) * (width + _GAP) - _GAP
-    sheet_width = 2 * _MARGIN + max(columns_width, *(math.ceil(title_font.getlength(line)) for line in titles))
-    top = _MARGIN + 2 * (_LINE + 6) + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (sheet_width, top + len(rows) * (height + _GAP) - _GAP + _MARGIN), _PAPER)
+    label_width = math.ceil(max(font.getlength(label) for label, _ in rows)) + GAP
+    columns_width = label_width + len(chosen) * (width + GAP) - GAP
+    sheet_width = 2 * MARGIN + max(columns_width, *(math.ceil(title_font.getlength(line)) for line in titles))
+    top = MARGIN + 2 * (LINE + 6) + 2 * LINE + GAP
+    sheet = Image.new("RGB", (sheet_width, top + len(rows) * (height + GAP) - GAP + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     for place, line in enumerate(titles):
-        pen.text((_MARGIN, _MARGIN + place * (_LINE + 6)), line, _INK if not place else _FAINT, font=title_font)
+        pen.text((MARGIN, MARGIN + place * (LINE + 6)), line, _INK if not place else FAINT, font=title_font)
     for column, (above, below) in enumerate(captions):
-        left = _MARGIN + label_width + column * (width + _GAP)
-        pen.text((left, top - 2 * _LINE - _GAP + 4), above, _INK, font=font)
-        pen.text((left, top - _LINE - _GAP + 4), below, _FAINT, font=font)
+        left = MARGIN + label_width + column * (width + GAP)
+        pen.text((left, top - 2 * LINE - GAP + 4), above, _INK, font=font)
+        pen.text((left, top - LINE - GAP + 4), below, FAINT, font=font)
     for row, (label, pictures) in enumerate(rows):
-        y = top + row * (height + _GAP)
-        pen.text((_MARGIN, y + height // 2), label, _INK, font=font, anchor="lm")
+        y = top + row * (height + GAP)
+        pen.text((MARGIN, y + height // 2), label, _INK, font=font, anchor="lm")
         for column, picture in enumerate(pictures):
-            sheet.paste(_picture(picture, (width, height)), (_MARGIN + label_width + column * (width + _GAP), y))
+            sheet.paste(drawn(picture, (width, height)), (MARGIN + label_width + column * (width + GAP), y))
     return sheet
 
 
@@ -96,7 +97,8 @@ def fitted(width: int, height: int) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _picture(pixels: Frames, size: tuple[int, int]) -> Image.Image:
+def drawn(pixels: Frames, size: tuple[int, int]) -> Image.Image:
+    """Draw a frame, ``[height, width, 3]``, in a size."""
     picture = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
     grows = size[0] >= picture.width
     return picture.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)

@@ -56,6 +56,20 @@ cinematic background foreground
 WORDS = tuple(dict.fromkeys(_TEXT.split()))
 """Words that are one token each, besides those of the pipeline's own prompt template."""
 
+_CAPTIONS = """
+a and the to over background small big red orange yellow green blue purple white grey black circle square triangle
+diamond moves left right up down rises falls bounces slowly quickly
+"""
+TRAINED_WORDS = frozenset(_CAPTIONS.split())
+"""Words of the captions that the shipped pipeline was trained on."""
+
+
+def unknown_words(prompts: Iterable[str]) -> list[str]:
+    """Words of prompts that the shipped pipeline was not trained on, in order, each once, in lower case."""
+    words = (word for prompt in prompts for word in re.findall(r"[^\W_]+", prompt.lower()))
+    return list(dict.fromkeys(word for word in words if word not in TRAINED_WORDS))
+
+
 _END_OF_WORD = "</w>"
 _SPECIAL = ("<unk>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 

@@ -13,8 +13,6 @@ from hvcompile import outputs
 from hvcompile.app.metrics import Frames
 from hvcompile.errors import InputError, OutputError
 
-CONTAINERS = (".mp4", ".mkv", ".mov")
-
 
 def check_finite(frames: Frames, name: str) -> None:
     """Raise InputError where a value is NaN or infinite; ``name`` says whose pixels they are."""
@@ -42,10 +40,10 @@ def write(frames: Frames, output: Path, *, fps: int) -> None:
             except (av.error.FFmpegError, EOFError) as error:
                 raise OSError(str(error)) from error
     except OutputError as error:
-        raise OutputError(f"{error}: {_kept(pixels, output, fps)}") from error.__cause__
+        raise OutputError(f"{error}: {keep(pixels, output, fps)}") from error.__cause__
 
 
-def _kept(pixels: npt.NDArray[np.uint8], output: Path, fps: int) -> str:
+def keep(pixels: npt.NDArray[np.uint8], output: Path, fps: int) -> str:
     """Keep the frames of a video that can't be written; says where they are and how to read them."""
     kept = outputs.keep_elsewhere(
         f"{output.stem}-frames.npz",

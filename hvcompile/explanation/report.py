@@ -26,6 +26,7 @@ from hvcompile.explanation import figures, listing, pictures
 from hvcompile.explanation.condensed import condensed
 from hvcompile.explanation.explain import Explanation
 from hvcompile.explanation.listing import Line, Listing, Stage
+from hvcompile.explanation.media import media as read_media
 from hvcompile.journal import JournalRow
 from hvcompile.runtime.state import Stats
 from hvcompile.version import __version__
@@ -60,6 +61,7 @@ def write(
     stats: Stats | None = None,
     title: str = HEADING,
     facts: Mapping[str, str] | None = None,
+    media: Mapping[str, str | Path] | None = None,
 ) -> None:
     """Write a report as one HTML file; a file that is there is replaced.
 
@@ -69,6 +71,7 @@ def write(
         stats: from ``hvcompile.stats``: adds what each step did, and the journal of the passes as they ran.
         title: the heading, such as the model's name; plain text, as all that is handed in here.
         facts: what else to say under the heading: label -> text.
+        media: clips and pictures to show: label -> file. The report holds them, unless one is over 24 MiB.
 
     Raises:
         InputError: neither ``explanation`` nor ``stats`` is given, the file can't be written at ``path``, or jinja2
@@ -94,7 +97,9 @@ def write(
         "signed": figures.signed,
         "condensed": condensed,
     }
-    text = environment.get_template("report.html").render(_content(explanation, stats, title, facts or {}))
+    files = {label: Path(file) for label, file in (media or {}).items()}
+    content = _content(explanation, stats, title, facts or {}) | {"media": list(read_media(files))}
+    text = environment.get_template("report.html").render(content)
     with outputs.replacing(path) as part:
         part.write_text(text, "utf-8")
 

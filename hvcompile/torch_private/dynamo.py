@@ -2,7 +2,8 @@
 
 All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is said beside the name.
 
-- ``torch._dynamo.exc.TorchDynamoException``: what Dynamo raises where it can't keep a call in one graph.
+- ``torch._dynamo.exc.TorchDynamoException`` and ``FailOnRecompileLimitHit``: what Dynamo raises where it can't keep a
+  call in one graph. ``BackendCompilerFailed`` is one of them, and is what a backend raised.
 - ``torch._guards.CompileContext``: the only place that says whether Dynamo captures a frame anew or again.
 - ``torch._subclasses.fake_tensor.FakeTensorMode`` and ``torch.fx.experimental.symbolic_shapes.ShapeEnv``: to make fake
   inputs for a graph that is specialised to their sizes.
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -53,6 +54,11 @@ class Break:
 
 
 UNTRACEABLE: tuple[type[Exception], ...] = (TorchDynamoException,)
+
+
+def is_graph_break(error: BaseException) -> bool:
+    """Whether an error says that Dynamo can't keep a call in one graph, as ``fullgraph=True`` wants it."""
+    return isinstance(error, (*UNTRACEABLE, FailOnRecompileLimitHit)) and not isinstance(error, BackendCompilerFailed)
 
 
 def carry_over(old: fx.GraphModule, new: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
+from hvcompile.app.request.parameters import EACH
+
 RequestT = TypeVar("RequestT")
 
 
@@ -18,7 +20,8 @@ def taking(request: type[RequestT]) -> Callable[[Callable[[RequestT], None]], Ca
 
     Args:
         request: a dataclass, each field of which is ``Annotated[type, typer.Option(...)]`` or ``typer.Argument``. A
-            field ``tuple[str, ...]`` is one option with commas between, or an argument that repeats.
+            field ``tuple[str, ...]`` is one option with commas between, or, marked ``EACH``, one that repeats, or an
+            argument that repeats.
 
     Raises:
         TypeError: a field has no such annotation, or more than one.
@@ -58,10 +61,10 @@ class _Parameter:
             raise TypeError(f"field {field.name!r} needs one typer.Option or typer.Argument, and has {len(infos)}")
         default: Any = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         convert: Callable[[Any], Any] = _same
-        if kind == tuple[str, ...] and isinstance(infos[0], OptionInfo):
-            kind, default, convert = str, ",".join(default), _split
-        elif kind == tuple[str, ...] and isinstance(infos[0], ArgumentInfo):
+        if kind == tuple[str, ...] and (isinstance(infos[0], ArgumentInfo) or EACH in extras):
             kind, default, convert = list[str] | None, None, _gather
+        elif kind == tuple[str, ...] and isinstance(infos[0], OptionInfo):
+            kind, default, convert = str, ",".join(default), _split
         typed = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, infos[0]]
         )

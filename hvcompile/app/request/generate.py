@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hvcompile import outputs
-from hvcompile.app.grid import Grid
-from hvcompile.app.request.parameters import Device, Dtype, Frames, Height, Mode, RankTimeout, Width
+from hvcompile.app.request.assignments import assignments, merged, nested, options_file
+from hvcompile.app.request.jobs import Job, jobs, read_prompts, read_seeds
+from hvcompile.app.request.parameters import EACH, Device, Dtype, Frames, Height, Mode, RankTimeout, Width
 from hvcompile.errors import InputError
 from hvcompile.explanation import report
 from hvcompile.options import MODES, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks import launch
 
-if TYPE_CHECKING:
-    from hvcompile.app.pipelines import Loaded
+VIDEOS = (".mp4", ".mkv", ".mov")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of the files that are written; the first of each is that of the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +33,43 @@ class Request:
     True to ask for it, on a CPU too.
     """
 
-    prompt: Annotated[str, typer.Argument(help="What the video shows.")]
+    prompt: Annotated[str | None, typer.Argument(help="What the video, or the picture, shows.", show_default=False)] = (
+        None
+    )
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="A file of prompts, one a line, in place of PROMPT.")
+    ] = None
     model: Annotated[
         str | None, typer.Option(help="Directory or hub id of a diffusers pipeline (default: an embedded tiny one).")
     ] = None
+    image: Annotated[Path | None, typer.Option(help="A picture to begin with, where the pipeline takes one.")] = None
+    last_image: Annotated[Path | None, typer.Option(help="A picture to end with, where it takes one.")] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     frames: Frames = None
     height: Height = None
     width: Width = None
-    seed: Annotated[int, typer.Option(help="Of the first noise; the same on every device.")] = 0
+    seed: Annotated[int | None, typer.Option(help="Of the first noise; the same on every device (default: 0).")] = None
+    seeds: Annotated[str | None, typer.Option(help="Several, such as 0-7,42: a file each, and one sheet of all.")] = (
+        None
+    )
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None
     true_cfg: Annotated[
         float | None, typer.Option(help="True guidance scale; above 1, with --negative-prompt, two calls a step.")
     ] = None
-    negative_prompt: Annotated[str | None, typer.Option(help="What the video should not show.")] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="What should not be seen.")] = None
+    call_settings: Annotated[
+        tuple[str, ...],
+        typer.Option("--set", help="Any other argument of the pipeline: --set max_sequence_length=128. Repeats."),
+        EACH,
+    ] = ()
+    lora: Annotated[
+        tuple[str, ...],
+        typer.Option(help="An adapter to fuse: a file, directory or hub id, and :scale if not 1. Repeats."),
+        EACH,
+    ] = ()
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling/--no-vae-tiling", help="Decode large sizes in tiles, or whole.")
+    ] = True
     threshold: Annotated[
         float | None, typer.Option(help="Of the first-block cache: a larger one reuses more steps.")
     ] = None
@@ -53,124 +78,149 @@ class Request:
         typer.Option("--fp8/--no-fp8", help="Linear layers in float8, or not (default: where GPUs gain from it)."),
     ] = None
     mode: Mode = None
-    output: Annotated[Path, typer.Option("--output", "-o", help="The video file; replaced if there.")] = Path("out.mp4")
+    backend_settings: Annotated[
+        tuple[str, ...],
+        typer.Option("--option", help="Any option of hvfast: --option first_block_cache.threshold=0.1. Repeats."),
+        EACH,
+    ] = ()
+    options_file: Annotated[
+        Path | None, typer.Option("--options", help="A JSON file of options, as torch.compile takes them.")
+    ] = None
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
+    ] = False
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The file; replaced if there (default: out.mp4, or out.png for a picture)."
+        ),
+    ] = None
     fps: Annotated[int, typer.Option(help="Frames a second of the video file.")] = 24
     compare: Annotated[bool, typer.Option("--compare", help="Also run plain torch.compile, and measure both.")] = False
     sheet_file: Annotated[
         Path | None,
-        typer.Option("--sheet", help="Contact sheet of --compare (default: beside the output, .sheet.png)."),
+        typer.Option("--sheet", help="Contact sheet of --compare or of several clips (default: beside the output)."),
     ] = None
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures of --compare go.")] = None
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write settings and figures (.json).")] = None
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write a report: each step, the trunk, the passes (.html).")
+        Path | None, typer.Option("--html", help="Write a report: the clip, each step, the trunk, the passes (.html).")
     ] = None
     device: Device = None
     dtype: Dtype = None
     dump: Annotated[Path | None, typer.Option(help="Directory for the graphs before and after each pass.")] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
     rank_timeout: RankTimeout = launch.TIMEOUT_SECONDS
 
     def check(self) -> None:
         """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
-        from hvcompile.app import pipelines
+        from hvcompile.app import pictures, pipelines
 
         self._check_numbers()
         self._check_texts()
-        self._check_mode()
         self._check_files()
+        assignments(self.call_settings, "--set", "max_sequence_length=128")
+        for path, name in ((self.image, "image"), (self.last_image, "last-image")):
+            if path is not None:
+                pictures.read(path, name)
         if self.model is not None:
             pipelines.check_model(self.model)
         pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
-        parse(PASSES, self.compile_arguments().get("options"), self.mode)  # what the backend would say after loading
+        if self.mode is not None and self.mode not in MODES:
+            raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
+        parse(PASSES, self.backend_options(), self.mode)  # what the backend would say after loading
 
     def _check_numbers(self) -> None:
         for name in ("steps", "frames", "height", "width", "fps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: give 1 or more")
-        if not -(2**63) <= self.seed < 2**64:
-            raise InputError(f"seed is {self.seed}: give a number that fits in 64 bits")
+        if self.seed is not None and self.seeds is not None:
+            raise InputError("seed and seeds are both given: give one of them")
+        for seed in self.all_seeds():
+            if not -(2**63) <= seed < 2**64:
+                raise InputError(f"seed is {seed}: give a number that fits in 64 bits")
         if not 0 < self.rank_timeout < math.inf:
-            raise InputError(f"rank_timeout is {self.rank_timeout}: give a finite number of seconds above 0")
+            raise InputError(f"rank-timeout is {self.rank_timeout}: give a finite number of seconds above 0")
         for name in ("guidance", "true_cfg", "threshold"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}: give a finite number, 0 or more")
+                raise InputError(f"{_option(name)} is {value}: give a finite number, 0 or more")
 
     def _check_texts(self) -> None:
+        if self.prompt is None and self.prompts_file is None:
+            raise InputError("there is no prompt: give PROMPT, or --prompts FILE")
+        if self.prompt is not None and self.prompts_file is not None:
+            raise InputError("PROMPT and --prompts are both given: give one of them")
         for name in ("prompt", "negative_prompt"):
             try:
                 (getattr(self, name) or "").encode()
             except UnicodeEncodeError as error:
-                raise InputError(f"{name} is no valid text ({error.reason} at {error.start}): give UTF-8") from error
+                message = f"{_option(name)} is no valid text ({error.reason} at {error.start}): give UTF-8"
+                raise InputError(message) from error
         if (self.true_cfg or 0) > 1 and self.negative_prompt is None:
-            raise InputError(f"true_cfg is {self.true_cfg}, which does nothing without negative_prompt: give that too")
-
-    def _check_mode(self) -> None:
-        if self.mode is None:
-            return
-        if self.mode not in MODES:
-            raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
-        # torch.compile takes a mode or options, never both.
-        if self.threshold is not None:
-            raise InputError(f"threshold can't be given with a mode (it is {self.mode!r}): leave one of them out")
-        if self.fp8 is not None:
-            raise InputError(f"fp8 can't be given with a mode (it is {self.mode!r}): leave one of them out")
-        if self.dump is not None:
-            raise InputError(
-                f"dump can't be given with a mode: set HVCOMPILE_DUMP={self.dump} in the environment instead"
-            )
+            raise InputError(f"true-cfg is {self.true_cfg}, which does nothing without negative-prompt: give that too")
 
     def _check_files(self) -> None:
-        from hvcompile.app import video
         from hvcompile.app.compare import check_files
 
-        outputs.check(self.output, name="output", kind="video file", suffixes=video.CONTAINERS)
-        if self.compare:
-            check_files(self.sheet_path(), self.json_file)
-        for name, path in (("sheet", self.sheet_file), ("json", self.json_file)):
-            if path is not None and not self.compare:
-                raise InputError(f"{name} {str(path)!r} is of a comparison: give compare too, or leave it out")
+        output = self.output or Path(f"out{VIDEOS[0]}")
+        outputs.check(output, name="output", kind="video or picture file", suffixes=(*VIDEOS, *PICTURES))
+        is_one = len(self.jobs(output)) == 1
+        for name, is_given in (("compare", self.compare), ("html", self.html_file is not None)):
+            if is_given and not is_one:
+                raise InputError(f"{name} can't be given with several prompts or seeds: give one of each")
+        if self.sheet_file is not None and is_one and not self.compare:
+            raise InputError(
+                f"sheet {str(self.sheet_file)!r} is of a comparison or of several clips: give compare too, or leave it "
+                "out"
+            )
+        check_files(self.sheet_path(output) if self.compare or not is_one else None, self.json_file)
         if self.html_file is not None:
             report.check(self.html_file)
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
 
-    def sheet_path(self) -> Path:
-        """Tell where the contact sheet of a comparison goes."""
-        return self.sheet_file or self.output.with_name(f"{self.output.stem}.sheet.png")
+    def all_seeds(self) -> tuple[int, ...]:
+        """Every seed that is asked for."""
+        return (self.seed or 0,) if self.seeds is None else read_seeds(self.seeds)
+
+    def jobs(self, output: Path) -> tuple[Job, ...]:
+        """Every prompt with every seed; raises InputError where one of the two can't be read.
+
+        Args:
+            output: of a single job.
+
+        """
+        prompts = (self.prompt or "",) if self.prompts_file is None else read_prompts(self.prompts_file)
+        return jobs(prompts, self.all_seeds(), output)
+
+    def sheet_path(self, output: Path) -> Path:
+        """Tell where a contact sheet goes."""
+        return self.sheet_file or output.with_name(f"{output.stem}.sheet.png")
+
+    def backend_options(self) -> dict[str, Any]:
+        """Options of the backend; raises InputError where two parameters set the same."""
+        own: dict[str, Any] = {}
+        if self.rank_timeout != launch.TIMEOUT_SECONDS and launch.num_ranks() > 1:
+            own["context_parallel"] = {"timeout_seconds": self.rank_timeout}
+        if self.threshold is not None:
+            own["first_block_cache"] = {"threshold": self.threshold}
+        if self.fp8 is not None:
+            own["fp8"] = self.fp8
+        if self.dump is not None:
+            own["dump"] = str(self.dump)
+        given = nested(assignments(self.backend_settings, "--option", "first_block_cache.threshold=0.1"), "--option")
+        return merged("--option", options_file(self.options_file) if self.options_file else {}, own, given)
 
     def compile_arguments(self) -> dict[str, Any]:
-        """Give the keyword arguments of ``transformer.compile`` besides the backend."""
-        if self.mode is not None:
-            return {"mode": self.mode}
-        options: dict[str, Any] = {}
-        if self.rank_timeout != launch.TIMEOUT_SECONDS and launch.num_ranks() > 1:
-            options["context_parallel"] = {"timeout_seconds": self.rank_timeout}
-        if self.threshold is not None:
-            options["first_block_cache"] = {"threshold": self.threshold}
-        if self.fp8 is not None:
-            options["fp8"] = self.fp8
-        if self.dump is not None:
-            options["dump"] = str(self.dump)
-        return {"options": options} if options else {}
+        """Give the keyword arguments of ``Module.compile`` besides the backend."""
+        options = self.backend_options()
+        arguments: dict[str, Any] = {"dynamic": True} if self.dynamic else {}
+        if options:  # torch.compile takes a mode or options, never both
+            return arguments | {"options": options | ({"mode": self.mode} if self.mode is not None else {})}
+        return arguments | ({"mode": self.mode} if self.mode is not None else {})
 
-    def call_arguments(self, loaded: Loaded) -> dict[str, Any]:
-        """Give the keyword arguments of the pipeline's call; raises InputError where it doesn't take one."""
-        Grid.of(loaded.pipe).check(height=self.height, width=self.width, frames=self.frames)
-        named = {
-            "num_inference_steps": ("steps", self.steps),
-            "num_frames": ("frames", self.frames),
-            "height": ("height", self.height),
-            "width": ("width", self.width),
-            "guidance_scale": ("guidance", self.guidance),
-            "true_cfg_scale": ("true_cfg", self.true_cfg),
-            "negative_prompt": ("negative_prompt", self.negative_prompt),
-        }
-        arguments = {argument: value for argument, (_, value) in named.items() if value is not None}
-        for argument in arguments:
-            if not loaded.accepts(argument):
-                kind = type(loaded.pipe).__name__
-                raise InputError(f"{named[argument][0]} can't be used: {kind} has no {argument}; leave it out")
-        if self.negative_prompt is not None and loaded.accepts("true_cfg_scale") and (self.true_cfg or 0) <= 1:
-            raise InputError("negative_prompt does nothing in this pipeline without true_cfg: give one above 1")
-        return {**loaded.defaults, **arguments}
+
+def _option(name: str) -> str:
+    """The name of a field as it is typed."""
+    return name.replace("_", "-")

@@ -22,3 +22,6 @@ RankTimeout = Annotated[
     float, typer.Option(help="Under torchrun: seconds after which a rank that waits for another gives up.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")]
+
+EACH = object()
+"""Beside the ``typer.Option`` of a field ``tuple[str, ...]``: the option repeats, and gives a part each time."""

@@ -3,10 +3,11 @@
 from hvcompile.app.tables.bench import bench_tables
 from hvcompile.app.tables.bisection import bisection_table
 from hvcompile.app.tables.explanation import explanation_tables
-from hvcompile.app.tables.generation import comparison_summary, each_frame, summary
+from hvcompile.app.tables.generation import batch_tables, comparison_summary, each_frame, summary
 from hvcompile.app.tables.lowering import lowering_tables
 
 __all__ = [
+    "batch_tables",
     "bench_tables",
     "bisection_table",
     "comparison_summary",

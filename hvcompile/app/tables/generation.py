@@ -12,8 +12,9 @@ from hvcompile.explanation import figures
 
 if TYPE_CHECKING:
     from hvcompile.app.compare import FileComparison
-    from hvcompile.app.generate import Result
-    from hvcompile.app.metrics import Comparison, Quality
+    from hvcompile.app.metrics import Comparison, Quality, Run
+    from hvcompile.app.results import Batch, Result
+    from hvcompile.runtime.state import Stats
 
 
 def summary(result: Result) -> Table:
@@ -28,14 +29,11 @@ def summary(result: Result) -> Table:
     table.add_row("seconds a step after", *(figures.number(run.step_seconds, ".4f") for run in runs))
     table.add_row("steps computed", *(str(len(run.steps) - run.num_reused) for run in runs))
     table.add_row("steps reused", *(str(run.num_reused) for run in runs))
-    if result.graphs is None:
-        table.add_row("graphs", "none: the model ran without a compiler")
-    else:
-        table.add_row("graphs", str(result.graphs))
-        table.add_row("recompiles", str(result.recompiles))
+    table.add_row("memory at most", *(_memory(run) for run in runs))
+    _add_graphs(table, result.stats)
     if result.comparison is not None:
         _add_comparison(table, result.comparison)
-    num_frames, height, width, _ = result.run.frames.shape
+    num_frames, height, width = result.run.size
     table.add_row("clip", _clip(width, height, num_frames))
     table.add_row("output", Text(str(result.output), overflow="fold"))
     if result.sheet is not None:
@@ -43,6 +41,38 @@ def summary(result: Result) -> Table:
     if result.report is not None:
         table.add_row("report", Text(str(result.report), overflow="fold"))
     return table
+
+
+def batch_tables(batch: Batch) -> list[Table]:
+    """Lay out what became of several clips: a row each, and what they have in common."""
+    clips = Table()
+    for heading in ("seed", "prompt", "seconds", "reused", "output"):
+        clips.add_column(heading, justify="right" if heading in ("seed", "seconds", "reused") else "left")
+    for clip in batch.clips:
+        made = Text(str(clip.job.output) if clip.error is None else f"failed: {clip.error}", overflow="fold")
+        steps = f"{clip.run.num_reused} of {len(clip.run.steps)}" if clip.run is not None else "-"
+        seconds = f"{clip.run.seconds:.2f}" if clip.run is not None else "-"
+        clips.add_row(str(clip.job.seed), Text(clip.job.prompt, overflow="fold"), seconds, steps, made)
+    table = Table(show_header=False)
+    table.add_column("")
+    made_count = sum(clip.error is None for clip in batch.clips)
+    table.add_row("made", f"{made_count} of {len(batch.clips)}")
+    _add_graphs(table, batch.stats)
+    if batch.sheet is not None:
+        table.add_row("contact sheet", Text(str(batch.sheet), overflow="fold"))
+    return [clips, table]
+
+
+def _add_graphs(table: Table, stats: Stats | None) -> None:
+    if stats is None:
+        table.add_row("graphs", "none: the model ran without a compiler")
+        return
+    table.add_row("graphs", str(stats.graphs))
+    table.add_row("recompiles", str(stats.recompiles))
+
+
+def _memory(run: Run) -> str:
+    return "-" if run.peak_bytes is None else figures.with_prefix(run.peak_bytes, "B")
 
 
 def comparison_summary(result: FileComparison, sheet: Path | None) -> Table:

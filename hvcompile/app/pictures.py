@@ -1,0 +1,59 @@
+"""Picture files to and from arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from hvcompile import outputs
+from hvcompile.app.metrics import Frames
+from hvcompile.app.video import check_finite, keep
+from hvcompile.errors import InputError, OutputError
+
+FORMATS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+"""How a format is written, where Pillow's own way would lose more than need be."""
+
+
+def read(path: Path, name: str) -> Image.Image:
+    """Read a picture as RGB.
+
+    Args:
+        path: any file that Pillow reads.
+        name: of the option that gave it, for messages.
+
+    Raises:
+        InputError: there is no such file, it is no picture, is damaged, or is larger than Pillow deems safe.
+
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} {str(path)!r} is no picture: give a PNG, JPEG or WebP file") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} {str(path)!r} is too large ({error}): give a smaller picture") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} {str(path)!r} can't be read ({reason}): give a whole picture file") from error
+
+
+def write(frames: Frames, output: Path) -> None:
+    """Write the first of ``frames``; a file that was at ``output`` is replaced only when all went well.
+
+    Raises:
+        InputError: a pixel is not finite.
+        OutputError: the file can't be written; the pixels are kept elsewhere, and the message says where.
+
+    """
+    check_finite(frames, output.name)
+    pixels = (frames[:1].clip(0, 1) * 255).round().astype(np.uint8)
+    picture = Image.fromarray(pixels[0])
+    kind = Image.registered_extensions()[output.suffix.lower()]
+    try:
+        with outputs.replacing(output) as part:
+            picture.save(part, format=kind, **FORMATS.get(kind, {}))
+    except OutputError as error:
+        raise OutputError(f"{error}: {keep(pixels, output, 1)}") from error.__cause__
