@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import zoo
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -34,7 +36,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from hvcompile.app import tiny
+from hvcompile.app import pipelines, tiny
+from hvcompile.app.arguments import call_arguments
+from hvcompile.app.generate import Request
 
 TEXT = 24
 """Width of the text's embedding, as the transformers of the zoo take it."""
@@ -47,17 +51,32 @@ class Tiny:
 
     Attributes:
         build: the pipeline in memory.
-        arguments: of ``hvcompile generate``, besides the model.
+        fields: of the request, besides the model and the files.
         shape: of what it makes: frames, height, width.
         takes_image: whether it begins with a picture.
+        num_denoisers: how many transformers it has.
+        recompiles: of the first one: prompts of two lengths, sections of two lengths, an empty negative prompt.
 
     """
 
     build: Callable[[], Any]
-    arguments: tuple[str, ...]
+    fields: dict[str, Any]
     shape: tuple[int, int, int]
     takes_image: bool = False
     num_denoisers: int = 1
+    recompiles: int = 0
+
+    def request(self, model: Path, folder: Path, **more: Any) -> Request:
+        """What the command line would ask for, lowered eagerly; a picture to begin with is drawn in ``folder``."""
+        fields = self.fields | {"prompt": "a red ball", "backend_settings": ("lower=eager",)}
+        if self.takes_image:
+            fields["image"] = folder / "begin.png"
+            ramp = np.linspace(0, 255, 60, dtype=np.uint8)
+            Image.fromarray(np.stack(np.broadcast_arrays(ramp, ramp[:40, None], np.uint8(90)), -1)).save(
+                fields["image"]
+            )
+        ending = ".mp4" if self.shape[0] > 1 else ".png"
+        return Request(**(fields | more), model=str(model), output=folder / f"{model.name}{ending}")
 
 
 def drawn(module: Any) -> Any:
@@ -398,8 +417,8 @@ def qwen_image() -> Any:
     )
 
 
-SMALL = ("--height", "32", "--width", "48")
-CLIP = (*SMALL, "--frames", "9", "--steps", "4")
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "steps": 4}
+CLIP = SMALL | {"frames": 9}
 
 PIPELINES = {
     "hunyuan_video": Tiny(hunyuan_video, CLIP, (9, 32, 48)),
@@ -407,20 +426,19 @@ PIPELINES = {
     "hunyuan_video_i2v_replace": Tiny(hunyuan_video_i2v("token_replace"), CLIP, (9, 32, 48), takes_image=True),
     "framepack": Tiny(
         framepack,
-        (*CLIP, "--set", "latent_window_size=2", "--set", "sampling_type=vanilla"),
-        (9, 32, 48),
+        CLIP | {"call_settings": ("latent_window_size=2", "sampling_type=vanilla")},
+        (17, 32, 48),
         takes_image=True,
+        recompiles=1,
     ),
-    "cogvideox": Tiny(cogvideox, (*CLIP, "--guidance", "3"), (9, 32, 48)),
-    "mochi": Tiny(mochi, (*SMALL, "--frames", "7", "--steps", "4"), (7, 32, 48)),
+    "cogvideox": Tiny(cogvideox, CLIP | {"guidance": 3.0}, (9, 32, 48)),
+    "mochi": Tiny(mochi, SMALL | {"frames": 7}, (7, 32, 48)),
     "wan21": Tiny(wan(1), CLIP, (9, 32, 48)),
     "wan22": Tiny(wan(2), CLIP, (9, 32, 48), num_denoisers=2),
     "wan22_i2v": Tiny(wan_i2v, CLIP, (9, 32, 48), takes_image=True, num_denoisers=2),
-    "ltx": Tiny(ltx, ("--height", "32", "--width", "64", "--frames", "9", "--steps", "4"), (9, 32, 64)),
-    "flux": Tiny(flux, (*SMALL, "--steps", "4"), (1, 32, 48)),
-    "qwen_image": Tiny(
-        qwen_image, (*SMALL, "--steps", "4", "--true-cfg", "3", "--negative-prompt", "blue"), (1, 32, 48)
-    ),
+    "ltx": Tiny(ltx, CLIP | {"width": 64}, (9, 32, 64), recompiles=1),
+    "flux": Tiny(flux, SMALL, (1, 32, 48)),
+    "qwen_image": Tiny(qwen_image, SMALL | {"true_cfg": 3.0, "negative_prompt": "blue"}, (1, 32, 48), recompiles=1),
 }
 
 
@@ -429,3 +447,14 @@ def write(name: str, directory: Path) -> Path:
     place = directory / name
     PIPELINES[name].build().save_pretrained(place)
     return place
+
+
+def eager(loaded: pipelines.Loaded, request: Request) -> Any:
+    """The frames ``[frames, height, width, 3]`` that a request asks for, made by diffusers alone."""
+    output = loaded.pipe(
+        prompt=request.prompt,
+        generator=torch.Generator().manual_seed(request.seed or 0),
+        output_type="np",
+        **call_arguments(request, loaded),
+    )
+    return np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[:1], np.float32)
