@@ -1,9 +1,9 @@
 """Every tiny pipeline by Inductor: what the command line makes of it, beside what diffusers alone makes.
 
 ``python benchmarks/pipelines.py`` writes each pipeline of ``tests/tiny_pipelines.py`` to a directory with random
-weights, and runs it three times in a process of its own: by diffusers without a compiler, with ``mode="exact"``, and as
-``hvcompile generate`` would by default, with two seeds. Rows go into a JSON file as they come, and a table stands beside
-it. A second start skips what is there; ``--again`` runs it anew.
+weights, and runs it in a process of its own: by diffusers without a compiler, with ``mode="exact"``, and as ``hvcompile
+generate`` would by default, with two seeds. Rows go into a JSON file as they come, and a table stands beside it. A
+second start skips what is there; ``--again`` runs it anew.
 """
 
 from __future__ import annotations
