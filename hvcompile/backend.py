@@ -37,10 +37,12 @@ from hvcompile.runtime.call import CallPlan, CompiledGraph
 from hvcompile.runtime.hooks import look_after
 from hvcompile.runtime.lineage import lineage_of
 from hvcompile.runtime.structure import Look
+from hvcompile.runtime.uncompiled import count
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.frames import is_in_a_piece
 from hvcompile.torch_private.guards import look_first
+from hvcompile.torch_private.limits import count_each_model
 from hvcompile.torch_private.lowering import LOWERINGS
 from hvcompile.trunk.lineage import Earlier, Flow
 from hvcompile.trunk.numbers import fix_numbers
@@ -80,6 +82,7 @@ def hvfast(
 
     """
     settings = parse(PASSES, options, mode)
+    count_each_model(count)
     look_after(is_compiling=True)
     handle = next(reversed(_HANDLERS.values()), compile_graph)
     run = handle(graph_module, example_inputs, settings)

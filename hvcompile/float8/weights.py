@@ -146,7 +146,7 @@ class QuantizedWeight(torch.nn.Parameter):
 
 _CURE = (
     "call hvcompile.restore(model) before you save, move, change or copy the model or run it uncompiled (a call beyond "
-    "torch._dynamo.config.recompile_limit runs uncompiled as well), or compile with options={'fp8': False}"
+    "Dynamo's recompile limit runs uncompiled as well), or compile with options={'fp8': False}"
 )
 _ELSEWHERE = (
     "this model's weights are kept in float8 alone since hvfast compiled it, so another torch.compile of it can't read "
@@ -170,8 +170,7 @@ def _refuse(func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_captured_by_hvfast() -> bool:
     """Asked while Dynamo captures; the answer is a constant of the capture and leaves no trace in the graph."""
-    backend = dynamo.tracing_backend()
-    return backend is not None and str(getattr(backend, "__module__", "")).split(".")[0] == "hvcompile"
+    return dynamo.is_own(dynamo.tracing_backend())
 
 
 def _is_no_move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

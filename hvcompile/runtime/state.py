@@ -66,6 +66,8 @@ class Stats:
         journal: for each captured graph, what every pass did.
         unfit: calls that another graph had to compute, since the first does not fit their inputs, such as a mask with
             a hole in it; the other graph's journal says why.
+        eager_calls: calls of the model, or of a piece of it, that ran as they were written, since Dynamo's limit on
+            compiling again was reached. They are in no other figure.
 
     """
 
@@ -78,6 +80,7 @@ class Stats:
     steps: list[Step]
     journal: list[list[JournalRow]]
     unfit: int = 0
+    eager_calls: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,6 +98,7 @@ class ModelState:
     stored: dict[int, StoredFloat8] = dataclasses.field(default_factory=dict)
     kept: dict[tuple[int, int], Kept] = dataclasses.field(default_factory=lambda: collections.defaultdict(Kept))
     unfit: int = 0
+    eager_calls: int = 0
     hits: int = 0
     misses: int = 0
     pending: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
@@ -155,6 +159,22 @@ def state_while_compiling() -> tuple[torch.nn.Module, ModelState] | None:
         return root, _ROOTS.setdefault(root, ModelState())
 
 
+def states_called(model: torch.nn.Module | None, frame: int) -> list[ModelState]:
+    """The states of the models that a call is of, given Dynamo's number of the function that was called.
+
+    Args:
+        model: the outermost module that was called; None where a function was compiled whole. Of that is known for
+            which models graphs of it have run.
+        frame: the number.
+
+    """
+    with _MODELS_LOCK:
+        if model is not None:
+            return [_ROOTS.setdefault(model, ModelState())]
+        states: list[ModelState] = list(dict.fromkeys(_MODELS[tensor] for tensor in list(_MODELS)))
+    return [state for state in states if any(number == frame for (number, _), _ in list(state.graphs.values()))]
+
+
 def _states_in(module: torch.nn.Module) -> list[ModelState]:
     """The states of the models that a module is, has, or belongs to, each once."""
     inner = set(module.modules())
@@ -164,7 +184,7 @@ def _states_in(module: torch.nn.Module) -> list[ModelState]:
         roots = list(_ROOTS.items())
     found += [state for root, state in roots if root in inner]
     found = found or [state for root, state in roots if any(part is module for part in root.modules())]
-    return [state for state in dict.fromkeys(found) if state.graphs]
+    return [state for state in dict.fromkeys(found) if state.graphs or state.eager_calls]
 
 
 def _states_of(model: torch.nn.Module | Callable[..., Any]) -> list[ModelState]:
@@ -224,6 +244,7 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
         steps=steps,
         journal=[journal for _, journal in captured],
         unfit=sum(state.unfit for state in states),
+        eager_calls=sum(state.eager_calls for state in states),
     )
 
 
@@ -253,7 +274,7 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
         with state.lock:
             state.slots.clear()
             state.kept.clear()
-            state.unfit = 0
+            state.unfit = state.eager_calls = 0
             state.pending.clear()
             state.steps.clear()
             state.hits = state.misses = 0

@@ -7,6 +7,7 @@ where the two differ, that is said there. What a new version of torch may break 
 - ``fakes``: fake tensors and symbolic sizes
 - ``dynamo``: what Dynamo recorded, compiles and traces
 - ``frames``: whose the frames are that Dynamo compiles, and when it must compile one anew
+- ``limits``: how often Dynamo compiles a function
 - ``lowering``: Inductor and AOTAutograd
 - ``kernels``: operators that torch keeps to itself
 - ``storages``: storages, and tensors without memory

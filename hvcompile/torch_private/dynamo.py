@@ -353,6 +353,17 @@ def tracing_backend() -> Callable[..., Any] | None:
         backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:
         return None
+    return innermost_backend(backend)
+
+
+def innermost_backend(backend: Any) -> Callable[..., Any]:
+    """The backend itself, without what torch or the user has wrapped around it."""
     for wrapping in ("_torchdynamo_orig_backend", "compiler_fn", "func"):  # debugging aids, then options, then partial
         backend = getattr(backend, wrapping, backend)
     return backend  # type: ignore[no-any-return]
+
+
+def is_own(backend: Any) -> bool:
+    """Whether a backend is this package's, whatever is wrapped around it."""
+    module = getattr(innermost_backend(backend), "__module__", None)
+    return str(module).split(".", maxsplit=1)[0] == __name__.split(".", maxsplit=1)[0]
