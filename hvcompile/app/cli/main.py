@@ -38,6 +38,10 @@ class _Commands(typer.core.TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         return name, load(str(name)), rest
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with stopping():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         with stopping():
             return super().invoke(ctx)
