@@ -3,6 +3,9 @@
 Installing the package registers the backend; ``torch.compile(model, backend="hvfast")`` needs no import.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hvcompile.errors import (
     DisagreementError,
     HvcompileError,
@@ -17,11 +20,13 @@ from hvcompile.errors import (
     UncompiledModelError,
     UntraceableModelError,
 )
-from hvcompile.explanation.explain import explain
-from hvcompile.float8.weights import Restored
-from hvcompile.lowered.lower import Lowered, lower
-from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 from hvcompile.version import __version__
+
+if TYPE_CHECKING:
+    from hvcompile.explanation.explain import explain
+    from hvcompile.float8.weights import Restored
+    from hvcompile.lowered.lower import Lowered, lower
+    from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 
 __all__ = [
     "DisagreementError",
@@ -47,3 +52,22 @@ __all__ = [
     "restore",
     "stats",
 ]
+
+# Imported when they are first asked for: they import torch, which takes seconds, and the command line's help must not.
+_MODULES = {
+    "explain": "hvcompile.explanation.explain",
+    "Restored": "hvcompile.float8.weights",
+    **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),
+    **dict.fromkeys(("Stats", "Step", "reset", "restore", "stats"), "hvcompile.runtime.state"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

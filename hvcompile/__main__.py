@@ -1,5 +1,11 @@
 """``python -m hvcompile``: the command line."""
 
-from hvcompile.app.cli import app
+import sys
 
-app(prog_name="hvcompile")
+try:
+    from hvcompile.app.cli import app
+
+    app(prog_name="hvcompile")
+except KeyboardInterrupt:  # before the command line can catch it
+    sys.stderr.write("stopped\n")
+    sys.exit(130)

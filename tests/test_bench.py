@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -194,6 +195,21 @@ def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monke
     ]
     assert result.record()["contenders"][0]["recompile_error"] == "no such shape"
     assert result.ratio(contenders.EAGER, contenders.HVFAST) is not None
+
+
+def test_what_had_no_turn_is_not_measured_and_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seat: Seat, row: Row) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_run, "_compile", interrupt)
+    result = bench_run.bench(Request(contenders=("hvfast",), device="cpu"))
+    assert [row.outcome for row in result.rows] == ["not measured"] * 2
+    console = Console(file=io.StringIO(), width=200)
+    for table in tables.bench_tables(result):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("not measured") == 2
+    assert "failed" not in text
 
 
 @pytest.mark.parametrize("system", [*KEYS.values()])

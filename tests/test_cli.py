@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 import hvcompile
 from hvcompile import outputs
 from hvcompile.app import cli, generate, metrics, video
+from hvcompile.app.cli import console, main
 from hvcompile.app.cli.display import COMPUTED, REUSED, STRIP, Display
 
 
@@ -241,6 +247,69 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.Monk
     done = invoke("generate", "x", "-o", str(tmp_path / "a.mp4"))
     assert isinstance(done.exception, ZeroDivisionError)
     assert done.exit_code == 1
+
+
+def test_each_command_s_sentence_in_the_help_is_its_own() -> None:
+    for name, sentence in main.COMMANDS.items():
+        text = inspect.getdoc(getattr(importlib.import_module(f"hvcompile.app.cli.{name}"), name))
+        assert text is not None
+        assert " ".join(text.split("\n\n")[0].split()) == sentence
+
+
+HELP = """
+import sys
+from hvcompile.app.cli import app
+for words in {commands!r}:
+    try:
+        app([*words, "--help"])
+    except SystemExit as done:
+        assert done.code == 0
+heavy = {{"torch", "diffusers", "transformers", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_the_help_imports_neither_torch_nor_diffusers() -> None:
+    commands = [[], *([name] for name in main.COMMANDS if name != "generate")]
+    code = HELP.format(commands=commands)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_are_not_cut_where_the_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = Table("a heading")
+    wide.add_row("word " * 60)
+    console.out.print(wide)
+    assert ("word " * 60).strip() in capsys.readouterr().out
+
+
+INTERRUPTED = """
+import signal, sys
+from hvcompile.app import doctor
+doctor.examine_request = lambda _: signal.raise_signal(signal.SIGINT)
+sys.argv = ["hvcompile", "doctor"]
+from hvcompile.app.cli import app
+app()
+"""
+INTERRUPTED_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["hvcompile", "explain"]
+import runpy
+runpy.run_module("hvcompile", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "code", [INTERRUPTED, *(INTERRUPTED_IMPORT.format(module=name) for name in ("typer", "diffusers"))]
+)
+def test_an_interrupt_is_one_line(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")
 
 
 def test_the_version_and_the_help() -> None:

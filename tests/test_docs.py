@@ -20,6 +20,8 @@ import typer
 
 from hvcompile import passes
 from hvcompile.app.cli import app
+from hvcompile.app.cli.main import COMMANDS
+from hvcompile.app.cli.main import load as load_command
 from hvcompile.options import GENERAL, parse
 from hvcompile.passes import PASSES
 
@@ -165,8 +167,11 @@ def flags_of(command: Any) -> set[str]:
 
 
 def subcommands(command: Any) -> dict[str, Any]:
-    """The commands of a group by name; none of a command."""
-    return dict(getattr(command, "commands", {}))
+    """The commands of a group by name; none of a command. Those of hvcompile are loaded when they are run."""
+    return {
+        name: load_command(name) if name in COMMANDS else item
+        for name, item in getattr(command, "commands", {}).items()
+    }
 
 
 def words_after(line: str, start: str) -> list[str] | None:

@@ -127,6 +127,27 @@ def test_errors_say_what_to_do() -> None:
         explain(Toy(), **toy_inputs(), options={"first_block_cach": False})
 
 
+class Autocasts(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype, *, enabled: bool) -> None:
+        super().__init__()
+        self.linear, self.dtype, self.enabled = torch.nn.Linear(8, 8), dtype, enabled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, self.dtype, enabled=self.enabled):
+            return self.linear(x)  # type: ignore[no-any-return]
+
+
+def test_regions_of_autocast_on_meta() -> None:
+    x = torch.ones(5, 8, device="meta")
+    with torch.device("meta"):
+        harmless = [Autocasts(torch.float32, enabled=True), Autocasts(torch.bfloat16, enabled=False)]
+        casting = Autocasts(torch.bfloat16, enabled=True)
+    for model in harmless:
+        assert explain(model, x).flops == 2 * 5 * 8 * 8
+    with pytest.raises(UntraceableModelError, match="autocast device_type 'meta'"):  # on a GPU it would cast
+        explain(casting, x)
+
+
 def test_roofline_takes_the_longer_of_computing_and_moving() -> None:
     device = DEVICES["h100"]
     computing = Cost(part="linear", flops=int(989.4e12), bytes=1, dtype=torch.bfloat16)

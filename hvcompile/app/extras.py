@@ -23,8 +23,16 @@ EXTRAS = {
         "accelerate": "accelerate",
         "sentencepiece": "sentencepiece",
     },
+    "fp8": {"torchao": "torchao"},
+    "debug": {"depyf": "depyf"},
+    "bench": {"cache_dit": "cache-dit", "matplotlib": "matplotlib"},
 }
 """Extra -> name of a module -> name of the package that holds it."""
+
+
+def is_there(module: str) -> bool:
+    """Whether a module is installed; it is not imported."""
+    return importlib.util.find_spec(module) is not None
 
 
 def missing(command: str, *extras: str, modules: Collection[str] | None = None) -> str | None:
@@ -42,7 +50,7 @@ def missing(command: str, *extras: str, modules: Collection[str] | None = None) 
         package
         for extra in extras
         for module, package in EXTRAS[extra].items()
-        if (modules is None or module in modules) and importlib.util.find_spec(module) is None
+        if (modules is None or module in modules) and not is_there(module)
     ]
     if not packages:
         return None

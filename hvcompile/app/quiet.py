@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
-from hvcompile.torch_private.torchao import quiet_import
-
 log = logging.getLogger(__name__)
 
 
@@ -25,6 +23,8 @@ def importing(*libraries: str) -> Iterator[None]:
         libraries: names of those, about to be imported, that log to handlers of their own.
 
     """
+    from hvcompile.torch_private.torchao import quiet_import
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_import())
         stack.enter_context(_lowered_warnings())

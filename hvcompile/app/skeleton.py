@@ -1,13 +1,16 @@
-"""A pipeline without its weights: built from its configuration on the meta device, to learn how it calls its model.
+"""A pipeline without its weights: built from its configuration, to learn how it calls its model.
 
 A checkpoint's configuration files are a few megabytes; its weights are tens of gigabytes and are neither read nor
-fetched. Tokenizers and schedulers are real, modules are shapes, so a call of the pipeline runs as far as the first
-call of its transformer in a second or two, whatever the size of the model.
+fetched. Tokenizers and schedulers are real, and text encoders give zeros of the shapes that they would give
+(``stand_ins.py``). The transformer is on the meta device. So a call of the pipeline runs as far as the first call of
+its transformer in a second or two, whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from huggingface_hub import snapshot_download
 from hvcompile.app import tiny
 from hvcompile.app.grid import Grid
 from hvcompile.app.pipelines import DTYPES, check_model, first_line
+from hvcompile.app.stand_ins import CPU, TextEncoder, give_zeros, mapped, on_meta
 from hvcompile.errors import InputError
 
 # Everything of a repository but its weights: configurations, vocabularies and merges of tokenizers.
@@ -33,8 +37,8 @@ class FirstCall:
     """The first call that a pipeline makes of its transformer.
 
     Attributes:
-        pipe: every module on the meta device.
-        args: positional arguments of the call.
+        pipe: its transformer on the meta device.
+        args: positional arguments of the call, all tensors on the meta device.
         kwargs: those by name.
         sizes: of the clip, as the pipeline was asked for it.
 
@@ -82,7 +86,7 @@ class _CallSeenError(Exception):
 
 
 def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Build a pipeline of diffusers with every module on the meta device.
+    """Build a pipeline of diffusers without weights: its transformer is on the meta device.
 
     Args:
         model: a directory in the layout of diffusers, or a hub id, of which all but the weights is fetched.
@@ -100,7 +104,9 @@ def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         index = DiffusionPipeline.load_config(str(directory))
         entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple))}
         parts = {name: _part(directory / name, library, kind, dtype) for name, (library, kind) in entries.items()}
-        pipe = getattr(diffusers, index["_class_name"])(**parts)
+        kind = getattr(diffusers, index["_class_name"])
+        settings = {name: item for name, item in index.items() if name not in parts and not name.startswith("_")}
+        pipe = _computing_on_cpu(kind)(**parts, **settings)
     except Exception as error:  # every library below raises its own kind; the cause stays attached
         raise InputError(
             f"model {model!r} can't be built from its configuration: {first_line(error)}; check its name and the "
@@ -108,6 +114,9 @@ def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         ) from error
     if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module):
         raise InputError(f"model {model!r} is a {type(pipe).__name__}, which has no transformer to explain")
+    for part in _parts_around(pipe).values():
+        if not isinstance(part, TextEncoder):
+            give_zeros(part)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -120,7 +129,8 @@ def _part(directory: Path, library: str | None, kind: str | None, dtype: torch.d
         return made.from_pretrained(str(directory))
     if library == "transformers":
         config = transformers.AutoConfig.from_pretrained(str(directory))
-        config._attn_implementation = "eager"  # the others look at the values of a mask, and there are none
+        if TextEncoder.knows(config):
+            return TextEncoder(kind, config, dtype)
         with torch.device("meta"):
             module = made(config)
     else:
@@ -129,8 +139,23 @@ def _part(directory: Path, library: str | None, kind: str | None, dtype: torch.d
     return torch.nn.Module.to(module.eval(), dtype)  # diffusers' own warns of what would stay in float32
 
 
+def _computing_on_cpu(kind: type) -> Any:
+    """A pipeline's class that makes its tensors on the CPU: it asks its modules where, and those hold no values."""
+    here = property(lambda _: CPU)
+    return type(kind.__name__, (kind,), {"_execution_device": here, "device": here, "__module__": kind.__module__})
+
+
+def _parts_around(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The modules of a pipeline besides its transformer."""
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if name != "transformer" and isinstance(part, torch.nn.Module)
+    }
+
+
 def transformer_call(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the first call of a skeleton's transformer.
+    """Positional and keyword arguments of the first call of a skeleton's transformer, on the meta device.
 
     Args:
         pipe: from ``skeleton``.
@@ -138,13 +163,13 @@ def transformer_call(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> tu
         arguments: of the pipeline's call, such as ``num_frames``.
 
     Raises:
-        InputError: the pipeline does not get that far; the message says why.
+        InputError: the pipeline does not get that far; the message says where it fails, and why.
 
     """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
+        seen.append((mapped(on_meta, args), mapped(on_meta, kwargs)))
         raise _CallSeenError
 
     handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
@@ -153,10 +178,29 @@ def transformer_call(pipe: Any, prompt: str, arguments: Mapping[str, Any]) -> tu
     except _CallSeenError:
         return seen[0]
     except Exception as error:  # whatever a pipeline makes of these arguments
+        where, about_sizes = _place_of(error, pipe)
+        advice = "check the sizes given, or use" if about_sizes and arguments else "use"
         raise InputError(
-            f"{type(pipe).__name__} fails before it calls its transformer: {first_line(error)}; check the sizes given, "
-            "or use hvcompile.explain(model, *args, **kwargs) on inputs of your own"
+            f"{type(pipe).__name__} fails before it calls its transformer{where}: {first_line(error)}; {advice} "
+            "hvcompile.explain(model, *args, **kwargs) on inputs of your own"
         ) from error
     finally:
         handle.remove()
     raise InputError(f"{type(pipe).__name__} never called its transformer: give at least one step")
+
+
+def _place_of(error: Exception, pipe: Any) -> tuple[str, bool]:
+    """Where in a pipeline something was raised, in words, and whether that is where sizes are looked at.
+
+    That is a part of the pipeline, such as its text encoder, if one was running, else a method of its own.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for name, part in _parts_around(pipe).items():
+        inner = {id(module) for module in part.modules()}
+        if any(id(frame.f_locals.get("self")) in inner for frame in frames):
+            kind = part.kind if isinstance(part, TextEncoder) else type(part).__name__
+            return f", in its {name} (a {kind})", False
+    file = inspect.getsourcefile(type(pipe).__mro__[1])  # the pipeline itself; ours adds a device
+    own = [frame.f_code.co_name for frame in frames if frame.f_code.co_filename == file]
+    named = [name for name in own if name != "__call__" and name.isidentifier()]
+    return (f", in {named[-1]}" if named else ""), bool({"check_inputs", "prepare_latents"} & set(own))

@@ -172,7 +172,7 @@ def _capture(
     # Dynamo keeps what it compiled with the code object, so a fresh one leaves no trace in the model's own.
     fresh = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), dynamo.autocast_on_meta():
             torch.compile(fresh, backend=keep, fullgraph=True, dynamic=False)(model, args, kwargs)
     except _CaptureDoneError:
         return graphs[-1]

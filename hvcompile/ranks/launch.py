@@ -5,28 +5,40 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from hvcompile.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 TIMEOUT_SECONDS = 120.0
 """How long a rank waits for another before it ends in an error."""
 
 
+def _is_joined() -> bool:
+    """Whether there is a process group; nothing is imported to find out, since without torch there is none."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
 def num_ranks() -> int:
     """How many ranks run: those of the process group, else those that torchrun started, else 1."""
-    if dist.is_available() and dist.is_initialized():
+    if _is_joined():
+        import torch.distributed as dist
+
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The rank of this process; 0 where it is alone."""
-    if dist.is_available() and dist.is_initialized():
+    if _is_joined():
+        import torch.distributed as dist
+
         return dist.get_rank()
     return int(os.environ["RANK"]) if num_ranks() > 1 else 0
 
@@ -49,6 +61,8 @@ def device_of_this_rank(device: str | None) -> str | None:
         InputError: the user asked for one numbered GPU, which several ranks can't share; or there are too few GPUs.
 
     """
+    import torch
+
     if num_ranks() == 1 or device == "cpu" or not torch.cuda.is_available():
         return device
     if device is not None and torch.device(device).index is not None:
@@ -72,6 +86,8 @@ def own_device(device: torch.device) -> torch.device:
         InputError: it computes elsewhere now.
 
     """
+    import torch
+
     if num_ranks() == 1 or device.type == "cpu":
         return device
     now = torch.device(device_of_this_rank(device.type) or "cpu")
@@ -102,9 +118,12 @@ def joined(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> It
         InputError: not all ranks came in time.
 
     """
-    if num_ranks() == 1 or dist.is_initialized():
+    if num_ranks() == 1 or _is_joined():
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

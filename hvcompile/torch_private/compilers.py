@@ -19,25 +19,41 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from hvcompile.journal import Declined
 
-def why_no_compiling(device: torch.device) -> str:
-    """Why Inductor can't compile for a device: what is missing, and what to do; empty where it can."""
+NO_COMPILER = Declined(
+    "there is no C++ compiler, which Inductor needs: install g++ (Debian and Ubuntu: apt install g++), or name one in "
+    "the environment variable CXX"
+)
+
+
+def cpp_compiler() -> str | Declined:
+    """The C++ compiler that Inductor takes, or that there is none."""
     try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return (
-            "there is no C++ compiler, which Inductor needs: install g++ (Debian and Ubuntu: apt install g++), or name "
-            "one in the environment variable CXX"
-        )
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "there is no triton, which Inductor needs for a GPU: pip install triton"
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):  # what CXX names may be no program
+        return NO_COMPILER
+
+
+def cache_directory() -> str | Declined:
+    """Where Inductor writes what it compiled, or why it can't."""
     directory = ""
     try:
         directory = cache_dir()
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        return (
+        return Declined(
             f"Inductor can't write its code to {directory or error.filename!r} ({error.strerror or error}): name "
             "another directory in the environment variable TORCHINDUCTOR_CACHE_DIR"
         )
-    return ""
+    return directory
+
+
+def why_no_compiling(device: torch.device) -> str:
+    """Why Inductor can't compile for a device: what is missing, and what to do; empty where it can."""
+    if isinstance(compiler := cpp_compiler(), Declined):
+        return compiler.reason
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "there is no triton, which Inductor needs for a GPU: pip install triton"
+    directory = cache_directory()
+    return directory.reason if isinstance(directory, Declined) else ""

@@ -21,10 +21,13 @@ All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is sa
 - ``OptimizedModule._orig_mod``: the module that ``torch.compile`` wrapped; nothing public gives it back.
 - ``torch._dynamo.symbolic_convert.InstructionTranslator``: the only way for code that Dynamo traces to know for which
   backend.
+- ``torch._dynamo.variables.ctx_manager.AutocastModeVariable``: what Dynamo makes of a region of autocast; on the meta
+  device, which has none, it raises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -33,10 +36,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.variables.ctx_manager import AutocastModeVariable
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -109,6 +114,24 @@ def autocast_of(region: fx.Node) -> torch.autocast:
     """The context of an autocast region, given the node that enters it."""
     device_type, dtype, enabled, cache_enabled = region.args
     return torch.autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[arg-type]
+
+
+def autocast_on_meta() -> contextlib.AbstractContextManager[Any]:
+    """Within, Dynamo traces regions of the meta device in which autocast lowers no precision, as if it had autocast.
+
+    Those are regions without autocast, and those in float32, which the CPU knows and does nothing about. One in a
+    smaller type would cast on a GPU, so it raises as before.
+    """
+    create = AutocastModeVariable.create
+
+    def create_on_cpu(func: Any, args: Any, kwargs: Any) -> AutocastModeVariable:
+        region = create(func, args, kwargs)
+        device_type, dtype, enabled, cache_enabled = region.target_values
+        if device_type == "meta" and (not enabled or dtype is torch.float32):
+            region.target_values = ["cpu", torch.bfloat16, False, cache_enabled]
+        return region
+
+    return mock.patch.object(AutocastModeVariable, "create", staticmethod(create_on_cpu))
 
 
 def compile_id() -> tuple[int, int]:

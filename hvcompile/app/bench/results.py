@@ -40,7 +40,8 @@ class Row:
     Attributes:
         system: a name of ``bench.contenders``.
         how: how it was put on the model, in words.
-        error: why it is missing or failed; empty where all went well.
+        error: why it is missing, failed, or was not measured; empty where all went well.
+        is_interrupted: whether it was not measured since the bench was interrupted: no fault of the contender.
         cases_error: the same of other shapes and prompts alone.
         warm_seconds: of each run that captured graphs, compiling included.
         rounds: seconds of each step of a run, by the number of the round.
@@ -61,6 +62,7 @@ class Row:
     how: str = ""
     error: str = ""
     cases_error: str = ""
+    is_interrupted: bool = False
     warm_seconds: list[float] = field(default_factory=list)
     rounds: dict[int, list[float]] = field(default_factory=dict)
     cpu_rounds: dict[int, list[float]] = field(default_factory=dict)
@@ -72,6 +74,11 @@ class Row:
     running_bytes: int | None = None
     digests: list[str] = field(default_factory=list)
     quality: Quality | None = None
+
+    @property
+    def outcome(self) -> str:
+        """Either "failed" or "not measured"; empty where it was measured."""
+        return "" if not self.error else "not measured" if self.is_interrupted else "failed"
 
     @property
     def seconds(self) -> dict[int, float]:
@@ -276,7 +283,7 @@ def _bars(axes: Any, result: Result, places: Mapping[str, int]) -> None:
     for row in result.rows:
         spread = Spread(least=1, median=1, largest=1) if row.system == EAGER else result.ratio(EAGER, row.system)
         if row.error or spread is None:
-            text = "  failed" if row.error else "  -"
+            text = f"  {row.outcome or '-'}"
             axes.text(0, places[row.system], text, va="center", color="#a00000", transform=axes.get_yaxis_transform())
             continue
         whisker = [[spread.median - spread.least], [spread.largest - spread.median]]

@@ -119,7 +119,7 @@ class _Contest:
         """Say whom an interrupt kept from the rounds, and measure each contender's latents against eager's."""
         for row in self.rows.values() if interrupted else ():
             if not row.error and not row.rounds:
-                row.error = "interrupted before its first round"
+                row.error, row.is_interrupted = "interrupted before its first round", True
         _compare(self.rows, self._latents)
 
     def _round(self, system: str, number: int) -> None:

@@ -9,10 +9,15 @@ from hvcompile.app import extras
 
 
 def _app() -> Any:
-    if (message := extras.missing("hvcompile", "cli", modules=("typer", "rich"))) is None:
-        from hvcompile.app.cli.main import app as typer_app
+    try:
+        message = extras.missing("hvcompile", "cli", modules=("typer", "rich"))
+        if message is None:
+            from hvcompile.app.cli.main import app as typer_app
 
-        return typer_app
+            return typer_app
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        raise SystemExit(130) from None
 
     def say_what_is_missing(*_: object, **__: object) -> NoReturn:
         sys.stderr.write(f"error: {message}\n")

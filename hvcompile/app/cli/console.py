@@ -8,19 +8,44 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from hvcompile.errors import HvcompileError, InputError, OptionError
 from hvcompile.ranks import launch
 
-out = Console(highlight=False)
+WIDE = 2**14
+"""Columns where the output is no terminal: no table is as wide, so none is cut."""
+
+
+class _Uncut(Console):
+    """A console that is as wide as what is printed where that goes to a file or a pipe."""
+
+    @property  # type: ignore[misc]  # nobody sets it here
+    def size(self) -> ConsoleDimensions:
+        """The columns and rows that there are."""
+        if self.is_terminal:
+            return super().size
+        return ConsoleDimensions(WIDE, super().size.height)
+
+
+out = _Uncut(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def let_first_rank_speak() -> None:
     """Print nothing on other ranks than the first."""
     out.quiet = err.quiet = launch.rank() > 0
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Within, an interrupt (Ctrl-C) ends the command with one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        err.print("stopped")
+        raise typer.Exit(130) from error
 
 
 @contextlib.contextmanager

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from hvcompile.app.cli.bench import bench
-from hvcompile.app.cli.bisect import bisect
-from hvcompile.app.cli.compare import compare
-from hvcompile.app.cli.console import out
-from hvcompile.app.cli.explain import explain
-from hvcompile.app.cli.generate import generate
-from hvcompile.app.cli.lower import lower
+from hvcompile.app.cli.console import out, stopping
 
-app = typer.Typer(name="hvcompile", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+COMMANDS = {
+    "generate": "Make a video of PROMPT; what is not given is as the model likes it.",
+    "compare": "Measure the video file CLIP against REFERENCE, each frame and its motion.",
+    "explain": "Say what hvfast would do with MODEL, what it would not and why, and what a step costs; runs nothing.",
+    "lower": "Compile MODEL for a GPU that is not there, and say what the code would do on it; runs nothing.",
+    "bisect": "Find the first pass or lowering of a dump after which outputs differ, or a NaN appears.",
+    "bench": "Measure hvfast beside eager, torch.compile and other caches, compiled as far as they compile.",
+    "doctor": "Look at what is here of what compiling needs: torch, devices, compilers, kernels, caches and extras.",
+}
+"""The commands in the order of the help, each with the first sentence of its own; each has a file here."""
+
+
+def load(name: str) -> Any:
+    """Import a command, and make of it what typer runs."""
+    function = getattr(importlib.import_module(f"hvcompile.app.cli.{name}"), name)
+    alone = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+    alone.command(name)(function)
+    return typer.main.get_command(alone)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Imports a command when it is run, and not those beside it; ends what the user interrupts in one line."""
+
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load(str(name)), rest
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with stopping():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with stopping():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="hvcompile", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False
+)
 
 
 def _version(wanted: bool) -> None:
@@ -37,5 +71,9 @@ def main(
     """Fast video diffusion: the torch.compile backend hvfast, at the command line."""
 
 
-for command in (generate, compare, explain, lower, bisect, bench):  # the order of the help
-    app.command()(command)
+def _stand_in() -> None:
+    """Hold a command's place in the help until it is loaded."""
+
+
+for name, sentence in COMMANDS.items():
+    app.command(name, help=sentence)(_stand_in)

@@ -16,7 +16,6 @@ from hvcompile.app.bench.process import Protocol, Shape
 from hvcompile.app.grid import Grid
 from hvcompile.app.request.parameters import Device, Dtype, JsonFile
 from hvcompile.errors import InputError
-from hvcompile.torch_private.lowering import LOWERINGS
 
 KEYS = {
     "eager": contenders.EAGER,
@@ -96,6 +95,8 @@ class Request:
                 outputs.check(path, name=name, kind=kind, suffixes=(".json",) if name == "json" else (".png",))
 
     def _check_run(self) -> None:
+        from hvcompile.torch_private.lowering import LOWERINGS
+
         self._check_least(steps=2, repeats=1, threads=1, tokens=32)
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise InputError(f"threshold is {self.threshold}: give a finite number, 0 or more")

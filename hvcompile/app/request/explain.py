@@ -10,9 +10,6 @@ import typer
 
 from hvcompile.app.request.first_call import FirstCallRequest
 from hvcompile.errors import InputError
-from hvcompile.explanation import report
-from hvcompile.graph.costs import DEVICES
-from hvcompile.options import MODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +25,10 @@ class Request(FirstCallRequest):
 
     def check(self) -> None:
         """Raise InputError for all that is wrong whatever the model; loads nothing."""
+        from hvcompile.explanation import report
+        from hvcompile.graph.costs import DEVICES
+        from hvcompile.options import MODES
+
         if self.mode is not None and self.mode not in MODES:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         if self.html_file is not None:

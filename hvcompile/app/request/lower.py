@@ -12,9 +12,6 @@ import typer
 
 from hvcompile.app.request.first_call import FirstCallRequest
 from hvcompile.errors import InputError
-from hvcompile.lowered.gpus import GPUS
-from hvcompile.options import parse
-from hvcompile.passes import PASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +30,10 @@ class Request(FirstCallRequest):
 
     def check(self) -> None:
         """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
+        from hvcompile.lowered.gpus import GPUS
+        from hvcompile.options import parse
+        from hvcompile.passes import PASSES
+
         if self.ranks < 1:
             raise InputError(f"ranks is {self.ranks}: give 1 or more")
         parse(PASSES, self.backend_options(), self.mode)

@@ -2,6 +2,7 @@
 
 from hvcompile.app.tables.bench import bench_tables
 from hvcompile.app.tables.bisection import bisection_table
+from hvcompile.app.tables.diagnosis import diagnosis_table
 from hvcompile.app.tables.explanation import explanation_tables
 from hvcompile.app.tables.generation import batch_tables, comparison_summary, each_frame, summary
 from hvcompile.app.tables.lowering import lowering_tables
@@ -11,6 +12,7 @@ __all__ = [
     "bench_tables",
     "bisection_table",
     "comparison_summary",
+    "diagnosis_table",
     "each_frame",
     "explanation_tables",
     "lowering_tables",

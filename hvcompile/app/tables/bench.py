@@ -29,7 +29,7 @@ def _speed(result: Result) -> Table:
     headings = ["run, s", "times as fast\nas eager", "CPU\ntime", "step, ms:\ncomputed", "reused", "compile,\ns"]
     table = _plain_table("runs in turn: median (min-max over the rounds)", "contender", *headings)
     for row in result.rows:
-        cells = ["failed" if row.error else "", *[""] * (len(headings) - 1)]
+        cells = [row.outcome, *[""] * (len(headings) - 1)]
         if not row.error:
             seconds = list(row.seconds.values())
             cells[0] = figures.number(statistics.median(seconds) if seconds else None, ".3f")
@@ -102,7 +102,7 @@ def _words(result: Result) -> list[Table]:
     for row in result.rows:
         if row.how:
             how.add_row(row.system, Text(row.how))
-        if row.error:
+        if row.error and not row.is_interrupted:
             failed.add_row(row.system, Text(row.error))
         if row.cases_error:
             failed.add_row(f"{row.system}, other shapes", Text(row.cases_error))

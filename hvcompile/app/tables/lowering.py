@@ -9,7 +9,6 @@ from rich.table import Table
 
 from hvcompile.app.tables.explanation import passes_table
 from hvcompile.explanation import figures
-from hvcompile.lowered import walk
 
 if TYPE_CHECKING:
     from hvcompile.lowered.lower import Lowered
@@ -23,6 +22,8 @@ def lowering_tables(results: Mapping[str, Lowered]) -> list[Table]:
 
 
 def _steps(results: Mapping[str, Lowered]) -> Table:
+    from hvcompile.lowered import walk
+
     gpu = next(iter(results.values())).gpu
     table = Table(title=f"a step of one rank on {gpu.name}", title_justify="left")
     table.add_column("")
@@ -52,6 +53,8 @@ def _steps(results: Mapping[str, Lowered]) -> Table:
 
 
 def _functions(item: Lowered) -> Table:
+    from hvcompile.lowered import walk
+
     table = Table("part", title="in one call of each part of the code, computed step", title_justify="left")
     kinds = (walk.TRITON, walk.LIBRARY, walk.COPY, walk.SYNC, walk.COLLECTIVE)
     for kind in kinds:
