@@ -50,3 +50,12 @@ class InvalidRewriteError(HvcompileError, AssertionError):
 
     It reaches a user as ``__cause__`` alone, as do all errors that nobody foresaw.
     """
+
+
+def ours_below(error: BaseException | None) -> HvcompileError | None:
+    """The error of this package at or below another: Dynamo wraps what a backend raises."""
+    while error is not None:
+        if isinstance(error, HvcompileError):
+            return error
+        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
+    return None

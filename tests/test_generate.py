@@ -62,8 +62,6 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         hits = sum(step.reused for step in steps)
         return SimpleNamespace(graphs=1, recompiles=0, hits=hits, misses=len(steps) - hits, steps=steps)
 
-    monkeypatch.setattr(runner, "BACKEND", eager)
-    monkeypatch.setattr(runner, "PLAIN_BACKEND", "eager")
     monkeypatch.setattr(generate, "BACKEND", eager)
     monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
     monkeypatch.setattr(hvcompile, "stats", stats)

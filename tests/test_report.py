@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import hvcompile
 from hvcompile import backend
-from hvcompile.app import cli, generate, pipelines, tiny
+from hvcompile.app import cli, generate, pipelines, records, tiny
 from hvcompile.app import explain as app_explain
 from hvcompile.errors import InputError, UntraceableModelError
 from hvcompile.explanation import listing, pictures, report
@@ -396,7 +396,7 @@ def test_generate_writes_a_report_of_its_run(tmp_path: Path, monkeypatch: pytest
     small: dict[str, Any] = {"prompt": NASTY, "steps": 3, "frames": 5, "height": 32, "width": 48, "threshold": 0.5}
     for can_trace in (True, False):
         if not can_trace:
-            monkeypatch.setattr(generate, "explain", untraceable)
+            monkeypatch.setattr(records, "explain", untraceable)
         request = generate.Request(**small, output=tmp_path / "a.mp4", html_file=path, compare=not can_trace)
         events: list[Any] = []
         result = generate.generate(request, events.append, loaded)

@@ -16,13 +16,16 @@ from hvcompile.app.records import record, write_report
 from hvcompile.app.request.generate import PICTURES, VIDEOS, Request
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.results import Batch, Clip, Result
-from hvcompile.app.runner import BACKEND, PLAIN_BACKEND, Runner
+from hvcompile.app.runner import Runner
 from hvcompile.app.steps import Observer
 from hvcompile.errors import HvcompileError, InputError
 from hvcompile.ranks import launch
 from hvcompile.runtime.state import Stats
 from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.compilers import why_no_compiling
+
+BACKEND = "hvfast"
+PLAIN_BACKEND = "inductor"
 
 __all__ = ["Batch", "Clip", "Observer", "Request", "Result", "generate", "generate_all"]
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
 
 # Pipelines of diffusers name the same two numbers differently; the first attribute that a pipeline has is the one.
@@ -33,6 +32,8 @@ class Grid:
 
         Pipelines of pictures that pack latents in squares say so by their image processor's own factor.
         """
+        from hvcompile.app.denoisers import denoisers  # imports torch, which --help must not
+
         patch = getattr(next(iter(denoisers(pipe).values())).config, "patch_size", 1)
         patch = patch[-1] if isinstance(patch, list | tuple) else patch
         processor = getattr(getattr(pipe, "image_processor", None), "config", None)

@@ -129,7 +129,12 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 def check_model(model: str) -> None:
     """Raise InputError where ``model`` is a path with no pipeline at it; a hub id is only tried by ``load``."""
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no file system takes, or nobody's home
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"model {model[:60]!r} can't be used ({reason}): give a directory") from error
     is_path = bool(model.strip())  # nothing at all would be the current directory
     if is_path and path.is_dir():
         index = path / "model_index.json"

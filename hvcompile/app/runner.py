@@ -15,11 +15,8 @@ from hvcompile.app.denoisers import Decisions, denoisers, others
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.steps import Observer, Watch
-from hvcompile.errors import HvcompileError, InputError, RunError
+from hvcompile.errors import InputError, RunError, ours_below
 from hvcompile.torch_private import dynamo
-
-BACKEND = "hvfast"
-PLAIN_BACKEND = "inductor"
 
 
 class Runner:
@@ -48,7 +45,7 @@ class Runner:
         self._loaded, self._backend, self._compile_arguments = loaded, backend, compile_arguments
         self._observe, self._calls = observe, calls
         self._denoisers = denoisers(loaded.pipe)
-        self._decide = Decisions(self._denoisers).new if backend == BACKEND else _no_decisions
+        self._decide = Decisions(self._denoisers).new
         self._compile(fullgraph=True)
 
     def _compile(self, *, fullgraph: bool) -> None:
@@ -119,7 +116,7 @@ def _called(call: Callable[[], Any], name: str, watch: Watch) -> Any:
     try:
         return call()
     except Exception as error:
-        if isinstance(error, HvcompileError) or dynamo.is_graph_break(error) or _has_ours_below(error):
+        if ours_below(error) is not None or dynamo.is_graph_break(error):
             raise
         where = f"after {len(watch.steps)} steps" if watch.steps else "before its first step ended"
         line = pipelines.first_line(error)
@@ -131,15 +128,6 @@ def _called(call: Callable[[], Any], name: str, watch: Watch) -> Any:
         raise RunError(
             f'{name} failed {where}: {type(error).__name__}: {line}; TORCH_LOGS="+hvcompile" shows the traceback'
         ) from error
-
-
-def _has_ours_below(error: BaseException | None) -> bool:
-    """Whether an error was raised because of one of ours: Dynamo wraps what a backend raises."""
-    while error is not None:
-        if isinstance(error, HvcompileError):
-            return True
-        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
-    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -167,7 +155,3 @@ def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _no_decisions() -> list[tuple[bool, float]]:
-    return []

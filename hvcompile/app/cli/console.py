@@ -11,7 +11,7 @@ import typer
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
-from hvcompile.errors import HvcompileError, InputError, OptionError
+from hvcompile.errors import InputError, OptionError, RunError, ours_below
 from hvcompile.ranks import launch
 
 WIDE = 2**14
@@ -71,16 +71,8 @@ def leaving_in_turn() -> Iterator[None]:
 
 
 def _leave(error: Exception) -> NoReturn:
-    if (message := _input_fault(error)) is None:
+    fault = ours_below(error)
+    if fault is None:
         raise error
-    err.print(Text(f"error: {message}"), soft_wrap=True)
-    raise typer.Exit(2) from error
-
-
-def _input_fault(error: BaseException | None) -> str | None:
-    """Find the HvcompileError at or below ``error`` (Dynamo wraps what a backend raises); its message in one line."""
-    while error is not None:
-        if isinstance(error, HvcompileError):
-            return " ".join(str(error).split())
-        error = error.__cause__ or getattr(error, "inner_exception", None) or error.__context__
-    return None
+    err.print(Text(f"error: {' '.join(str(fault).split())}"), soft_wrap=True)
+    raise typer.Exit(1 if isinstance(fault, RunError) else 2) from error

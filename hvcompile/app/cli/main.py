@@ -12,7 +12,7 @@ import typer.core
 from hvcompile.app.cli.console import out, stopping
 
 COMMANDS = {
-    "generate": "Make a video of PROMPT; what is not given is as the model likes it.",
+    "generate": "Make a video of PROMPT, or a picture; what is not given is as the model likes it.",
     "compare": "Measure the video file CLIP against REFERENCE, each frame and its motion.",
     "explain": "Say what hvfast would do with MODEL, what it would not and why, and what a step costs; runs nothing.",
     "lower": "Compile MODEL for a GPU that is not there, and say what the code would do on it; runs nothing.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,7 +58,7 @@ class FirstCallRequest:
             for name in ("frames", "height", "width", "mode", "dtype", "prompt", *more):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} can't be given with a script, which chooses it itself: leave it out")
-            if not Path(str(self.model)).is_file():
+            if not os.path.isfile(str(self.model)):
                 raise InputError(f"model {self.model!r}: there is no such script: check its path")
         elif self.arguments:
             raise InputError(f"{' '.join(self.arguments)!r} is more than one model: only a script is given arguments")

@@ -14,9 +14,6 @@ from hvcompile.app.request.assignments import assignments, merged, nested, optio
 from hvcompile.app.request.jobs import Job, jobs, read_prompts, read_seeds
 from hvcompile.app.request.parameters import EACH, Device, Dtype, Frames, Height, Mode, RankTimeout, Width
 from hvcompile.errors import InputError
-from hvcompile.explanation import report
-from hvcompile.options import MODES, parse
-from hvcompile.passes import PASSES
 from hvcompile.ranks import launch
 
 VIDEOS = (".mp4", ".mkv", ".mov")
@@ -114,6 +111,8 @@ class Request:
     def check(self) -> None:
         """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
         from hvcompile.app import pictures, pipelines
+        from hvcompile.options import MODES, parse
+        from hvcompile.passes import PASSES
 
         self._check_numbers()
         self._check_texts()
@@ -162,6 +161,7 @@ class Request:
 
     def _check_files(self) -> None:
         from hvcompile.app.compare import check_files
+        from hvcompile.explanation import report
 
         output = self.output or Path(f"out{VIDEOS[0]}")
         outputs.check(output, name="output", kind="video or picture file", suffixes=(*VIDEOS, *PICTURES))
