@@ -69,6 +69,8 @@ def _add_graphs(table: Table, stats: Stats | None) -> None:
         return
     table.add_row("graphs", str(stats.graphs))
     table.add_row("recompiles", str(stats.recompiles))
+    if stats.eager_calls:
+        table.add_row("calls that nothing compiled", str(stats.eager_calls))
 
 
 def _memory(run: Run) -> str:
