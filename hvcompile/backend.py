@@ -21,6 +21,7 @@ from torch import fx
 
 from hvcompile import pipeline
 from hvcompile.as_captured import OUTLINE, leave_as_captured
+from hvcompile.dump.runs import own_run
 from hvcompile.dump.write import Dump
 from hvcompile.errors import InvalidRewriteError, QuantizedWeightError
 from hvcompile.float8.weights import QuantizedWeight
@@ -127,7 +128,9 @@ def compile_graph(
         settings = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
     compile_id = dynamo.compile_id() if compile_id is None else compile_id
     rows = list(journal)
-    dump = Dump(of_this_rank(settings.dump), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib)
+    dump = Dump(
+        own_run(of_this_rank(settings.dump)), compile_id, lower=settings.lower, limit_gib=settings.dump_limit_gib
+    )
     observer = Observers(dump, RanksInStep(captured, args))
 
     flow = flowing(captured, observer) if dynamo.is_a_piece(captured) else None

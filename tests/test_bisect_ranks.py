@@ -45,7 +45,7 @@ def spoiled(dumps: Path, kind: str, spoil: Callable[[Path], object]) -> Path:
     """A copy of the sound dump with something wrong in the graph's folder of rank 1."""
     directory = dumps / kind
     shutil.copytree(dumps / "sound", directory)
-    spoil(directory / "rank_1" / "graph_0_0")
+    spoil(directory / "rank_1" / "run_1" / "graph_0_0")
     return directory
 
 
@@ -126,17 +126,17 @@ def test_torchrun_bisects(dumps: Path) -> None:
 def test_one_process_is_told_to_start_the_ranks(dumps: Path) -> None:
     directory = dumps / "sound"
     command = f"torchrun --nproc-per-node=2 -m hvcompile bisect {directory}"
-    for given in (directory, directory / "rank_0", directory / "rank_1" / "graph_0_0"):
+    for given in (directory, directory / "rank_0", directory / "rank_1" / "run_1" / "graph_0_0"):
         status, said = run(str(given))
         assert status == 2
         assert command in said
     with pytest.raises(InputError, match=r"is one rank's share .* torchrun --nproc-per-node=2"):
-        bisect.bisect(directory / "rank_0" / "graph_0_0")
+        bisect.bisect(directory / "rank_0" / "run_1" / "graph_0_0")
 
 
 def test_as_many_ranks_as_dumped(dumps: Path, tmp_path: Path) -> None:
     directory = dumps / "sound"
-    assert dump_read.of_rank(directory, 1, 2) == directory / "rank_1"
+    assert dump_read.of_rank(directory, 1, 2) == directory / "rank_1" / "run_1"
     with pytest.raises(InputError, match=r"is the dump of 2 ranks, and 3 were started: .* --nproc-per-node=2 "):
         dump_read.of_rank(directory, 0, 3)
     with pytest.raises(InputError, match=r"is the dump of one rank, and 2 ranks were started: give .*sound, which"):
@@ -145,12 +145,17 @@ def test_as_many_ranks_as_dumped(dumps: Path, tmp_path: Path) -> None:
     assert dump_read.of_rank(alone, 0, 1) == alone
     with pytest.raises(InputError, match=r"is the dump of one process, and 2 ranks were started: run it without"):
         dump_read.of_rank(tmp_path / "alone", 0, 2)
+    uneven = tmp_path / "uneven"
+    shutil.copytree(directory, uneven)
+    shutil.copytree(uneven / "rank_0" / "run_1", uneven / "rank_0" / "run_2")
+    with pytest.raises(InputError, match="latest are run_2 of rank_0, run_1 of rank_1"):
+        dump_read.of_rank(uneven, 0, 2)
     half = tmp_path / "half"
     shutil.copytree(directory / "rank_0", half / "rank_0")
     with pytest.raises(InputError, match="lacks rank_1"):
         dump_read.of_rank(half, 1, 2)
-    journal = half / "rank_0" / "graph_0_0" / "journal.json"
-    other = half / "rank_0" / "graph_0_0-2"
+    journal = half / "rank_0" / "run_1" / "graph_0_0" / "journal.json"
+    other = half / "rank_0" / "run_1" / "graph_0_0-2"
     shutil.copytree(journal.parent, other)
     (other / "journal.json").write_text(json.dumps(json.loads(journal.read_text()) | {"ranks": 4}))
     with pytest.raises(InputError, match="holds dumps of runs on 2 and on 4 ranks"):

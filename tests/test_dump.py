@@ -27,6 +27,7 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from toy import Toy, toy_inputs
 
+from hvcompile.dump import read as dump_read
 from hvcompile.dump.source_reader import load, read_graph
 from hvcompile.dump.write import Dump
 from hvcompile.errors import OptionError
@@ -65,7 +66,7 @@ def run_alone(path: Path) -> str:
 
 
 def only_folder(directory: Path) -> Path:
-    (folder,) = directory.iterdir()
+    (folder,) = dump_read.folders(directory)
     return folder
 
 
@@ -181,7 +182,7 @@ def test_symbolic_sizes_have_the_value_of_the_captured_run(tmp_path: Path, dynam
     for tokens in (12, 9):  # the second length makes the size symbolic where that is automatic
         inputs = toy_inputs(tokens=tokens)
         compile_and_run(model, inputs, dynamic=dynamic, dump=tmp_path)
-    folder = sorted(tmp_path.iterdir())[-1]
+    folder = dump_read.folders(tmp_path)[-1]
     tokens = 12 if dynamic else 9
     assert '"Sym(s' in (folder / FILES[0]).read_text()
     outputs = [evaluate(folder / file)[0] for file in FILES]
@@ -278,9 +279,10 @@ def test_captures_of_the_same_id_get_folders_of_their_own(tmp_path: Path) -> Non
     for tokens in (12, 9):
         torch._dynamo.reset()
         compile_and_run(Toy(), toy_inputs(tokens=tokens), dump=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph_0_0", "graph_0_0-2"]
-    assert "f32[1, 12, 16]" in (tmp_path / "graph_0_0" / FILES[3]).read_text()
-    assert "f32[1, 9, 16]" in (tmp_path / "graph_0_0-2" / FILES[3]).read_text()
+    first, second = dump_read.folders(tmp_path)
+    assert (first.name, second.name, first.parent) == ("graph_0_0", "graph_0_0-2", second.parent)
+    assert "f32[1, 12, 16]" in (first / FILES[3]).read_text()
+    assert "f32[1, 9, 16]" in (second / FILES[3]).read_text()
 
 
 def test_captures_at_the_same_time_get_folders_of_their_own(tmp_path: Path) -> None:

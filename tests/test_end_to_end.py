@@ -27,6 +27,6 @@ def test_generate_makes_a_video(tmp_path: Path) -> None:
     assert [frame.shape for frame in frames] == [(48, 80, 3)] * 9
     assert float(np.std(np.stack(frames))) > 5  # not one flat colour
     assert "reused" in ran.stdout
-    (folder,) = (tmp_path / "dump").iterdir()
+    (folder,) = (tmp_path / "dump" / "run_1").glob("graph_*")
     assert {path.name for path in folder.iterdir()} >= {"00_captured.py", "journal.json"}
     assert list(folder.glob("*_first_block_cache.py"))

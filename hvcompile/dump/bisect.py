@@ -23,6 +23,7 @@ import torch
 from hvcompile import outputs
 from hvcompile.dump.figures import Fault, Figure, fault_of, figures_of, lacking, tolerance_of
 from hvcompile.dump.read import LOWERINGS, Dumped, command, folders, read
+from hvcompile.dump.runs import is_run
 from hvcompile.dump.stages import CAPTURED, OUTLINED, RUN, SEALED, Prepare, Second, stages_of
 from hvcompile.dump.together import Together
 from hvcompile.errors import InputError
@@ -167,6 +168,7 @@ def folders_of_all(directory: Path, exchange: Exchange) -> list[Path]:
     """
     together = Together(exchange)
     names = {folder.name: folder for folder in together.run(lambda: folders(directory))}
+    together.compare("the run", [directory.name] if is_run(directory) else [])
     together.compare("the dump", sorted(names) if together.size > 1 else [])
     return [names[name] for name in together.gather(list(names))[0]]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hvcompile.dump.runs import is_run, latest
 from hvcompile.dump.source_reader import load
 from hvcompile.errors import InputError
 from hvcompile.ranks import collectives
@@ -89,7 +90,7 @@ def of_rank(directory: Path, rank: int, num_ranks: int) -> Path:
         num_ranks: how many run now; as many must have written the dump.
 
     Returns:
-        A directory for ``folders``.
+        A directory for ``folders``: of the latest run, where there are several.
 
     Raises:
         InputError: another number of ranks wrote it, or a folder is missing.
@@ -98,8 +99,9 @@ def of_rank(directory: Path, rank: int, num_ranks: int) -> Path:
     name, ranks = str(directory), _rank_folders(directory)
     if not ranks:
         _check_of_one(directory, num_ranks)
-        return directory
-    graphs = [folder for path in ranks.values() for folder in _graph_folders(path)]
+        return latest(directory)
+    runs = {rank: latest(path) for rank, path in ranks.items()}
+    graphs = [folder for path in runs.values() for folder in _graph_folders(path)]
     numbers = {_num_ranks(folder, default=len(ranks)) for folder in graphs} or {len(ranks)}
     if len(numbers) > 1:
         raise InputError(
@@ -114,13 +116,21 @@ def of_rank(directory: Path, rank: int, num_ranks: int) -> Path:
         )
     if rank not in ranks:
         raise InputError(f"{name!r} lacks rank_{rank}: the ranks read what they wrote, each on its own machine")
-    return ranks[rank]
+    if len({path.name for path in runs.values() if is_run(path)}) > 1:
+        each = ", ".join(f"{path.name} of rank_{number}" for number, path in sorted(runs.items()))
+        raise InputError(
+            f"{name!r} holds other runs of one rank than of another (the latest are {each}): dump again into an empty "
+            "directory"
+        )
+    return runs[rank]
 
 
 def _check_of_one(directory: Path, num_ranks: int) -> None:
     """Refuse a dump without folders of ranks where several run, or where its graphs need several."""
     name = str(directory)
-    rank_folder = next((path for path in (directory, directory.parent) if re.fullmatch(r"rank_\d+", path.name)), None)
+    rank_folder = next(
+        (path for path in (directory, *directory.parents[:2]) if re.fullmatch(r"rank_\d+", path.name)), None
+    )
     root = shlex.quote(str(rank_folder.parent)) if rank_folder is not None else "DIRECTORY"
     needed = max(map(_num_ranks, folders(directory)))
     if num_ranks > 1:
@@ -157,7 +167,7 @@ def folders(directory: Path) -> list[Path]:
     """The graph folders of a dump, oldest first.
 
     Args:
-        directory: of a dump, or one of its graph folders.
+        directory: of a dump, of which the latest run counts, or one of its runs or of its graph folders.
 
     Raises:
         InputError: there is no such directory, or it is no dump.
@@ -170,7 +180,7 @@ def folders(directory: Path) -> list[Path]:
         raise InputError(f"{name!r} is a file: give the directory of a dump, such as {str(directory.parent)!r}")
     if (directory / "journal.json").exists() or _files(directory):
         return [directory]
-    graphs = _graph_folders(directory)
+    graphs = _graph_folders(latest(directory))
     if not graphs:
         raise InputError(
             f"{name!r} is no dump: it has no graph_... folder with numbered graphs. Run the model with HVCOMPILE_DUMP "

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from hvcompile.dump.first_call import FirstCall, can_save, compact, num_bytes, save
+from hvcompile.dump.runs import writing
 from hvcompile.dump.source import GraphSource, fixed_values
-from hvcompile.errors import OptionError
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_weight
@@ -152,7 +152,7 @@ class Dump(Observer):
             if int(file.name.split("_")[0]) > 0:
                 file.unlink()
         self._count = min(self._count, 1)
-        with _writing(self._folder):
+        with writing(self._folder):
             lines = traceback.format_exception(declined.cause)
             (self._folder / f"fault_{stem_of(declined.what).replace(' ', '_')}.txt").write_text("".join(lines), "utf-8")
 
@@ -211,7 +211,7 @@ class Dump(Observer):
         dynamo.trace_artifact(f"hvcompile_{stem}", "string", lambda: text)
         if self._folder is None:
             return
-        with _writing(self._folder):
+        with writing(self._folder):
             (self._folder / f"{stem}.py").write_text(text, "utf-8")
             if program.constants:
                 torch.save(program.constants, self._folder / f"{stem}.pt")
@@ -228,7 +228,7 @@ class Dump(Observer):
             yield
         dynamo.on_bytecode(self._frame)
         for place, code in enumerate(codes):
-            with _writing(self._folder):
+            with writing(self._folder):
                 name = f"inductor_output_{place}.py" if place else "inductor_output.py"
                 (self._folder / name).write_text(code, "utf-8")
         if self._lower == "inductor" and not codes:
@@ -274,7 +274,7 @@ class Dump(Observer):
             f"# {original.co_qualname}, from {place}, as Dynamo rewrote it for graph {self._compile_id}: to be read,\n"
             "# not run. Decompiled by depyf. __compiled_fn_... is the graph of this folder.\n\n"
         )
-        with _writing(self._folder):
+        with writing(self._folder):
             (self._folder / "dynamo_frame.py").write_text(heading + text, "utf-8")
 
     def _save_inputs(self, given: Sequence[Any]) -> bool:
@@ -301,14 +301,14 @@ class Dump(Observer):
             self._note(f"the first call is computed by the graph of another folder, since in this one {derived.reason}")
             is_whole = False
         kept = wanted | (self._stored if weights <= set(wanted) else {})
-        with _writing(self._folder):
+        with writing(self._folder):
             save({name: compact(item) for name, item in kept.items()}, self._folder / "inputs.pt")
         self._held, self._stored = {}, {}
         return is_whole
 
     def _save_outputs(self, results: Sequence[Any]) -> None:
         if self._folder is not None:
-            with _writing(self._folder):
+            with writing(self._folder):
                 save([compact(item) if can_save(item) else None for item in results], self._folder / "outputs.pt")
 
     def _note(self, line: str) -> None:
@@ -330,7 +330,7 @@ class Dump(Observer):
 
     def _write_journal(self) -> None:
         if self._folder is not None:
-            with _writing(self._folder):
+            with writing(self._folder):
                 (self._folder / "journal.json").write_text(self._journal_text(), "utf-8")
 
 
@@ -339,20 +339,9 @@ def stem_of(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OptionError(
-            f"can't write a dump into {str(directory)!r}: {error.strerror or error}. Give options['dump'] or the "
-            "environment variable HVCOMPILE_DUMP a directory that this process may write to, or leave them out"
-        ) from error
-
-
 def _fresh_folder(directory: Path, name: str) -> Path:
     """Make a folder that no other compilation has; ``mkdir`` decides between processes and threads."""
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def bisect(
-    directory: Annotated[Path, typer.Argument(help="What HVCOMPILE_DUMP named, or one graph_... folder in it.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="What HVCOMPILE_DUMP named (the latest run counts), or a run_... or graph_... folder in it."
+        ),
+    ],
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -59,7 +64,7 @@ def _bisect_all(
 ) -> list[Bisection]:
     """Bisect every graph of a dump, in step with the other ranks, and print each as it is done."""
     with quiet.importing():
-        from hvcompile.dump import bisect
+        from hvcompile.dump import bisect, runs
         from hvcompile.dump import read as dump_read
         from hvcompile.ranks.store import Exchange
 
@@ -67,6 +72,8 @@ def _bisect_all(
     bisections = []
     with launch.joined(launch.own_device(dump_read.device(directory)), rank_timeout):
         exchange = Exchange(rank_timeout)
+        if run := runs.describe(directory):
+            out.print(Text(f"looking at {run}"), soft_wrap=True)
         for folder in bisect.folders_of_all(directory, exchange):
             with err.status(folder.name) as status:
                 show = functools.partial(_show, status, folder.name)
