@@ -285,6 +285,7 @@ def test_tables_are_not_cut_where_the_output_is_no_terminal(capsys: pytest.Captu
 
 INTERRUPTED = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from hvcompile.app import doctor
 doctor.examine_request = lambda _: signal.raise_signal(signal.SIGINT)
 sys.argv = ["hvcompile", "doctor"]
@@ -293,6 +294,7 @@ app()
 """
 INTERRUPTED_IMPORT = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 class Finder:
     def find_spec(self, name, *_):
         if name == {module!r}:

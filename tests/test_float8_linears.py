@@ -31,6 +31,7 @@ from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_linears import Float8Linears
 from hvcompile.pipeline import Context
 from hvcompile.torch_private import torchao
+from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.trunk import Trunk
 
 pytestmark = pytest.mark.skipif(not torchao.is_available(), reason="torchao is not installed")
@@ -275,6 +276,31 @@ def test_dynamic_shapes(how: str) -> None:
             assert relative(run(**inputs), expected(**inputs)) < ROUNDING
     stats = hvcompile.stats(model)
     assert (stats.graphs, stats.recompiles) == (1, 0)
+
+
+def test_biases_are_joined_once_a_step_for_all_blocks() -> None:
+    """Outside of the graph, of what they are now: also after a write that leaves no trace."""
+    trunk = recovered(Wide(), **wide_inputs())
+    Float8Linears(keep_last_blocks=0).apply(trunk, Context(requested=True))
+    for body in trunk.bodies:
+        assert all(value(node).ndim > 1 for node in body.module.graph.nodes if op_name(node) == "cat")
+    (joined,) = trunk.derived
+    assert len(joined.placeholders) == len(trunk.blocks)
+    assert not joined.is_kept
+    biases = [torch.randn(value(node).shape) for node in joined.sources]
+    results = joined.module(*biases)
+    assert torch.equal(torch.cat(results), torch.cat(biases))
+    assert len({item.untyped_storage().data_ptr() for item in results}) == len(results)  # a branch takes no others
+
+    model, expected = Wide(), reference(Wide())
+    run, inputs = compiled(model), wide_inputs()
+    with torch.no_grad():
+        run(**inputs)
+        for item in (model, expected):
+            for place, block in enumerate(item.blocks):
+                block.to_k.bias.data += place + 1.0
+            item.blocks[1].up.bias.data = torch.full_like(item.blocks[1].up.bias, 0.5)
+        assert relative(run(**inputs), expected(**inputs)) < ROUNDING
 
 
 def test_with_the_cache() -> None:

@@ -117,6 +117,14 @@ def test_what_a_step_does(whole: Lowered) -> None:
     assert 0 < computed.peak_bytes < whole.gpu.memory_bytes
 
 
+def test_no_step_puts_biases_together(whole: Lowered) -> None:
+    """Layers that are one float8 product take one bias, which is there before the step."""
+    joined = 2 * (3 * 256 + 4 * 256)  # bytes: of q, k, v and the MLP of a single block
+    blocks = [event for event in whole.computed.events if event.kind == walk.TRITON and event.where]
+    assert blocks
+    assert not [event.name for event in blocks if event.num_bytes == 2 * joined]  # read and written
+
+
 def test_a_call_of_a_block_costs_what_its_body_does(whole: Lowered) -> None:
     """The counts by function add up to those of the step."""
     step = whole.computed

@@ -35,7 +35,14 @@ def test_a_generation_prints_its_steps_and_its_table(tmp_path: Path) -> None:
     out, err = run(tmp_path, "generate", "a red circle", "--steps", "2", *SMALL, "-o", "a.mp4")
     (line,) = err
     assert re.fullmatch(r"\s*hvfast [█·]{2} 2/2, \d reused(, last [\d.]+)? \d+:\d\d:\d\d\s*", line)
-    labels = ["seconds in all", "seconds compiling", "seconds a step after", "steps computed", "steps reused"]
+    labels = [
+        "seconds in all",
+        "seconds compiling",
+        "seconds a step after",
+        "steps computed",
+        "steps reused",
+        "memory at most",
+    ]
     assert first_cells(out) == [*labels, "graphs", "recompiles", "clip", "output"]
     assert len(out) == len(labels) + 4 + 2, "the table's frame is all else"
 

@@ -7,11 +7,13 @@ All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is sa
   merged; ``scaled_dot_product_attention`` keeps that to itself. Schemas are the same in both versions.
 - ``torch._scaled_mm``: the public ``torch.nn.functional.scaled_mm`` has no CPU kernel in 2.11, and no Inductor lowering
   before 2.13. On CPUs 2.11 and 2.12 take one scale a tensor only.
+- ``torch._foreach_copy_``: nothing public copies many tensors at once.
 - ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: see ``fakes``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,3 +138,21 @@ def scaled_mm(
     # On Hopper the fast accumulation sums in 14 bits between additions to float32, as torchao and vLLM have it.
     # Private: the public function runs on fewer devices and versions, see above (2.11.0, 2.13.0).
     return torch._scaled_mm(first, second, first_scale, second_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def join_each(groups: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Concatenate the vectors of each group, into memory of its own.
+
+    On a GPU that is a few launches for all groups of a dtype, where ``torch.cat`` is one a group.
+    """
+    with torch.no_grad():
+        results = [vectors[0].new_empty(sum(vector.shape[0] for vector in vectors)) for vectors in groups]
+        kinds = [result.dtype for result in results]
+        for kind in dict.fromkeys(kinds):
+            pairs = [pair for pair in zip(results, groups, strict=True) if pair[0].dtype == kind]
+            parts = [
+                part for result, vectors in pairs for part in torch.split(result, [len(vector) for vector in vectors])
+            ]
+            # Private: nothing public copies many tensors at once (2.11.0, 2.13.0).
+            torch._foreach_copy_(parts, [vector for _, vectors in pairs for vector in vectors])
+        return results
