@@ -13,6 +13,10 @@ from torch import nn
 from toy import TEXT, WIDTH, Toy, toy_inputs
 
 import hvcompile
+from hvcompile.graph.subgraphs import is_call
+from hvcompile.journal import Declined
+from hvcompile.torch_private import fakes
+from hvcompile.trunk.outline import recover
 
 SIZES = [(3, 6, 10), (5, 10, 8), (2, 8, 12)]
 """Frames, height, width: no two are equal, nor equal to a number of channels, or Dynamo takes them for one size."""
@@ -285,3 +289,52 @@ def test_the_graph_for_inputs_that_do_not_fit_assumes_nothing_of_floats(dynamic:
                 feed = (sample, torch.tensor([500.0]), text, mask, guidance)
                 assert relative_error(fast(*feed), model(*feed)) < 1e-5
     assert hvcompile.stats(fast).unfit == 4
+
+
+class Tiled(nn.Module):
+    """A block that reads a size of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, height: int) -> torch.Tensor:
+        rows = hidden.reshape(1, height, -1, WIDTH).mean(dim=2, keepdim=True)
+        change: torch.Tensor = self.out(hidden).reshape(1, height, -1, WIDTH) * rows
+        return hidden + change.flatten(1, 2)
+
+
+class Tiles(nn.Module):
+    """A model that takes one height alone, which its blocks read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(1, 4, 1, WIDTH))
+        self.blocks = nn.ModuleList(Tiled() for _ in range(3))
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        height = sample.shape[1]
+        hidden = (sample + self.places).flatten(1, 2)
+        for block in self.blocks:
+            hidden = block(hidden, height)
+        return hidden
+
+
+def test_a_size_that_can_be_but_one_is_no_operand_of_a_body() -> None:
+    """Inductor takes no number as an operand, and AOTAutograd would make one of such a symbol."""
+    seen: list[Any] = []
+
+    def keep(graph_module: torch.fx.GraphModule, _inputs: Any) -> Any:
+        trunk = recover(graph_module)
+        assert not isinstance(trunk, Declined)
+        calls = [node for node in trunk.graph.nodes if is_call(node)]
+        seen.extend(fakes.value(operand) for call in calls for operand in call.args[2:])
+        return trunk.module.forward
+
+    model, sample = Tiles(), torch.randn(1, 4, 6, WIDTH)
+    compiled = torch.compile(model, backend=keep, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        (found, *_), expected = (compiled(sample),), model(sample)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert any(isinstance(value, torch.SymInt) for value in seen), "no size is symbolic: the test is void"
+    assert not any(fakes.is_fixed(value) for value in seen)

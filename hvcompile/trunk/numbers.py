@@ -6,6 +6,8 @@ is a number which depends on data, and no operator takes that for its eps; as li
 unlike blocks apart. Dynamo guards on each that becomes a literal: another value compiles again, and is never ignored.
 
 Floats that are given to the call and read outside the blocks alone, such as a timestep, stay inputs.
+
+Sizes are symbols under ``dynamic=True``, and where a model needs a certain one, numbers with a symbol's type.
 """
 
 from __future__ import annotations
@@ -73,6 +75,22 @@ def fix_numbers(graph: fx.Graph, is_wanted: Callable[[fx.Node], bool]) -> set[fx
     return gone
 
 
+def fix_settled_sizes(graph: fx.Graph) -> None:
+    """Make literals of the symbolic sizes that can be but one, on which Dynamo guards already.
+
+    AOTAutograd would make them literals later, and Inductor takes no literal as an operand of a body.
+    """
+    for node in list(graph.nodes):
+        size = value(node)
+        if not isinstance(size, torch.SymInt) or not fakes.is_fixed(size):
+            continue
+        literal = fakes.literal_of(size)
+        for user in list(node.users):
+            user.args, user.kwargs = _replaced((user.args, user.kwargs), node, literal)
+        if node.op != "placeholder":
+            graph.erase_node(node)
+
+
 def is_float_input(node: fx.Node) -> bool:
     """Whether a node reads a Python float that Dynamo has made an input of."""
     (source,) = node.all_input_nodes[:1] or (node,)
@@ -80,5 +98,5 @@ def is_float_input(node: fx.Node) -> bool:
     return source.op == "placeholder" and isinstance(number, torch.SymFloat) and fakes.number_hint(number) is not None
 
 
-def _replaced(arguments: Any, node: fx.Node, literal: float) -> Any:
+def _replaced(arguments: Any, node: fx.Node, literal: int | float) -> Any:
     return fx.map_arg(arguments, lambda item: literal if item is node else item)

@@ -37,7 +37,7 @@ from hvcompile.torch_private.fakes import TAG, provenance, value
 from hvcompile.torch_private.lowering import INVOKE_SUBGRAPH
 from hvcompile.trunk.find import Block, describe_lists, entering, find_trunk, leaving
 from hvcompile.trunk.match import families_of, viewed_operands
-from hvcompile.trunk.numbers import fix_numbers_of_blocks, fix_numbers_of_modules
+from hvcompile.trunk.numbers import fix_numbers_of_blocks, fix_numbers_of_modules, fix_settled_sizes
 from hvcompile.trunk.operands import as_operands, contiguous_like, is_activation, restore_order, symbolic_sizes
 from hvcompile.trunk.streams import find_streams
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
@@ -58,6 +58,7 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
         )
     count_from_start(module.graph)
     fix_numbers_of_modules(module.graph)
+    fix_settled_sizes(module.graph)
     blocks = find_trunk(module.graph)
     if isinstance(blocks, Declined):
         return blocks
