@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import hvcompile
 from hvcompile import outputs
-from hvcompile.app import cli, generate, metrics, video
+from hvcompile.app import cli, doctor, generate, metrics, video
 from hvcompile.app.cli import console, main
 from hvcompile.app.cli.display import COMPUTED, REUSED, STRIP, Display
 
@@ -312,6 +312,33 @@ runpy.run_module("hvcompile", run_name="__main__")
 def test_an_interrupt_is_one_line(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["doctor"]])
+def test_a_screen_that_takes_nothing_is_one_line(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "hvcompile", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "/a/report.html"), "'/a/report.html': No space left on device"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError("an encoder's words,\non two lines"), "an encoder's words, on two lines"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error: OSError, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "examine_request", refuse)
+    done = invoke("doctor")
+    assert (done.exit_code, done.stderr) == (2, f"error: {line}\n")
 
 
 def test_the_version_and_the_help() -> None:

@@ -96,6 +96,16 @@ def test_warnings_while_importing_are_lowered_and_errors_stay(
     assert warnings.showwarning is show
 
 
+def test_that_caches_are_off_is_no_news_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        quiet.hide_cache_notice()
+        warnings.warn("dynamo_pgo force disabled by torch.compiler.config.force_disable_caches", stacklevel=1)
+        with pytest.warns(UserWarning, match="else"):
+            warnings.warn("something else", stacklevel=1)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_import_that_fails_still_fails() -> None:
     show = warnings.showwarning
     with pytest.raises(ModuleNotFoundError), quiet.importing("no_such_library"):

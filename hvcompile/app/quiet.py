@@ -89,6 +89,11 @@ def _log_warning(  # as warnings.showwarning
     log.debug("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
 
+def hide_cache_notice() -> None:
+    """Ignore torch's warning that its caches are off, which compiling for an absent GPU switches off on purpose."""
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+
+
 def hide_progress_bars() -> None:
     """Turn off the loading bars of the libraries, which would break into ours."""
     import diffusers.utils.logging

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
@@ -13,6 +17,8 @@ from rich.text import Text
 
 from hvcompile.errors import InputError, OptionError, RunError, ours_below
 from hvcompile.ranks import launch
+
+log = logging.getLogger(__name__)
 
 WIDE = 2**14
 """Columns where the output is no terminal: no table is as wide, so none is cut."""
@@ -39,13 +45,40 @@ def let_first_rank_speak() -> None:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """Within, an interrupt (Ctrl-C) ends the command with one line and exit code 130."""
+def in_one_line() -> Iterator[None]:
+    """Within, what the system refuses ends the command with one line and exit code 2, and Ctrl-C with 130.
+
+    The first is any OSError that nobody foresaw: of the screen, which may be a file on a full disk, of a file, or of
+    what another library reads or writes. Its traceback goes to the log, for debugging.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
         err.print("stopped")
         raise typer.Exit(130) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader has seen enough, which typer knows of
+            raise
+        log.debug("ended by the system", exc_info=error)
+        err.quiet = False
+        err.print(Text(f"error: {_in_words(error)}"), soft_wrap=True)
+        _give_up_unwritten()
+        raise typer.Exit(2) from error
+
+
+def _in_words(error: OSError) -> str:
+    """What the system refused, and of which file, in one line."""
+    file = f"{error.filename!r}: " if error.filename is not None else ""
+    return " ".join(f"{file}{error.strerror or str(error) or type(error).__name__}".split())
+
+
+def _give_up_unwritten() -> None:
+    """Have Python write what it could not write to nowhere, or it would try again as it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

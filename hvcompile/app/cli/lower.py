@@ -21,6 +21,7 @@ def lower(request: Request) -> None:
             from hvcompile.app import lower
 
         quiet.hide_progress_bars()
+        quiet.hide_cache_notice()
         results = lower.lower_request(request)
     for part in tables.lowering_tables(results):
         out.print(part)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from hvcompile.app.cli.console import out, stopping
+from hvcompile.app.cli.console import in_one_line, out
 
 COMMANDS = {
     "generate": "Make a video of PROMPT, or a picture; what is not given is as the model likes it.",
@@ -32,18 +32,18 @@ def load(name: str) -> Any:
 
 
 class _Commands(typer.core.TyperGroup):
-    """Imports a command when it is run, and not those beside it; ends what the user interrupts in one line."""
+    """Imports a command when it is run, and not those beside it; an interrupt or a full disk ends it in one line."""
 
     def resolve_command(self, ctx: Any, args: Any) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         return name, load(str(name)), rest
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with stopping():
+        with in_one_line():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with stopping():
+        with in_one_line():
             return super().invoke(ctx)
 
 

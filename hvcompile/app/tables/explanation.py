@@ -45,7 +45,9 @@ def _trunk(explanation: Explanation) -> Table:
 
 def passes_table(journal: Sequence[JournalRow], did: str, left: str) -> Table:
     """What each pass did, and what it left; the headings say in which tense."""
-    table = Table("pass", did, left, title="passes", title_justify="left")
+    table = Table(title="passes", title_justify="left")
+    for heading in ("pass", did, left):
+        table.add_column(heading, overflow="fold")  # names of layers are long words
     for row in journal:
         reasons = "\n".join(f"{what}: {why}" for what, why in row.report.declined)
         table.add_row(row.name, Text("\n".join(row.report.matched) or "nothing"), Text(reasons))
