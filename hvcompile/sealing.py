@@ -18,7 +18,7 @@ from hvcompile.runtime.lineage import Origins
 from hvcompile.runtime.weights import WeightLayout
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.trunk.roles import InputRoles, classify
-from hvcompile.trunk.trunk import Derived, StoredWeights, Trunk
+from hvcompile.trunk.trunk import Derived, State, StoredWeights, Trunk
 
 # How far ranks' samples may be apart, relatively: what bf16's rounding makes of fifty steps, with other kernels on
 # other ranks, stays below; another seed's noise is apart by more than 1.
@@ -46,7 +46,7 @@ def seal(trunk: Trunk) -> CallPlan:
         numbers=tuple(number for number, node in enumerate(trunk.inputs) if not is_tensor(node)),
         symbols={number: symbol for number, symbol in symbols.items() if number < len(trunk.inputs)},
         num_outputs=num_outputs,
-        states=tuple(StateLayout(shape=item.shape, dtype=item.dtype, device=item.device) for item in trunk.states),
+        states=tuple(map(_state_layout, trunk.states)),
         has_record=bool(trunk.observed),
         content_device=None if trunk.weights_content is None else fakes.value(trunk.weights_content).device,
         passed=_passed(trunk, stored_sources),
@@ -109,6 +109,10 @@ def _passed(trunk: Trunk, stored_sources: set[fx.Node]) -> tuple[int, ...] | Non
     if not stored_sources:
         return None
     return tuple(place for place, node in enumerate(trunk.inputs) if node not in stored_sources)
+
+
+def _state_layout(state: State) -> StateLayout:
+    return StateLayout(shape=state.shape, dtype=state.dtype, device=state.device, may_be_left=state.may_be_left)
 
 
 def _weight_layout(stored: StoredWeights, place: dict[fx.Node, int]) -> WeightLayout:

@@ -19,6 +19,7 @@ from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting.reuse import contents, near_end, new_generation, relative_change
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
+from hvcompile.runtime.left_state import LEAVE
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
 from hvcompile.trunk.operands import as_operands, symbolic_sizes
@@ -36,7 +37,7 @@ class FirstBlockCache(Pass):
     A step reuses the last computed one if block 1's residual has changed little since. What is compared is the stream
     that carries the sample: the mean absolute difference from the last *computed* step, relative to the mean absolute
     value there. It may be at most ``threshold``. What is cached is the change over blocks 2..N, for every stream that
-    leaves the trunk. Predicate and state live in the graph:
+    leaves the trunk. A step that reuses it copies none of it. Predicate and state live in the graph:
 
     - A difference that is not finite never reuses.
     - Where weights or conditions were written to since the last step, also in ways that PyTorch does not track, the
@@ -294,8 +295,9 @@ def _add_branches(trunk: Trunk, plan: SkipPlan, cached: _Cached, reused: fx.Node
 
     kept = [hit.env[state.placeholder] for state in cached.residuals]
     restored = [hit.call(torch.add, hit.env[base], change) for base, change in zip(counterparts, kept, strict=True)]
+    left = [hit.make(LEAVE, state) for state in (*kept, hit.env[cached.first.placeholder])]
     branches = {
-        "cache_hit": (hit, [*restored, *kept, hit.env[cached.first.placeholder]]),
+        "cache_hit": (hit, [*restored, *left]),
         "cache_miss": (miss, [*computed, *changes, residual]),
     }
     return add_cond(trunk.module, reused, branches, passed.values(), before=anchor)
@@ -332,7 +334,7 @@ def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequen
             if user not in core:
                 user.replace_input_with(node, replacement)
     for state, output in zip([*cached.residuals, cached.first], outputs[len(plan.leaving) :], strict=True):
-        state.next_value = output
+        state.next_value, state.may_be_left = output, True
     for node in reversed(plan.moved):
         trunk.graph.erase_node(node)
     for node in bodies:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import golden
@@ -19,6 +22,7 @@ from hvcompile import journal, pipeline
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.pipeline import Context
 from hvcompile.rewriting.reuse import steps_left
+from hvcompile.runtime import call, left_state, state
 from hvcompile.torch_private.fakes import TAG
 from hvcompile.torch_private.lowering import COND, INVOKE_SUBGRAPH
 
@@ -440,3 +444,35 @@ def test_inputs_that_are_views_of_one_tensor() -> None:
     fast = hvfast(model, fullgraph=True, options={"lower": "aot"})
     with torch.no_grad():
         assert relative_error(fast(**inputs), model(**inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot"])
+def test_a_step_that_reuses_leaves_the_cache_where_it_is(lower: str) -> None:
+    """The same tensors, with what the last computed step wrote; and a later computed step writes them anew."""
+    model = Toy()
+    run = hvfast(model, options={"lower": lower, "first_block_cache": {"threshold": 0.9, "max_consecutive_hits": 2}})
+    text, kept = toy_inputs()["text"], []
+    with torch.no_grad():
+        for timestep in (900.0, 800.0, 700.0, 600.0):
+            run(**toy_inputs(timestep=timestep) | {"text": text})
+            (slot,) = next(iter(state._states_in(model))).slots.values()
+            kept.append([(id(tensor), tensor.clone()) for tensor in slot.tensors[:2]])
+    assert [step.reused for step in hvcompile.stats(model).steps] == [False, True, True, False]
+    for place in range(2):
+        (first, _, again, anew) = (step[place] for step in kept)
+        assert first[0] == again[0] != anew[0]
+        assert torch.equal(first[1], again[1])
+        assert first[1].abs().max() > 0
+
+
+def test_a_step_leaves_all_of_its_cache_or_none() -> None:
+    """Were one tensor's place in a branch to be taken by a copy, the next step would not read what is unwritten."""
+    layout = call.StateLayout(shape=(1,), dtype=torch.float32, device=torch.device("cpu"), may_be_left=True)
+    plan = SimpleNamespace(states=(layout, layout, dataclasses.replace(layout, may_be_left=False)))
+    graph = SimpleNamespace(_plan=plan)
+    next_state = functools.partial(call.CompiledGraph._next_state, graph)  # type: ignore[arg-type]
+    before, after = [torch.zeros(1) for _ in range(3)], [torch.ones(1) for _ in range(3)]
+    assert next_state(before, after, left_state.Left(2)) == [*before[:2], after[2]]
+    assert next_state(before, after, left_state.Left(0)) == after
+    with pytest.raises(RuntimeError, match="left 1 of the tensors"):
+        next_state(before, after, left_state.Left(1))

@@ -117,6 +117,14 @@ def test_what_a_step_does(whole: Lowered) -> None:
     assert 0 < computed.peak_bytes < whole.gpu.memory_bytes
 
 
+def test_a_step_that_reuses_copies_no_state(whole: Lowered) -> None:
+    """Its branch reads a stream and what is cached of it, and writes the sum: nothing else of that size."""
+    assert whole.reused is not None
+    stream = 1020 * 256 * 2  # tokens, width, bytes
+    moved = [event.num_bytes for event in whole.reused.events if event.where[:1] == ("true_graph_0",)]
+    assert sum(moved) == 3 * stream
+
+
 def test_no_step_puts_biases_together(whole: Lowered) -> None:
     """Layers that are one float8 product take one bias, which is there before the step."""
     joined = 2 * (3 * 256 + 4 * 256)  # bytes: of q, k, v and the MLP of a single block
@@ -274,3 +282,12 @@ raise SystemExit("too far")
     assert "def call(" in (tmp_path / "code" / "hvfast_0.py").read_text()
     figures = json.loads((tmp_path / "figures.json").read_text())["hvfast"]
     assert figures["steps"]["computed"]["launches"] == results["hvfast"].computed.num_launches
+
+
+def test_every_float8_product_of_a_step_is_held_against_the_gpus_rules(whole: Lowered) -> None:
+    """One that has no float8 refuses the first; bfloat16 is what all others write."""
+    code, numbers = whole.code[-1], [1052]
+    with on_absent(whole.gpu, compile_kernels=False):
+        with pytest.raises(RuntimeError, match=r"_scaled_mm.default would be refused: compute capability 8\.6"):
+            walk.walk(code, numbers, reuse=False, capability=(8, 6))
+        assert walk.walk(code, numbers, reuse=False, capability=(10, 0)) == whole.computed

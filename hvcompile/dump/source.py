@@ -15,6 +15,7 @@ from torch import fx
 
 from hvcompile.graph.nodes import is_weight, op_name
 from hvcompile.graph.paths import module_path, parameter_path
+from hvcompile.runtime.left_state import LEAVE
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import STORED, TAG, number_hint, numel_hint, size_hint, value
 from hvcompile.trunk.trunk import Derived
@@ -154,7 +155,9 @@ def _forward(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     with graph.on_generate_code(lambda current: lambda lines: annotate(current(lines) if current else lines)):
         code = graph.python_code("self", verbose=True, expanded_def=True)
     used = {name: item for name, item in code.globals.items() if re.search(rf"(?<![\w.]){re.escape(name)}\b", code.src)}
-    return re.sub(r"[ \t]+$", "", code.src, flags=re.MULTILINE).strip(), used
+    # The file runs without this package: there, state that a step leaves is copied.
+    text = code.src.replace(f"torch.ops.{LEAVE}(", "torch.clone(")
+    return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip(), used
 
 
 def _comments(graph: fx.Graph) -> dict[int, str]:

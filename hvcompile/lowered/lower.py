@@ -162,8 +162,8 @@ def lower_call(
             journal, numbers = _compile_plainly(graph, inputs) if plain else _compile(graph, inputs, settings)
         seconds = time.monotonic() - begin
         code = compilation.code[-1]
-        computed = walk(code, numbers, reuse=False)
-        reused = walk(code, numbers, reuse=True) if computed.has_branches else None
+        computed = walk(code, numbers, reuse=False, capability=gpu.capability)
+        reused = walk(code, numbers, reuse=True, capability=gpu.capability) if computed.has_branches else None
     return Lowered(
         gpu=gpu,
         ranks=ranks,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hvcompile.float8.rules import refusals
 from hvcompile.torch_private.absent_gpu import fake_tensors
 from hvcompile.torch_private.fakes import num_bytes
 from hvcompile.torch_private.generated_code import Hooks, run
@@ -19,8 +20,8 @@ TRITON, LIBRARY, COPY, SYNC, COLLECTIVE, WAIT = "Triton", "library", "copy", "sy
 
 # Operators that move nothing: they allocate, or look at memory in another way.
 _FREE = re.compile(
-    r"(prim\.|aten\.(empty|empty_strided|as_strided|view|_unsafe_view|slice|select|permute|t|transpose|unsqueeze|squeeze"
-    r"|expand|detach|split|split_with_sizes|alias)\.)"
+    r"(prim\.|hvcompile\.leave\.|aten\.(empty|empty_strided|as_strided|view|_unsafe_view|slice|select|permute|t"
+    r"|transpose|unsqueeze|squeeze|expand|detach|split|split_with_sizes|alias)\.)"
 )
 _COPIES = re.compile(r"aten\.(copy_|clone|_to_copy|cat|constant_pad_nd|contiguous)\.")
 
@@ -113,25 +114,30 @@ class Walk:
         return result
 
 
+# The arguments of a scaled product, in order.
+_PRODUCT = ("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum")
+
 _ENTER = "enter"
 _DECISION = "a decision"
 
 
-def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool) -> Walk:
+def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool, capability: tuple[int, int] = (9, 0)) -> Walk:
     """Run generated code on fake tensors.
 
     Args:
         code: as Inductor wrote it for the absent GPU.
         numbers: for the last inputs that are numbers: known at run time alone, such as how many keys are no padding.
         reuse: how the branch of a cache is decided.
+        capability: compute capability of the GPU, by which float8 products refuse their arguments.
 
     Raises:
         RuntimeError and others: an operator refuses its arguments, as it would on the device.
 
     """
-    recorder = _Recorder(reuse, max(numbers, default=1))
+    recorder = _Recorder(reuse, max(numbers, default=1), capability)
     hooks = Hooks(
         on_kernel=recorder.on_kernel,
+        before_operator=recorder.before_operator,
         on_operator=recorder.on_operator,
         on_item=recorder.on_item,
         on_enter=recorder.on_enter,
@@ -149,8 +155,8 @@ def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool) -> Walk:
 class _Recorder:
     """Keeps what the hooks tell of."""
 
-    def __init__(self, reuse: bool, size: int) -> None:
-        self._reuse, self._size = reuse, size
+    def __init__(self, reuse: bool, size: int, capability: tuple[int, int]) -> None:
+        self._reuse, self._size, self._capability = reuse, size, capability
         self._where: list[str] = []
         self.events: list[Event] = []
         self.memory = LiveBytes()
@@ -174,6 +180,19 @@ class _Recorder:
         self.memory.note(tensors)
         moved = round(float(estimate[1]) * 1e9) if estimate else sum(map(num_bytes, tensors))
         self._add(TRITON, name, moved)
+
+    def before_operator(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if not name.startswith("aten._scaled_mm."):
+            return
+        given = {**dict(zip(_PRODUCT, args, strict=False)), **kwargs}
+        found = refusals(
+            *(given[item] for item in _PRODUCT[:4]),
+            bias=given.get("bias"),
+            dtype=given.get("out_dtype") or given["self"].dtype,
+            capability=self._capability,
+        )
+        if found:
+            raise RuntimeError(f"{'/'.join([*self._where, name])} would be refused: {'; '.join(found)}")
 
     def on_operator(self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         self.memory.note(operands)

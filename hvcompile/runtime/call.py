@@ -16,6 +16,7 @@ from hvcompile.journal import Declined, JournalRow
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
 from hvcompile.runtime.fingerprints import Fingerprints
+from hvcompile.runtime.left_state import Left, watching
 from hvcompile.runtime.lineage import Origins, Traced, record
 from hvcompile.runtime.slots import Slot
 from hvcompile.runtime.state import ModelState, model_state
@@ -34,11 +35,12 @@ _NUMBERS = itertools.count()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateLayout:
-    """How to make a fresh state tensor; ``shape`` may be symbolic."""
+    """How to make a fresh state tensor, whose ``shape`` may be symbolic, and whether a step may leave it as it is."""
 
     shape: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
     device: torch.device
+    may_be_left: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,12 +142,25 @@ class CompiledGraph:
             return self._run([*passed, *added])
         traced, told = self._trace(args)
         slot, content = self._slot(model, args, revision, generation or self._generation(args), traced)
-        results = self._run([*passed, *added, *told, *content, *slot.tensors])
+        with watching() as left:
+            results = self._run([*passed, *added, *told, *content, *slot.tensors])
         end = plan.num_outputs + len(plan.states)
-        slot.tensors = list(results[plan.num_outputs : end])
+        slot.tensors = self._next_state(slot.tensors, results[plan.num_outputs : end], left)
         if plan.has_record:
             model.add_pending(slot.number, results[end])
         return results[: plan.num_outputs]
+
+    def _next_state(self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], left: Left) -> list[Any]:
+        """The state of the next step: of what the step left the tensors that it was given, else those that it gave."""
+        layouts = self._plan.states
+        if left.count not in {0, sum(layout.may_be_left for layout in layouts)}:
+            raise RuntimeError(
+                f"hvcompile: a step left {left.count} of the tensors of its state, which it leaves together"
+            )
+        return [
+            old if left.count and layout.may_be_left else new
+            for old, new, layout in zip(before, after, layouts, strict=True)
+        ]
 
     def _made(self, args: Sequence[Any], flow: Flow) -> Made:
         """The weights that a call was given."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,7 @@ class Hooks:
 
     Attributes:
         on_kernel: of a Triton launch: the kernel's name, its source and its arguments.
+        before_operator: of an operator of torch, before it: its name and its arguments.
         on_operator: of an operator of torch, after it: its name, the tensors that went in, and those that came out.
         on_item: of a number read from the device; answers it.
         on_enter: of a function of the code that begins; its name.
@@ -35,6 +36,7 @@ class Hooks:
     """
 
     on_kernel: Callable[[str, str, Sequence[Any]], None]
+    before_operator: Callable[[str, Sequence[Any], Mapping[str, Any]], None]
     on_operator: Callable[[str, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
     on_item: Callable[[torch.Tensor], Any]
     on_enter: Callable[[str], None]
@@ -147,6 +149,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._hooks = hooks
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._hooks.before_operator(str(func), args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         self._hooks.on_operator(str(func), list(_tensors([args, kwargs or {}])), list(_tensors([result])))
         return result

@@ -40,6 +40,7 @@ class Branch:
         self.root, self.tag, self.graph = root, tag, fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.results: list[fx.Node] = []
+        self._own: set[fx.Node] = set()
         for outer, operand in passed.items():
             self.env[outer] = self.graph.placeholder(operand.name)
             self.env[outer].meta["example_value"] = value(operand)
@@ -58,11 +59,20 @@ class Branch:
         node.meta = {TAG: self.tag, "example_value": value(args[0])}
         return node
 
+    def make(self, function: Any, like: fx.Node) -> fx.Node:
+        """Add an operation that returns a contiguous tensor of its own, of the shape of its operand."""
+        node = self.call(function, like)
+        node.meta["example_value"] = contiguous_like(value(like))
+        self._own.add(node)
+        return node
+
     def finish(self, results: Sequence[fx.Node], flat: Sequence[bool]) -> fx.GraphModule:
         """Return these nodes, each as a contiguous tensor of its own, of one dimension where ``flat`` says so."""
         for result, is_flat in zip(results, flat, strict=True):
-            copied = self.graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
-            copied.meta = {TAG: self.tag, "example_value": contiguous_like(value(result))}
+            copied = result
+            if result not in self._own:
+                copied = self.graph.call_function(torch.clone, (result,), {"memory_format": torch.contiguous_format})
+                copied.meta = {TAG: self.tag, "example_value": contiguous_like(value(result))}
             if is_flat:
                 copied = self.graph.call_function(torch.flatten, (copied,))
                 copied.meta = {TAG: self.tag, "example_value": contiguous_like(value(result)).flatten()}

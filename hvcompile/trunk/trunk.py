@@ -75,6 +75,7 @@ class State:
         dtype: of the tensor.
         device: of the tensor.
         next_value: the node of the value that the next call gets; None until the pass has made it.
+        may_be_left: whether a call may say that it leaves it as it is; see ``runtime.left_state``.
 
     """
 
@@ -84,6 +85,7 @@ class State:
     dtype: torch.dtype
     device: torch.device
     next_value: fx.Node | None = None
+    may_be_left: bool = False
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
