@@ -6,6 +6,8 @@ all of them by Inductor.
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from slow import SLOW
 from typer.testing import CliRunner
@@ -66,3 +69,62 @@ def test_what_a_pipeline_does_not_take_or_lacks_is_one_line(tmp_path: Path) -> N
         assert message in done.stderr
         assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
         assert "Traceback" not in done.stderr
+
+
+def damage(model: Path, how: str) -> None:
+    """Damage a part of a pipeline's directory."""
+    weights, config = (
+        model / "transformer" / "diffusion_pytorch_model.safetensors",
+        model / "transformer" / "config.json",
+    )
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-500])
+    elif how == "gone":
+        weights.unlink()
+    elif how == "of another size":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4}))
+    else:
+        config.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (
+            "truncated",
+            "Unable to load weights from checkpoint file for 'transformer/diffusion_pytorch_model.safetensors",
+        ),
+        ("gone", "no file named .* found in directory transformer|no file named .*transformer"),
+        ("of another size", r"expected shape torch.Size\(\[64\]\)"),
+        ("unreadable", r"the config file at '.*transformer/config.json' is not a valid JSON"),
+    ],
+)
+def test_a_damaged_pipeline_is_one_line(how: str, message: str, tmp_path: Path) -> None:
+    model = tiny_pipelines.write("flux", tmp_path / ("deep" * 30))
+    damage(model, how)
+    done = invoke("a red ball", "--model", str(model), "--steps", "1", "-o", str(tmp_path / "a.png"))
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert (done.exit_code, len(lines)) == (2, 1), done.stderr
+    assert lines[0].startswith(f"error: model '{model}' can't be loaded: ")
+    assert re.search(message, lines[0])
+
+
+def test_an_adapter_is_fused_with_its_scale(tmp_path: Path) -> None:
+    """The same pixels as diffusers' own run has with the adapter loaded and not fused."""
+    tiny = tiny_pipelines.PIPELINES["flux"]
+    model = tiny_pipelines.write("flux", tmp_path)
+    pipe = pipelines.load(str(model)).pipe
+    torch.manual_seed(5)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    )
+    type(pipe).save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.transformer))
+    request = tiny.request(model, tmp_path, mode="exact", lora=(f"{tmp_path / 'lora'}:0.5",))
+    plain = pipelines.load(str(model))
+    without = tiny_pipelines.eager(plain, request)
+    plain.pipe.load_lora_weights(tmp_path / "lora", adapter_name="one")
+    plain.pipe.set_adapters(["one"], [0.5])
+    expected = tiny_pipelines.eager(plain, request)
+    found = generate(request).run.frames
+    assert float(np.abs(expected - without).max()) > 1e-2, "the adapter does nothing: the test is void"
+    assert float(np.abs(found - expected).max()) < 1e-4

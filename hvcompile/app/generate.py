@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvcompile import outputs
-from hvcompile.app import adapters, metrics, overview, pictures, pipelines, sheet, tiny, video
+from hvcompile.app import adapters, metrics, overview, pictures, pipelines, quiet, sheet, tiny, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.records import record, write_report
@@ -100,7 +100,8 @@ def _ready(request: Request, observe: Observer, loaded: pipelines.Loaded | None)
         raise InputError(lacking)
     if loaded is None:
         observe("loading")
-        loaded = pipelines.load(request.model, request.dtype, device)
+        with quiet.loading():
+            loaded = pipelines.load(request.model, request.dtype, device)
     pipelines.tile(loaded, request.vae_tiling)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):

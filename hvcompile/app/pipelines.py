@@ -200,7 +200,7 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
     except Exception as error:  # every library below raises its own kind; the cause stays attached
         if is_local:
             raise InputError(
-                f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again"
+                f"model {model!r} can't be loaded: {first_line(error, Path(_place(model)))}; copy or download it again"
             ) from error
         raise InputError(
             f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check its "
@@ -224,7 +224,14 @@ def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, A
     return loaded
 
 
-def first_line(error: BaseException) -> str:
-    """Cut an exception's message, which may be a page long, down to a part of a line."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return textwrap.shorten(message, 120, placeholder=" ...").rstrip(".:;")
+def first_line(error: BaseException, known: Path | None = None) -> str:
+    """Cut an exception's message, which may be a page long, down to a part of a line.
+
+    Args:
+        error: of whatever library.
+        known: a directory that the reader knows of: of files in it, the rest of the path is left.
+
+    """
+    text = str(error) if known is None else str(error).replace(f"{known}/", "")
+    message = " ".join(text.split()) or type(error).__name__
+    return textwrap.shorten(message, 120, placeholder=" ...").rstrip(" .:;")

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TextIO
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,25 @@ def importing(*libraries: str) -> Iterator[None]:
         yield
 
 
+HARMLESS = (
+    "requires torchvision",
+    "bos_token_id must be",
+    "eos_token_id must be",
+    "An error occurred while trying to fetch",
+    "Defaulting to unsafe serialization",
+)
+"""Parts of warnings that loading a pipeline gives, and that nobody can act on: nothing unsafe is read in any case."""
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Within, harmless warnings of diffusers and transformers go to the log of this module; others stay."""
+    with contextlib.ExitStack() as stack:
+        for library in ("diffusers", "transformers"):
+            stack.enter_context(_lowered_log(library, HARMLESS))
+        yield
+
+
 @contextlib.contextmanager
 def _lowered_warnings() -> Iterator[None]:
     """Within, what Python's warnings would print goes to this module's log; those that are errors stay errors.
@@ -49,12 +68,18 @@ def _lowered_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lowered_log(library: str) -> Iterator[None]:
-    """Within, warnings on a library's logger go to this module's, for debugging."""
+def _lowered_log(library: str, parts: Collection[str] = ()) -> Iterator[None]:
+    """Within, warnings on a library's logger go to this module's, for debugging.
+
+    Args:
+        library: that logs.
+        parts: texts; where some are given, only what holds one of them, errors too.
+
+    """
     with contextlib.suppress(ImportError):  # what can't be imported says so where it is needed
         importlib.import_module(f"{library}.utils.logging")  # puts its handler in place
     logger = logging.getLogger(library)
-    lowering, handlers = _Lowering(library), tuple(logger.handlers)
+    lowering, handlers = _Lowering(library, parts), tuple(logger.handlers)
     for handler in handlers:
         handler.addFilter(lowering)
     try:
@@ -67,15 +92,23 @@ def _lowered_log(library: str) -> Iterator[None]:
 class _Lowering(logging.Filter):
     """Keeps a library's warnings from its handlers, which others may share, and logs each for debugging instead."""
 
-    _latest: logging.LogRecord | None = None
+    def __init__(self, library: str, parts: Collection[str]) -> None:
+        super().__init__(library)
+        self._parts = parts
+        self._latest: logging.LogRecord | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno > logging.WARNING or not super().filter(record):
+        if not super().filter(record) or not self._is_harmless(record):
             return True
         if record is not self._latest:  # each handler asks
             self._latest = record
             log.debug("%s: %s", record.name, record.getMessage())
         return False
+
+    def _is_harmless(self, record: logging.LogRecord) -> bool:
+        if self._parts:
+            return any(part in record.getMessage() for part in self._parts)
+        return record.levelno <= logging.WARNING
 
 
 def _log_warning(  # as warnings.showwarning

@@ -17,7 +17,10 @@ from hvcompile.errors import InputError, OutputError
 def check_finite(frames: Frames, name: str) -> None:
     """Raise InputError where a value is NaN or infinite; ``name`` says whose pixels they are."""
     if not np.isfinite(frames).all():
-        raise InputError(f"the pixels of {name} are not all finite: give dtype float32 or bfloat16")
+        raise InputError(
+            f"the pixels of {name} are not all finite: give dtype float32 or bfloat16, or, where it is one of these, "
+            "look for NaN in the weights"
+        )
 
 
 def write(frames: Frames, output: Path, *, fps: int) -> None:
