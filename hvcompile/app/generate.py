@@ -18,7 +18,7 @@ from hvcompile.app.request.jobs import Job
 from hvcompile.app.results import Batch, Clip, Result
 from hvcompile.app.runner import Runner
 from hvcompile.app.steps import Observer
-from hvcompile.errors import HvcompileError, InputError
+from hvcompile.errors import InputError, OutputError, RunError
 from hvcompile.ranks import launch
 from hvcompile.runtime.state import Stats
 from hvcompile.torch_private import dynamo
@@ -38,7 +38,7 @@ def generate(
     Args:
         request: what to generate.
         observe: told of phases and steps as they come.
-        loaded: a pipeline to use in place of ``request.model``, for which model, dtype and device are then ignored.
+        loaded: a pipeline to use in place of ``request.model``; model, adapters, dtype and device are then ignored.
 
     Raises:
         InputError: the request can't be met; before any compile time is spent, except where the pixels aren't finite.
@@ -56,8 +56,9 @@ def generate_all(
 ) -> Batch:
     """Run every job of ``request`` with one compilation, write a file each, and a contact sheet of all.
 
-    A job that fails is noted, and the others go on. Arguments and errors are those of ``generate``, errors of single
-    jobs aside.
+    A job whose pixels, memory, pipeline or file fail is noted, and the others go on. Where the run is interrupted, the
+    sheet and the JSON file are of what was made by then. Arguments and errors are those of ``generate``, errors of
+    single jobs aside.
     """
     with _ready(request, observe, loaded) as ready:
         output = _output(request, ready)
@@ -65,29 +66,39 @@ def generate_all(
         runner = Runner(ready, BACKEND, request.compile_arguments(), observe)
         clips: list[Clip] = []
         shown: list[overview.Row] = []
-        for job in jobs:
-            observe(f"{len(clips) + 1} of {len(jobs)}: seed {job.seed}, {job.prompt}")
-            try:
-                run = runner.run(job, arguments)
-                if launch.rank() == 0:
-                    _write(run, job.output, request.fps)
-            except HvcompileError as error:
-                clips.append(Clip(job=job, run=None, error=" ".join(str(error).split())))
-                continue
-            shown.append(overview.Row.of(run.frames, f"seed {job.seed}: {job.prompt}"))
-            clips.append(Clip(job=job, run=run.without_frames()))
-        place = None
-        if shown and launch.rank() == 0:
-            place = request.sheet_path(output)
-            sheet.write(overview.draw(shown), place)
-        stats = stats_of_all(denoisers(ready.pipe))
-        batch = Batch(clips=tuple(clips), stats=stats, sheet=place, notes=_notes(request, ready, stats))
-        if request.json_file is not None and launch.rank() == 0:
-            made = [
-                record(request, ready, clip.job, clip.run, stats, arguments) | {"error": clip.error} for clip in clips
-            ]
-            outputs.write_json({"clips": made}, request.json_file)
+        try:
+            for job in jobs:
+                observe(f"{len(clips) + 1} of {len(jobs)}: seed {job.seed}, {job.prompt}")
+                try:
+                    run = runner.run(job, arguments)
+                    if launch.rank() == 0:
+                        _write(run, job.output, request.fps)
+                except (InputError, OutputError, RunError) as error:
+                    clips.append(Clip(job=job, run=None, error=" ".join(str(error).split())))
+                    continue
+                shown.append(overview.Row.of(run.frames, f"seed {job.seed}: {job.prompt}"))
+                clips.append(Clip(job=job, run=run.without_frames()))
+        finally:
+            batch = _finished(request, ready, output, clips, shown)
         return batch
+
+
+def _finished(
+    request: Request, loaded: pipelines.Loaded, output: Path, clips: list[Clip], shown: list[overview.Row]
+) -> Batch:
+    """Write the sheet and the JSON file of several clips, as far as they were made."""
+    stats = stats_of_all(denoisers(loaded.pipe))
+    batch = Batch(clips=tuple(clips), stats=stats, sheet=None, notes=_notes(request, loaded, stats))
+    if launch.rank() > 0:
+        return batch
+    if shown:
+        batch = dataclasses.replace(batch, sheet=request.sheet_path(output))
+        sheet.write(overview.draw(shown), request.sheet_path(output))
+    if request.json_file is not None:
+        arguments = call_arguments(request, loaded)
+        made = [record(request, loaded, clip.job, clip.run, stats, arguments) | {"error": clip.error} for clip in clips]
+        outputs.write_json({"clips": made}, request.json_file)
+    return batch
 
 
 @contextlib.contextmanager
@@ -102,11 +113,11 @@ def _ready(request: Request, observe: Observer, loaded: pipelines.Loaded | None)
         observe("loading")
         with quiet.loading():
             loaded = pipelines.load(request.model, request.dtype, device)
+        adapters.fuse(loaded.pipe, request.lora)
     pipelines.tile(loaded, request.vae_tiling)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):
         call_arguments(request, loaded)
-        adapters.fuse(loaded.pipe, request.lora)
         yield loaded
 
 
