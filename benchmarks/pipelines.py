@@ -34,22 +34,17 @@ def measure(name: str, folder: Path) -> Row:
     import tiny_pipelines
 
     from hvcompile.app import pipelines
+    from hvcompile.app.batch import generate_all
     from hvcompile.app.denoisers import denoisers
-    from hvcompile.app.generate import generate, generate_all
+    from hvcompile.app.generate import generate
 
     tiny = tiny_pipelines.PIPELINES[name]
     model = tiny_pipelines.write(name, folder)
     exact = tiny.request(model, folder, mode="exact", backend_settings=())
     loaded = pipelines.load(str(model))
     expected = tiny_pipelines.eager(loaded, exact)
-    told: list[str] = []
-
-    def observe(event: object) -> None:
-        if isinstance(event, str) and "in pieces" in event:
-            told.append(event)
-
     began = time.monotonic()
-    result = generate(exact, observe, loaded)
+    result = generate(exact, loaded=loaded)
     seconds = time.monotonic() - began
     assert result.stats is not None
     loaded = pipelines.load(str(model))
@@ -65,7 +60,7 @@ def measure(name: str, folder: Path) -> Row:
         "error": float(np.abs(result.run.frames - expected).max()),
         "graphs": result.stats.graphs,
         "recompiles": result.stats.recompiles,
-        "pieces": told,
+        "pieces": [note for note in result.notes if "in pieces" in note],
         "errors_by_default": [clip.error for clip in batch.clips if clip.error is not None],
         "reused_by_default": [run.num_reused for run in runs],
         "cached": sum(

@@ -30,6 +30,8 @@ def test_assignments_are_json_where_they_read_as_such() -> None:
         "h": "",
         "i": "x=y",
     }
+    for text in ("a=NaN", "a=[1, Infinity]", "a=1e999", "a=" + "[" * 100_000):
+        assert assignments.assignments([text], "--set", "a=1") == {"a": text[2:]}, "it is no JSON, so it is text"
     for wrong, message in ((["a"], "is no assignment: give name=value"), (["a=1", "a=2"], "gives a twice")):
         with pytest.raises(InputError, match=message):
             assignments.assignments(wrong, "--set", "a=1")
@@ -92,6 +94,7 @@ def test_seeds_are_numbers_and_ranges(text: str, seeds: tuple[int, ...]) -> None
         ("4-2", "runs backwards: give 2-4"),
         ("1,0-2", "gives a seed twice"),
         ("0-10000000000", "has over 100000 seeds"),
+        ("9" * 5000, "is no number and no range"),
     ],
 )
 def test_seeds_that_are_none_are_told(text: str, message: str) -> None:
@@ -109,6 +112,8 @@ def test_files_of_jobs_are_named_after_what_differs() -> None:
 
 def test_a_file_without_prompts_is_told(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbf# a comment\na red ball\n")
+    assert jobs.read_prompts(file) == ("a red ball",)
     for content, message in ((b"\n# none\n", "holds no prompt"), (b"\xff\xfe", "is no text in UTF-8")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=message):
@@ -179,6 +184,23 @@ def test_an_adapter_has_a_scale(text: str, place: str, scale: float) -> None:
 def test_an_adapters_scale_is_a_number() -> None:
     with pytest.raises(InputError, match=r"'big' is no scale: give PATH, or PATH:0.8"):
         adapters.parse("a:big")
+
+
+def read(picture: Image.Image, file: Path, **how: Any) -> Any:
+    picture.save(file, **how)
+    return np.asarray(pictures.read(file, "image"))
+
+
+def test_pictures_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    """Turned as a camera says, deep ones scaled and not clamped, and white behind what is transparent."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read(Image.new("RGB", (64, 32)), tmp_path / "a.jpg", exif=exif).shape == (64, 32, 3)
+    ramp = np.linspace(0, 65535, 256, dtype=np.uint16)[None].repeat(4, 0)
+    assert np.abs(read(Image.fromarray(ramp), tmp_path / "b.png")[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+    assert (read(Image.new("RGBA", (4, 4), (255, 0, 255, 0)), tmp_path / "c.png") == 255).all()
+    with pytest.raises(InputError, match="has 32 bits a channel"):
+        read(Image.fromarray(np.zeros((4, 4), np.float32)), tmp_path / "d.tiff")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])

@@ -28,7 +28,7 @@ from transformers import T5Config, T5EncoderModel
 
 import hvcompile
 from hvcompile import outputs
-from hvcompile.app import generate, metrics, pipelines, runner, tiny, video
+from hvcompile.app import batch, generate, metrics, pipelines, runner, sheet, tiny, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.generate import Request
 from hvcompile.app.grid import Grid
@@ -189,6 +189,17 @@ def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path
         ({"steps": 0}, "steps is 0: give 1 or more"),
         ({"frames": -3}, "frames is -3: give 1 or more"),
         ({"fps": 0}, "fps is 0"),
+        ({"fps": 3_000_000_000}, "fps is 3000000000: give 1000 or less"),
+        (
+            {"compare": True, "sheet_file": Path("out.png"), "json_file": Path("out.json"), "html_file": Path("no.x")},
+            "html",
+        ),
+        (
+            {"output": Path("a.png"), "compare": True, "sheet_file": Path("a.png")},
+            "sheet 'a.png' is the file of output too",
+        ),
+        ({"lora": ("none.safetensors",)}, "lora 'none.safetensors' is not there"),
+        ({"lora": ("a:nan",)}, "the scale is nan: give a finite number"),
         ({"seed": 2**64}, "fits in 64 bits"),
         ({"threshold": -0.1}, "threshold is -0.1"),
         ({"threshold": math.nan}, "threshold is nan"),
@@ -438,11 +449,10 @@ def test_a_model_that_is_no_whole_graph_is_compiled_in_pieces(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", broken)
-    events: list[Any] = []
-    result = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), events.append, fresh)
+    result = generate.generate(Request(**{**SMALL, "prompt": "a red circle"}, output=tmp_path / "a.mp4"), loaded=fresh)
     assert len(result.run.steps) == 4
-    (told,) = [event for event in events if "in pieces" in str(event)]
-    assert "Dynamo can't keep the model in one graph" in told
+    (told,) = result.notes
+    assert "compiled in pieces, since Dynamo can't keep the model in one graph: " in told
     assert len(decode(tmp_path / "a.mp4")) == 5
 
 
@@ -461,9 +471,9 @@ def test_several_prompts_and_seeds_are_one_compilation_and_a_file_each(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# two of them\na red circle\n\na blue square\n")
     given = {**SMALL, "prompt": None, "prompts_file": prompts, "seeds": "0-1", "json_file": tmp_path / "a.json"}
-    batch = generate.generate_all(Request(**given, output=tmp_path / "a.mp4"), loaded=loaded)
+    made = batch.generate_all(Request(**given, output=tmp_path / "a.mp4"), loaded=loaded)
     names = [f"a-{number}-seed{seed}" for number in (1, 2) for seed in (0, 1)]
-    assert [clip.job.output.stem for clip in batch.clips] == names
+    assert [clip.job.output.stem for clip in made.clips] == names
     assert {path.name for path in tmp_path.iterdir()} == {
         "a.json",
         "a.sheet.png",
@@ -493,9 +503,9 @@ def test_of_several_clips_one_that_fails_is_named_and_the_others_are_made(
         return replace(made, frames=made.frames * np.float32(np.nan)) if job.seed == 1 else made
 
     monkeypatch.setattr(runner.Runner, "run", sometimes)
-    batch = generate.generate_all(Request(**SMALL, seeds="0-2", output=tmp_path / "a.mp4"), loaded=loaded)
-    assert [clip.error is None for clip in batch.clips] == [True, False, True]
-    assert "not all finite" in str(batch.clips[1].error)
+    made = batch.generate_all(Request(**SMALL, seeds="0-2", output=tmp_path / "a.mp4"), loaded=loaded)
+    assert [clip.error is None for clip in made.clips] == [True, False, True]
+    assert "not all finite" in str(made.clips[1].error)
     assert {path.name for path in tmp_path.iterdir()} == {"a-seed0.mp4", "a-seed2.mp4", "a.sheet.png"}
 
 
@@ -512,6 +522,50 @@ def test_of_an_interrupted_run_what_was_made_stays(
     monkeypatch.setattr(runner.Runner, "run", until)
     request = Request(**SMALL, seeds="0-2", json_file=tmp_path / "a.json", output=tmp_path / "a.mp4")
     with pytest.raises(KeyboardInterrupt):
-        generate.generate_all(request, loaded=loaded)
+        batch.generate_all(request, loaded=loaded)
     assert {path.name for path in tmp_path.iterdir()} == {"a-seed0.mp4", "a.sheet.png", "a.json"}
     assert [clip["seed"] for clip in json.loads((tmp_path / "a.json").read_text())["clips"]] == [0]
+
+
+def test_files_that_are_read_may_go_once_the_run_has_begun(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompts, options = tmp_path / "prompts.txt", tmp_path / "options.json"
+    prompts.write_text("a red circle\na blue square\n")
+    options.write_text("{}")
+    run = runner.Runner.run
+
+    def remove(self: Any, job: Any, arguments: Any) -> Any:
+        prompts.unlink(missing_ok=True)
+        options.unlink(missing_ok=True)
+        return run(self, job, arguments)
+
+    monkeypatch.setattr(runner.Runner, "run", remove)
+    given = {**SMALL, "prompt": None, "prompts_file": prompts, "options_file": options}
+    request = Request(**given, json_file=tmp_path / "a.json", output=tmp_path / "a.mp4")
+    assert [clip.error for clip in batch.generate_all(request, loaded=loaded).clips] == [None, None]
+    assert len(json.loads((tmp_path / "a.json").read_text())["clips"]) == 2
+
+
+def test_a_sheet_that_can_t_be_written_loses_nothing_else(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OutputError("the sheet can't be written (No space left on device)")
+
+    monkeypatch.setattr(sheet, "write", fail)
+    request = Request(**SMALL, compare=True, json_file=tmp_path / "a.json", output=tmp_path / "a.mp4")
+    result = generate.generate(request, loaded=loaded)
+    assert result.problems == ("the sheet can't be written (No space left on device)",)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.json"}
+
+
+def test_a_step_that_compiles_on_the_way_is_no_step_after(tmp_path: Path) -> None:
+    """As the first one of a second denoiser."""
+    seconds, compiled = (5.0, 1.0, 3.0, 1.0), (True, False, True, False)
+    steps = tuple(
+        metrics.Step(backend="x", index=index, num_steps=4, seconds=took, compiled=did)
+        for index, (took, did) in enumerate(zip(seconds, compiled, strict=True))
+    )
+    run = metrics.Run(frames=np.zeros((1, 8, 8, 3), np.float32), seconds=10.0, steps=steps)
+    assert (run.step_seconds, run.compile_seconds) == (1.0, 6.0)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from hvcompile.app.denoisers import denoisers
 from hvcompile.app.pipelines import first_line
 from hvcompile.errors import InputError
 
 
 def fuse(pipe: Any, texts: Sequence[str]) -> None:
-    """Fuse adapters into a pipeline's weights.
+    """Fuse adapters into the weights of every denoiser, and of the text encoders that they have weights for.
 
     Args:
         pipe: a pipeline of diffusers.
         texts: ``place`` or ``place:scale``, the place as ``load_lora_weights`` takes it.
 
     Raises:
-        InputError: peft is not installed, the pipeline takes no adapters, or one can't be loaded.
+        InputError: peft is not installed, the pipeline takes no adapters, or one can't be loaded or fits no weight.
 
     """
     if not texts:
@@ -33,24 +36,52 @@ def fuse(pipe: Any, texts: Sequence[str]) -> None:
         place, scale = parse(text)
         name = f"lora{number}"
         try:
-            pipe.load_lora_weights(place, adapter_name=name)
+            _load(pipe, place, name)
         except Exception as error:  # every library below raises its own kind; the cause stays attached
             raise InputError(
                 f"lora {place!r} can't be loaded into {kind}: {first_line(error)}; give a file or directory of "
                 "safetensors, or a hub id, made for this model"
             ) from error
+        if not _adapted(pipe, name):
+            raise InputError(f"lora {place!r} fits no weight of {kind}: give one that was made for this model")
         scales[name] = scale
+    parts = list(dict.fromkeys(part for name in scales for part in _adapted(pipe, name)))
     pipe.set_adapters(list(scales), adapter_weights=list(scales.values()))
-    pipe.fuse_lora(adapter_names=list(scales))
+    pipe.fuse_lora(components=parts, adapter_names=list(scales))
     pipe.unload_lora_weights()
 
 
+def _load(pipe: Any, place: str, name: str) -> None:
+    """Load an adapter into each denoiser; a second one has to be asked for."""
+    pipe.load_lora_weights(place, adapter_name=name)
+    for denoiser in list(denoisers(pipe))[1:]:
+        pipe.load_lora_weights(place, adapter_name=name, **{f"load_into_{denoiser}": True})
+
+
+def _adapted(pipe: Any, name: str) -> list[str]:
+    """The parts of a pipeline that an adapter was loaded into."""
+    return [part for part, model in pipe.components.items() if name in (getattr(model, "peft_config", None) or {})]
+
+
 def parse(text: str) -> tuple[str, float]:
-    """Read ``place`` or ``place:scale``; raises InputError where what follows the last colon is no scale."""
-    place, colon, scale = text.rpartition(":")
-    if not colon or "/" in scale:  # no scale, as in an address of the web
-        return text, 1.0
-    try:
-        return place, float(scale)
-    except ValueError as error:
-        raise InputError(f"lora {text!r}: {scale!r} is no scale: give PATH, or PATH:0.8") from error
+    """Read ``place`` or ``place:scale``.
+
+    Raises:
+        InputError: what follows the last colon is no scale, or the place is a path with nothing at it.
+
+    """
+    place, colon, number = text.rpartition(":")
+    scale = 1.0
+    if not colon or "/" in number:  # no scale, as in an address of the web
+        place = text
+    else:
+        try:
+            scale = float(number)
+        except ValueError as error:
+            raise InputError(f"lora {text!r}: {number!r} is no scale: give PATH, or PATH:0.8") from error
+        if not math.isfinite(scale):
+            raise InputError(f"lora {text!r}: the scale is {number}: give a finite number")
+    looks_like_path = place.startswith(("/", "./", "../", "~")) or place.endswith(".safetensors")
+    if looks_like_path and not os.path.exists(os.path.expanduser(place)):
+        raise InputError(f"lora {place!r} is not there: give a file or directory of safetensors, or a hub id")
+    return os.path.expanduser(place) if looks_like_path else place, scale

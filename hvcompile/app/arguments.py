@@ -8,7 +8,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from hvcompile.app import pictures
 from hvcompile.app.grid import Grid
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.assignments import assignments
@@ -53,8 +52,7 @@ def call_arguments(request: Request, loaded: Loaded) -> dict[str, Any]:
         "guidance_scale": request.guidance,
         "true_cfg_scale": request.true_cfg,
         "negative_prompt": request.negative_prompt,
-        "image": request.image and pictures.read(request.image, "image"),
-        "last_image": request.last_image and pictures.read(request.last_image, "last-image"),
+        **request.pictures,
     }
     arguments = {name: value for name, value in named.items() if value is not None}
     for name in arguments:

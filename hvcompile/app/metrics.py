@@ -92,6 +92,7 @@ class Step:
         seconds: wall time.
         reused: whether every call of the transformer took the cached residual.
         difference: the largest relative difference that was compared with the threshold; None where there is no cache.
+        compiled: whether Dynamo captured a graph in it; the first step counts as such in any case.
 
     """
 
@@ -101,6 +102,7 @@ class Step:
     seconds: float
     reused: bool = False
     difference: float | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +140,21 @@ class Run:
 
     @property
     def compile_seconds(self) -> float:
-        """The first step, which compiles, less what a computed step takes afterwards."""
-        computed = [step.seconds for step in self.steps[1:] if not step.reused]
-        return max(0.0, self.steps[0].seconds - (statistics.median(computed) if computed else 0.0))
+        """The steps that compiled, less what a computed step takes otherwise."""
+        computed = [step.seconds for step in self._settled if not step.reused]
+        usual = statistics.median(computed) if computed else 0.0
+        settled = set(self._settled)
+        return sum(max(0.0, step.seconds - usual) for step in self.steps if step not in settled)
 
     @property
     def step_seconds(self) -> float | None:
-        """The mean of a step, computed or reused, after the first; None for a run of one step."""
-        return statistics.fmean(step.seconds for step in self.steps[1:]) if len(self.steps) > 1 else None
+        """The mean of a step, computed or reused, that compiled nothing; None where all did."""
+        return statistics.fmean(step.seconds for step in self._settled) if self._settled else None
+
+    @property
+    def _settled(self) -> list[Step]:
+        """The steps that compiled nothing: a second denoiser, or another length, compiles on the way."""
+        return [step for step in self.steps[1:] if not step.compiled]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,14 +32,14 @@ class Row:
         return cls(frames=(frames[chosen].clip(0, 1) * 255).round().astype(np.uint8), caption=caption)
 
 
-def draw(rows: Sequence[Row]) -> Image.Image:
-    """Draw a sheet of one row or more."""
+def draw(rows: Sequence[Row], count: int) -> Image.Image:
+    """Draw a sheet of one row or more; ``count`` is how many clips there are, of which it shows the first."""
     shown = rows[:MOST_ROWS]
     font = ImageFont.load_default(size=13)
     sizes = [fitted(row.frames.shape[2], row.frames.shape[1]) for row in shown]
     width = max(len(row.frames) * (size[0] + GAP) - GAP for row, size in zip(shown, sizes, strict=True))
     heights = [LINE + size[1] + GAP for size in sizes]
-    rest = len(rows) - len(shown)
+    rest = count - len(shown)
     height = sum(heights) + (LINE if rest else 0)
     page = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), PAPER)
     pen = ImageDraw.Draw(page)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hvcompile import outputs
 from hvcompile.app.metrics import Frames
@@ -30,7 +30,9 @@ def read(path: Path, name: str) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return _as_rgb(ImageOps.exif_transpose(picture), f"{name} {str(path)!r}")
+    except InputError:
+        raise
     except UnidentifiedImageError as error:
         raise InputError(f"{name} {str(path)!r} is no picture: give a PNG, JPEG or WebP file") from error
     except Image.DecompressionBombError as error:
@@ -38,6 +40,18 @@ def read(path: Path, name: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} {str(path)!r} can't be read ({reason}): give a whole picture file") from error
+
+
+def _as_rgb(picture: Image.Image, what: str) -> Image.Image:
+    """Eight bits a channel, with white behind what is transparent; Pillow alone would clamp and uncover."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise InputError(f"{what} has 32 bits a channel, whose range is not known: save it with 8 or 16")
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
 
 
 def write(frames: Frames, output: Path) -> None:

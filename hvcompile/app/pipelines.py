@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
+from safetensors import safe_open
 
 from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
@@ -141,8 +142,9 @@ def check_model(model: str) -> None:
         if not index.is_file():
             raise InputError(f"model {model!r} is a directory without model_index.json: give the root of a pipeline")
         try:
-            is_index = "_class_name" in json.loads(index.read_text())
-        except ValueError:
+            content = json.loads(index.read_text())
+            is_index = isinstance(content, dict) and "_class_name" in content
+        except (ValueError, RecursionError):
             is_index = False
         if not is_index:
             raise InputError(f"model {model!r}: its model_index.json is damaged: copy or download the pipeline again")
@@ -195,6 +197,8 @@ def _place(model: str) -> str:
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
     is_local = Path(model).expanduser().is_dir()
+    if is_local:
+        _check_weights(model)
     try:
         return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype)
     except Exception as error:  # every library below raises its own kind; the cause stays attached
@@ -208,6 +212,20 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
         ) from error
 
 
+def _check_weights(model: str) -> None:
+    """Raise InputError where a file of weights is damaged; reads the beginning of each, and names it."""
+    root = Path(model).expanduser()
+    for file in sorted(root.glob("*/*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except Exception as error:  # safetensors has an error of its own, beside the system's
+            raise InputError(
+                f"model {model!r} can't be loaded: {file.relative_to(root)} is damaged ({first_line(error)}); copy or "
+                "download it again"
+            ) from error
+
+
 def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any]) -> Loaded:
     kind = type(pipe).__name__
     if not denoisers(pipe):
@@ -219,6 +237,14 @@ def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, A
             f"model {name!r} is a {kind}, whose call lacks {', '.join(missing)}: it can't be followed here"
         )
     pipe.set_progress_bar_config(disable=True)
+    for part, module in pipe.components.items():
+        tensors = module.state_dict() if isinstance(module, torch.nn.Module) else {}
+        lacking = [tensor for tensor, held in tensors.items() if held.is_meta]
+        if lacking:
+            raise InputError(
+                f"model {name!r}: the weights of {part} lack {lacking[0]} and {len(lacking) - 1} more of what its "
+                "configuration asks for: copy or download it again"
+            )
     loaded = dataclasses.replace(loaded, pipe=pipe.to(device))
     tile(loaded, True)
     return loaded

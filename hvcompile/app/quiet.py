@@ -39,6 +39,7 @@ HARMLESS = (
     "eos_token_id must be",
     "An error occurred while trying to fetch",
     "Defaulting to unsafe serialization",
+    "No LoRA keys associated",
 )
 """Parts of warnings that loading a pipeline gives, and that nobody can act on: nothing unsafe is read in any case."""
 

@@ -180,6 +180,8 @@ def _facts(request: Request, loaded: Loaded, job: Job, result: Result, arguments
         "versions": _words(versions()),
         "denoisers": ", ".join(f"{name} ({type(model).__name__})" for name, model in denoisers(loaded.pipe).items()),
     }
+    if len(denoisers(loaded.pipe)) > 1:
+        facts["trunk and costs"] = f"those of {next(iter(denoisers(loaded.pipe)))} alone"
     if result.comparison is not None and result.comparison.step_speedup is not None:
         facts["against inductor"] = f"{result.comparison.step_speedup:.2f} times as fast a step"
     return {label: text for label, text in facts.items() if text}

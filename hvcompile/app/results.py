@@ -15,6 +15,7 @@ class Result:
     """A finished generation; ``comparison``, ``sheet``, its picture, and ``report`` are None unless asked for.
 
     ``stats`` is of all denoisers together, and None where nothing was compiled, as with ``TORCHDYNAMO_DISABLE=1``.
+    ``problems`` are files that could not be written beside the clip, a line each.
     """
 
     output: Path
@@ -24,6 +25,7 @@ class Result:
     sheet: Path | None = None
     report: Path | None = None
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,13 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Several generations by one compiled pipeline; ``sheet`` shows all that were made, None where none was."""
+    """Several generations by one compiled pipeline; ``sheet`` shows all that were made, None where none was.
+
+    ``problems`` are files that could not be written beside the clips, a line each.
+    """
 
     clips: tuple[Clip, ...]
     stats: Stats | None
     sheet: Path | None
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ class Runner:
     """A pipeline with every denoiser compiled by one backend.
 
     The denoisers are compiled as one graph each (``fullgraph=True``), which some models need to be captured whole. At
-    the first run of a model that can't be, all are compiled once more without, and ``observe`` is told.
+    the first run of a model that can't be, all are compiled once more without, and ``notes`` says so.
 
     Args:
         loaded: the pipeline.
@@ -44,6 +44,7 @@ class Runner:
     ) -> None:
         self._loaded, self._backend, self._compile_arguments = loaded, backend, compile_arguments
         self._observe, self._calls = observe, calls
+        self.notes: list[str] = []
         self._denoisers = denoisers(loaded.pipe)
         self._decide = Decisions(self._denoisers).new
         self._compile(fullgraph=True)
@@ -75,8 +76,8 @@ class Runner:
             if not (self._is_whole and dynamo.is_graph_break(error)):
                 raise
             reason = pipelines.first_line(error)
-        self._observe(
-            f"{self._backend}: compiling in pieces, since Dynamo can't keep the model in one graph ({reason})"
+        self.notes.append(
+            f"{self._backend} compiled in pieces, since Dynamo can't keep the model in one graph: {reason}"
         )
         self._compile(fullgraph=False)
         return self._run(job, arguments)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hvcompile.app import metrics
+from hvcompile.torch_private import dynamo
 
 Observer = Callable[["str | metrics.Step"], None]
 """Told, as a generation goes on, what has begun (a few words) and each step when it is done."""
@@ -36,6 +37,7 @@ class Watch:
         self._decide, self._observe = decide, observe
         self._decide()  # those of an earlier run
         self.steps: list[metrics.Step] = []
+        self._num_graphs = dynamo.num_captured()
         self._mark = time.perf_counter()
 
     @contextlib.contextmanager
@@ -85,6 +87,7 @@ class Watch:
         """Take the time of a step, as the callback of a pipeline."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        before, self._num_graphs = self._num_graphs, dynamo.num_captured()
         now, calls = time.perf_counter(), self._decide()  # several calls where guidance runs the model twice
         index = len(self.steps)
         sections = index // self._num_steps + 1
@@ -96,6 +99,7 @@ class Watch:
                 seconds=now - self._mark,
                 reused=bool(calls) and all(reused for reused, _ in calls),
                 difference=max((difference for _, difference in calls), default=None),
+                compiled=self._num_graphs > before,
             )
         )
         self._observe(self.steps[-1])

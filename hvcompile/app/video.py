@@ -40,7 +40,7 @@ def write(frames: Frames, output: Path, *, fps: int) -> None:
         with outputs.replacing(output) as part:
             try:
                 imageio.v3.imwrite(part, pixels, fps=fps, **how)
-            except (av.error.FFmpegError, EOFError) as error:
+            except (av.error.FFmpegError, EOFError, OverflowError, ValueError) as error:
                 raise OSError(str(error)) from error
     except OutputError as error:
         raise OutputError(f"{error}: {keep(pixels, output, fps)}") from error.__cause__

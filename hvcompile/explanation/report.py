@@ -74,14 +74,14 @@ def write(
         media: clips and pictures to show: label -> file. The report holds them, unless one is over 24 MiB.
 
     Raises:
-        InputError: neither ``explanation`` nor ``stats`` is given, the file can't be written at ``path``, or jinja2
+        InputError: nothing to show is given, the file can't be written at ``path``, or jinja2
             is not installed.
 
     """
     path = Path(path)
     check(path)
-    if explanation is None and stats is None:
-        raise InputError("a report needs something to show: give explanation, stats or both")
+    if explanation is None and stats is None and not media:
+        raise InputError("a report needs something to show: give explanation, stats or media")
     import jinja2  # the backend does without it
 
     environment = jinja2.Environment(

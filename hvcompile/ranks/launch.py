@@ -31,7 +31,7 @@ def num_ranks() -> int:
         import torch.distributed as dist
 
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
@@ -40,7 +40,15 @@ def rank() -> int:
         import torch.distributed as dist
 
         return dist.get_rank()
-    return int(os.environ["RANK"]) if num_ranks() > 1 else 0
+    return _number("RANK", 0) if num_ranks() > 1 else 0
+
+
+def _number(variable: str, default: int) -> int:
+    """A whole number that torchrun gives; raises InputError where something else stands there."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise InputError(f"the environment variable {variable} is {text!r}: torchrun sets it to a number, or unset it")
+    return int(text)
 
 
 def of_this_rank(directory: Path | None) -> Path | None:
@@ -67,7 +75,7 @@ def device_of_this_rank(device: str | None) -> str | None:
         return device
     if device is not None and torch.device(device).index is not None:
         raise InputError(f"device {device!r} can't be shared by {num_ranks()} ranks: give cuda, and each takes its own")
-    index, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    index, count = _number("LOCAL_RANK", rank()), torch.cuda.device_count()
     if index >= count:
         raise InputError(f"rank {rank()} is number {index} on a machine of {count} GPUs: start as many ranks as GPUs")
     return f"cuda:{index}"

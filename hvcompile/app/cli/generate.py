@@ -25,26 +25,25 @@ def generate(request: Request) -> None:
     with leaving_in_turn():
         extras.require("hvcompile generate", "cli", "diffusers")
         with quiet.importing("diffusers", "transformers"):
-            from hvcompile.app import generate  # diffusers takes seconds to import; --help must not
+            from hvcompile.app import batch, generate  # diffusers takes seconds to import; --help must not
 
         request.check()
         quiet.hide_progress_bars()
         is_one = len(request.jobs(Path("out"))) == 1
         with contextlib.ExitStack() as stack:
             display = _silent if request.quiet else stack.enter_context(Display())
-            made = generate.generate(request, display) if is_one else generate.generate_all(request, display)
+            made = generate.generate(request, display) if is_one else batch.generate_all(request, display)
     for note in made.notes:
         err.print(Text(f"note: {note}"), soft_wrap=True)
     failed = [] if isinstance(made, generate.Result) else [clip.error for clip in made.clips if clip.error is not None]
-    if request.quiet:
-        for error in failed:
-            err.print(Text(f"error: {error}"), soft_wrap=True)
-    else:
+    if not request.quiet:
         shown = [tables.summary(made)] if isinstance(made, generate.Result) else tables.batch_tables(made)
         for table in shown:
             out.print(table)
-    if failed:
-        raise typer.Exit(1)
+    for error in (*(failed if request.quiet else ()), *made.problems):
+        err.print(Text(f"error: {error}"), soft_wrap=True)
+    if failed or made.problems:
+        raise typer.Exit(1 if failed else 2)
 
 
 def _silent(event: object) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +22,8 @@ from hvcompile.ranks import launch
 VIDEOS = (".mp4", ".mkv", ".mov")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the files that are written; the first of each is that of the default."""
+MOST_FPS = 1000
+"""Frames a second; players know of no more, and an encoder counts in whole numbers of some size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +110,12 @@ class Request:
     device: Device = None
     dtype: Dtype = None
     dump: Annotated[Path | None, typer.Option(help="Directory for the graphs before and after each pass.")] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")] = False
     rank_timeout: RankTimeout = launch.TIMEOUT_SECONDS
 
     def check(self) -> None:
         """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
-        from hvcompile.app import pictures, pipelines
+        from hvcompile.app import adapters, pipelines
         from hvcompile.options import MODES, parse
         from hvcompile.passes import PASSES
 
@@ -118,9 +123,11 @@ class Request:
         self._check_texts()
         self._check_files()
         assignments(self.call_settings, "--set", "max_sequence_length=128")
-        for path, name in ((self.image, "image"), (self.last_image, "last-image")):
-            if path is not None:
-                pictures.read(path, name)
+        _ = self.pictures  # reads them
+        if self.compare and os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            raise InputError("compare has nothing to compare where TORCHDYNAMO_DISABLE=1 switches compiling off")
+        for place in self.lora:
+            adapters.parse(place)
         if self.model is not None:
             pipelines.check_model(self.model)
         pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
@@ -133,6 +140,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: give 1 or more")
+        if self.fps > MOST_FPS:
+            raise InputError(f"fps is {self.fps}: give {MOST_FPS} or less")
         if self.seed is not None and self.seeds is not None:
             raise InputError("seed and seeds are both given: give one of them")
         for seed in self.all_seeds():
@@ -165,7 +174,8 @@ class Request:
 
         output = self.output or Path(f"out{VIDEOS[0]}")
         outputs.check(output, name="output", kind="video or picture file", suffixes=(*VIDEOS, *PICTURES))
-        is_one = len(self.jobs(output)) == 1
+        places = [job.output for job in self.jobs(output)]
+        is_one = len(places) == 1
         for name, is_given in (("compare", self.compare), ("html", self.html_file is not None)):
             if is_given and not is_one:
                 raise InputError(f"{name} can't be given with several prompts or seeds: give one of each")
@@ -174,11 +184,30 @@ class Request:
                 f"sheet {str(self.sheet_file)!r} is of a comparison or of several clips: give compare too, or leave it "
                 "out"
             )
-        check_files(self.sheet_path(output) if self.compare or not is_one else None, self.json_file)
+        sheet = self.sheet_path(output) if self.compare or not is_one else None
+        check_files(sheet, self.json_file)
+        self._check_apart(places, sheet)
         if self.html_file is not None:
             report.check(self.html_file)
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
+
+    def _check_apart(self, places: Sequence[Path], sheet: Path | None) -> None:
+        """Raise InputError where a file would be written that another is, or that is read."""
+        fields = {"prompts": self.prompts_file, "options": self.options_file, "image": self.image}
+        fields |= {"last-image": self.last_image}
+        taken = {os.path.realpath(path): name for name, path in fields.items() if path is not None}
+        written = [("output", path) for path in places]
+        written += [("sheet", sheet)] if sheet is not None else []
+        written += [("json", self.json_file)] if self.json_file is not None else []
+        written += [("html", self.html_file)] if self.html_file is not None else []
+        for name, path in written:
+            place = os.path.realpath(path)
+            if place in taken:
+                raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
+            if os.path.isdir(place):
+                raise InputError(f"{name} {str(path)!r} is a directory: give another name")
+            taken[place] = name
 
     def all_seeds(self) -> tuple[int, ...]:
         """Every seed that is asked for."""
@@ -191,8 +220,27 @@ class Request:
             output: of a single job.
 
         """
-        prompts = (self.prompt or "",) if self.prompts_file is None else read_prompts(self.prompts_file)
-        return jobs(prompts, self.all_seeds(), output)
+        return jobs(self.prompts, self.all_seeds(), output)
+
+    # Files are read once: they may be pipes, or be gone when a long run ends.
+
+    @functools.cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt that is asked for."""
+        return (self.prompt or "",) if self.prompts_file is None else read_prompts(self.prompts_file)
+
+    @functools.cached_property
+    def options_in_file(self) -> dict[str, Any]:
+        """Options of the backend that a file gives."""
+        return options_file(self.options_file) if self.options_file is not None else {}
+
+    @functools.cached_property
+    def pictures(self) -> Mapping[str, Any]:
+        """Pictures to begin and to end with, by the names that pipelines have for them."""
+        from hvcompile.app import pictures
+
+        places = {"image": self.image, "last_image": self.last_image}
+        return {name: pictures.read(path, _option(name)) for name, path in places.items() if path is not None}
 
     def sheet_path(self, output: Path) -> Path:
         """Tell where a contact sheet goes."""
@@ -210,7 +258,7 @@ class Request:
         if self.dump is not None:
             own["dump"] = str(self.dump)
         given = nested(assignments(self.backend_settings, "--option", "first_block_cache.threshold=0.1"), "--option")
-        return merged("--option", options_file(self.options_file) if self.options_file else {}, own, given)
+        return merged("--option", self.options_in_file, own, given)
 
     def compile_arguments(self) -> dict[str, Any]:
         """Give the keyword arguments of ``Module.compile`` besides the backend."""

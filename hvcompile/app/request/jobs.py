@@ -53,7 +53,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"prompts {str(path)!r} is no text in UTF-8: give one prompt a line") from error
     except (OSError, ValueError) as error:
@@ -75,8 +75,10 @@ def read_seeds(text: str) -> tuple[int, ...]:
     seeds: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or part.strip().endswith("-"):
-            raise InputError(f"seeds {text!r}: {part.strip()!r} is no number and no range: give such as 0-7,42")
+        if not _is_number(first) or (last and not _is_number(last)) or part.strip().endswith("-"):
+            raise InputError(
+                f"seeds {text[:60]!r}: {part.strip()[:60]!r} is no number and no range: give such as 0-7,42"
+            )
         begin, end = int(first), int(last or first)
         if end < begin:
             raise InputError(f"seeds {text!r}: {part.strip()!r} runs backwards: give {end}-{begin}")
@@ -86,3 +88,8 @@ def read_seeds(text: str) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds {text!r} gives a seed twice: give each once")
     return tuple(seeds)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number that a seed may be; a longer one Python would refuse to read."""
+    return text.isdecimal() and len(text) <= 20

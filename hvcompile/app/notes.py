@@ -1,0 +1,52 @@
+"""What a user should know of a generation beside its figures, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hvcompile.app import metrics, tiny
+from hvcompile.app.pipelines import Loaded
+from hvcompile.app.request.generate import Request
+from hvcompile.errors import OutputError
+
+
+def notes(request: Request, loaded: Loaded, run: metrics.Run | None, more: Sequence[str]) -> tuple[str, ...]:
+    """The notes of a request.
+
+    Args:
+        request: what was asked for.
+        loaded: the pipeline.
+        run: one that was made; None where none was.
+        more: notes of whatever ran it.
+
+    """
+    found = list(more)
+    if request.model is None and (unknown := tiny.unknown_words(request.prompts)):
+        found.append(
+            f"the tiny model was not trained on {', '.join(unknown)}, and draws something else; it knows shapes, "
+            "colours and directions, such as: a red circle moves to the left over a blue background"
+        )
+    asked = (request.frames, request.height, request.width)
+    if run is not None and any(size not in (None, made) for size, made in zip(asked, run.size, strict=True)):
+        frames, height, width = run.size
+        length = f", {frames} frames" if loaded.makes_video else ""
+        found.append(f"{loaded.kind} made {width}x{height}{length}, which is not what was asked for")
+    return tuple(found)
+
+
+def written(*files: tuple[Path | None, Callable[[Path], object]]) -> tuple[str, ...]:
+    """Write files one by one; what can't be written is a line here, and the others are written all the same.
+
+    Args:
+        files: where each goes, None for one that is not asked for, and what writes it there.
+
+    """
+    problems = []
+    for path, write in files:
+        try:
+            if path is not None:
+                write(path)
+        except OutputError as error:
+            problems.append(" ".join(str(error).split()))
+    return tuple(problems)
