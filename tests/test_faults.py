@@ -219,7 +219,7 @@ def test_what_stands_around_the_passes_fails(
     assert list(journal) == ["outline"]
     assert "nobody foresaw: Flaw: of a stage" in journal["outline"]
     assert any("is left out" in record.message for record in caplog.records)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "run_1").glob("graph_*")
     assert [file.name for file in sorted(folder.glob("0*.py"))] == ["00_captured.py"]
     (fault,) = folder.glob("fault_*.txt")
     assert "Flaw: of a stage" in fault.read_text()
@@ -275,7 +275,7 @@ def test_dumps_explanations_and_bisection_are_of_what_ran(monkeypatch: pytest.Mo
     in_the_middle(monkeypatch, UnmaskedAttention, 8)
     errors, _, _ = run("eager", fp8=False, dump=str(tmp_path))
     assert max(errors) < 1e-5
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "run_1").glob("graph_*")
     stages = ["00_captured.py", "01_outlined.py", "02_first_block_cache.py", "03_sealed.py"]
     assert [file.name for file in sorted(folder.glob("0*.py"))] == stages
     assert "Flaw" in (folder / "fault_unmasked_attention.txt").read_text()
