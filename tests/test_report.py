@@ -356,7 +356,7 @@ def test_a_bad_path_is_one_line_before_any_work(
 
 
 def test_nothing_to_show_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="give explanation, stats or both"):
+    with pytest.raises(InputError, match="give explanation, stats or media"):
         report.write(tmp_path / "report.html")
 
 

@@ -206,7 +206,7 @@ class Request:
             if place in taken:
                 raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
             if os.path.isdir(place):
-                raise InputError(f"{name} {str(path)!r} is a directory: give another name")
+                raise InputError(f"{name} {str(path)!r} is a directory: give a file name")
             taken[place] = name
 
     def all_seeds(self) -> tuple[int, ...]:
