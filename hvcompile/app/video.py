@@ -39,9 +39,11 @@ def write(frames: Frames, output: Path, *, fps: int) -> None:
     try:
         with outputs.replacing(output) as part:
             try:
-                imageio.v3.imwrite(part, pixels, fps=fps, **how)
+                # In memory: an encoder that can't finish its file complains once more when it is collected.
+                content = imageio.v3.imwrite("<bytes>", pixels, extension=output.suffix.lower(), fps=fps, **how)
             except (av.error.FFmpegError, EOFError, OverflowError, ValueError) as error:
                 raise OSError(str(error)) from error
+            part.write_bytes(content)
     except OutputError as error:
         raise OutputError(f"{error}: {keep(pixels, output, fps)}") from error.__cause__
 
