@@ -21,6 +21,7 @@ EXTRAS = {
         "diffusers": "diffusers",
         "transformers": "transformers",
         "accelerate": "accelerate",
+        "ftfy": "ftfy",
         "sentencepiece": "sentencepiece",
     },
     "fp8": {"torchao": "torchao"},
