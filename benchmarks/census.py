@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import tables_of_rows
 import typer
+from tables_of_rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs" / "measurements" / "census_cpu.json"
 BOUND = 1e-4
 """Of the largest difference, relative to the largest value, in float32."""
 
-Row = dict[str, Any]
 Call = Callable[..., Any]
 
 
@@ -283,20 +284,6 @@ def table(rows: Sequence[Row]) -> str:
     return "# Census of diffusers' transformers\n\n" + "\n".join(lines) + "\n"
 
 
-def write(file: Path, rows: Sequence[Row]) -> None:
-    """Write the rows and the table beside them; a reader never sees half of a file."""
-    import diffusers
-    import torch
-
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    content = {"date": time.strftime("%Y-%m-%d"), **versions, "bound": BOUND, "rows": rows}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in ((file, json.dumps(content, indent=1) + "\n"), (file.with_suffix(".md"), table(rows))):
-        new = path.with_name(path.name + ".new")
-        new.write_text(text, "utf-8")
-        new.replace(path)
-
-
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Models by name; all without it.")] = None,
     lower: Annotated[str, typer.Option(help="What runs the graph: inductor, aot or eager.")] = "inductor",
@@ -313,12 +300,12 @@ def main(
     known = families()
     if unknown := set(only or ()) - set(known):
         raise typer.BadParameter(f"no model is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    rows = {row["name"]: row for row in json.loads(json_file.read_text("utf-8"))["rows"]} if json_file.exists() else {}
+    rows = tables_of_rows.read(json_file)
     for name in only or known:
         if name in rows and rows[name]["lower"] == lower and not again:
             continue
         rows[name] = in_a_process(name, lower, limit_s)
-        write(json_file, [rows[key] for key in known if key in rows])
+        tables_of_rows.write(json_file, [rows[key] for key in known if key in rows], BOUND, table)
         print(" | ".join(cells(rows[name])), flush=True)
 
 

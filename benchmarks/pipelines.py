@@ -15,16 +15,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import tables_of_rows
 import typer
+from tables_of_rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON = ROOT / "docs" / "measurements" / "pipelines_cpu.json"
 BOUND = 1e-4
 """Of the largest difference of a pixel, whose values are from 0 to 1."""
-
-Row = dict[str, Any]
 
 
 def measure(name: str, folder: Path) -> Row:
@@ -118,19 +118,6 @@ def table(rows: Sequence[Row]) -> str:
     return "# Pipelines from the command line\n\n" + "\n".join(lines) + "\n"
 
 
-def write(file: Path, rows: Sequence[Row]) -> None:
-    """Write the rows and the table beside them; a reader never sees half of a file."""
-    import diffusers
-    import torch
-
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    content = {"date": time.strftime("%Y-%m-%d"), **versions, "bound": BOUND, "rows": rows}
-    for path, text in ((file, json.dumps(content, indent=1) + "\n"), (file.with_suffix(".md"), table(rows))):
-        new = path.with_name(path.name + ".new")
-        new.write_text(text, "utf-8")
-        new.replace(path)
-
-
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Pipelines by name; all without it.")] = None,
     limit_s: Annotated[float, typer.Option("--limit", help="Seconds that one may take.", min=1)] = 1200,
@@ -151,7 +138,7 @@ def main(
     known = list(tiny_pipelines.PIPELINES)
     if unknown := set(only or ()) - set(known):
         raise typer.BadParameter(f"none is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    rows = {row["name"]: row for row in json.loads(json_file.read_text("utf-8"))["rows"]} if json_file.exists() else {}
+    rows = tables_of_rows.read(json_file)
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +146,7 @@ def main(
             if name in rows and not again:
                 continue
             rows[name] = in_a_process(name, folder, limit_s)
-            write(json_file, [rows[key] for key in known if key in rows])
+            tables_of_rows.write(json_file, [rows[key] for key in known if key in rows], BOUND, table)
             print(" | ".join(cells(rows[name])), flush=True)
 
 

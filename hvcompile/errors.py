@@ -52,6 +52,11 @@ class InvalidRewriteError(HvcompileError, AssertionError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error without its breaks."""
+    return " ".join(str(error).split())
+
+
 def ours_below(error: BaseException | None) -> HvcompileError | None:
     """The error of this package at or below another: Dynamo wraps what a backend raises."""
     while error is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hvcompile import outputs
 from hvcompile.app import overview, pipelines, sheet
-from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.generate import BACKEND, Observer, output_of, ready, write_frames
 from hvcompile.app.notes import notes, written
@@ -15,7 +16,7 @@ from hvcompile.app.records import record
 from hvcompile.app.request.generate import Request
 from hvcompile.app.results import Batch, Clip
 from hvcompile.app.runner import Runner
-from hvcompile.errors import InputError, OutputError, RunError
+from hvcompile.errors import InputError, OutputError, RunError, one_line
 from hvcompile.ranks import launch
 
 
@@ -28,9 +29,9 @@ def generate_all(
     sheet and the JSON file are of what was made by then. Arguments and errors are those of ``generate.generate``,
     errors of single jobs aside.
     """
-    with ready(request, observe, loaded) as pipeline:
+    with ready(request, observe, loaded) as (pipeline, arguments):
         output = output_of(request, pipeline)
-        arguments, jobs = call_arguments(request, pipeline), request.jobs(output)
+        jobs = request.jobs(output)
         runner = Runner(pipeline, BACKEND, request.compile_arguments(), observe)
         clips: list[Clip] = []
         shown: list[overview.Row] = []
@@ -42,13 +43,13 @@ def generate_all(
                     if launch.rank() == 0:
                         write_frames(run, job.output, request.fps)
                 except (InputError, OutputError, RunError) as error:
-                    clips.append(Clip(job=job, run=None, error=" ".join(str(error).split())))
+                    clips.append(Clip(job=job, run=None, error=one_line(error)))
                     continue
                 if len(shown) < overview.MOST_ROWS:
                     shown.append(overview.Row.of(run.frames, f"seed {job.seed}: {job.prompt}"))
                 clips.append(Clip(job=job, run=run.without_frames()))
         finally:
-            batch = _finished(request, pipeline, output, runner, clips, shown)
+            batch = _finished(request, pipeline, output, runner, arguments, clips, shown)
         return batch
 
 
@@ -57,6 +58,7 @@ def _finished(
     loaded: pipelines.Loaded,
     output: Path,
     runner: Runner,
+    arguments: Mapping[str, Any],
     clips: list[Clip],
     shown: list[overview.Row],
 ) -> Batch:
@@ -67,7 +69,6 @@ def _finished(
     batch = Batch(clips=tuple(clips), stats=stats, sheet=request.sheet_path(output) if shown else None, notes=told)
     if launch.rank() > 0:
         return batch
-    arguments = call_arguments(request, loaded)
 
     def write_json(path: Path) -> None:
         made = [record(request, loaded, clip.job, clip.run, stats, arguments) | {"error": clip.error} for clip in clips]

@@ -20,6 +20,11 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in parts if name.startswith("transformer") and isinstance(part, torch.nn.Module)}
 
 
+def first_denoiser(pipe: Any) -> torch.nn.Module:
+    """The transformer that a pipeline calls first."""
+    return next(iter(denoisers(pipe).values()))
+
+
 def others(pipe: Any) -> list[torch.nn.Module]:
     """The models of a pipeline that don't denoise: encoders and decoders."""
     known = denoisers(pipe)

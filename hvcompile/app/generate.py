@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hvcompile import outputs
 from hvcompile.app import adapters, metrics, pictures, pipelines, quiet, sheet, video
@@ -48,14 +48,16 @@ def generate(
         OutputError: a file can't be written; what was made is kept elsewhere, and the message says where.
 
     """
-    with ready(request, observe, loaded) as pipeline:
+    with ready(request, observe, loaded) as (pipeline, arguments):
         (job,) = request.jobs(output_of(request, pipeline))
-        return _generate(request, job, observe, pipeline)
+        return _generate(request, job, observe, pipeline, arguments)
 
 
 @contextlib.contextmanager
-def ready(request: Request, observe: Observer, loaded: pipelines.Loaded | None) -> Iterator[pipelines.Loaded]:
-    """Check all that can be checked, load, and join the other ranks; within, the pipeline can run."""
+def ready(
+    request: Request, observe: Observer, loaded: pipelines.Loaded | None
+) -> Iterator[tuple[pipelines.Loaded, dict[str, Any]]]:
+    """Check all that can be checked, load, and join the other ranks; gives the pipeline and its call's arguments."""
     request.check()
     device = launch.device_of_this_rank(request.device)
     lacking = why_no_compiling(loaded.device if loaded is not None else pipelines.resolve_device(device))
@@ -69,8 +71,7 @@ def ready(request: Request, observe: Observer, loaded: pipelines.Loaded | None) 
     pipelines.tile(loaded, request.vae_tiling)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):
-        call_arguments(request, loaded)
-        yield loaded
+        yield loaded, call_arguments(request, loaded)
 
 
 def output_of(request: Request, loaded: pipelines.Loaded) -> Path:
@@ -85,8 +86,9 @@ def output_of(request: Request, loaded: pipelines.Loaded) -> Path:
     return output
 
 
-def _generate(request: Request, job: Job, observe: Observer, loaded: pipelines.Loaded) -> Result:
-    arguments = call_arguments(request, loaded)
+def _generate(
+    request: Request, job: Job, observe: Observer, loaded: pipelines.Loaded, arguments: dict[str, Any]
+) -> Result:
     # The plain model goes first: a rewrite may free the weights that it runs on (FP8 does).
     plain = None
     if request.compare:
@@ -119,8 +121,9 @@ def _generate(request: Request, job: Job, observe: Observer, loaded: pipelines.L
         observe("reporting")
         since = _since(stats, 0 if before is None else before.hits + before.misses) if stats is not None else None
         shown = dataclasses.replace(result, stats=since)
-        write = functools.partial(write_report, request, loaded, job, shown, arguments, calls)
-        problems += written((request.html_file, lambda _: write()))
+        problems += written(
+            (request.html_file, lambda path: write_report(path, request, loaded, job, shown, arguments, calls))
+        )
         result = dataclasses.replace(result, report=request.html_file)
     return dataclasses.replace(result, problems=problems)
 

@@ -32,9 +32,9 @@ class Grid:
 
         Pipelines of pictures that pack latents in squares say so by their image processor's own factor.
         """
-        from hvcompile.app.denoisers import denoisers  # imports torch, which --help must not
+        from hvcompile.app.denoisers import first_denoiser  # imports torch, which --help must not
 
-        patch = getattr(next(iter(denoisers(pipe).values())).config, "patch_size", 1)
+        patch = getattr(first_denoiser(pipe).config, "patch_size", 1)
         patch = patch[-1] if isinstance(patch, list | tuple) else patch
         processor = getattr(getattr(pipe, "image_processor", None), "config", None)
         packed = int(getattr(processor, "vae_scale_factor", 1) or 1)

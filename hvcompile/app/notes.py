@@ -8,7 +8,7 @@ from pathlib import Path
 from hvcompile.app import metrics, tiny
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.generate import Request
-from hvcompile.errors import OutputError
+from hvcompile.errors import OutputError, one_line
 
 
 def notes(request: Request, loaded: Loaded, run: metrics.Run | None, more: Sequence[str]) -> tuple[str, ...]:
@@ -48,5 +48,5 @@ def written(*files: tuple[Path | None, Callable[[Path], object]]) -> tuple[str, 
             if path is not None:
                 write(path)
         except OutputError as error:
-            problems.append(" ".join(str(error).split()))
+            problems.append(one_line(error))
     return tuple(problems)

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 from safetensors import safe_open
 
-from hvcompile.app.denoisers import denoisers
+from hvcompile.app.denoisers import denoisers, first_denoiser
 from hvcompile.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +45,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """The device of the first denoiser."""
-        return next(next(iter(denoisers(self.pipe).values())).parameters()).device
+        return next(first_denoiser(self.pipe).parameters()).device
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvcompile.app import metrics
-from hvcompile.app.denoisers import denoisers
+from hvcompile.app.denoisers import denoisers, first_denoiser
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.generate import Request
 from hvcompile.app.request.jobs import Job
@@ -84,7 +85,7 @@ def record(
         "adapters": list(request.lora),
         "backend": _plain(request.compile_arguments()),
         "device": device_name(loaded.device),
-        "dtype": str(next(iter(denoisers(loaded.pipe).values())).dtype).removeprefix("torch."),
+        "dtype": str(first_denoiser(loaded.pipe).dtype).removeprefix("torch."),
         "ranks": launch.num_ranks(),
         "versions": versions(),
     }
@@ -115,6 +116,7 @@ def record(
 
 
 def write_report(
+    path: Path,
     request: Request,
     loaded: Loaded,
     job: Job,
@@ -125,7 +127,8 @@ def write_report(
     """Write the report of a run; the first call of its denoiser is traced once more, and nothing is computed.
 
     Args:
-        request: of which ``html_file`` is where the report goes.
+        path: where the report goes.
+        request: what was asked for.
         loaded: the pipeline.
         job: what was asked for.
         result: how it ran, with the statistics of this run alone.
@@ -133,14 +136,11 @@ def write_report(
         calls: of the first denoiser.
 
     """
-    path = request.html_file
-    assert path is not None
-    models = denoisers(loaded.pipe)
     facts = _facts(request, loaded, job, result, arguments)
     explanation = None
     try:
         (args, kwargs), *_ = calls
-        explanation = explain(next(iter(models.values())), *args, **kwargs, **_explained(request.compile_arguments()))
+        explanation = explain(first_denoiser(loaded.pipe), *args, **kwargs, **_explained(request.compile_arguments()))
     except UntraceableModelError as error:  # Dynamo broke the call into several graphs; the run itself is there
         facts["not shown"] = f"the trunk and the graphs: {error}"
     shown = {"clip": job.output} | ({"contact sheet": result.sheet} if result.sheet is not None else {})

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hvcompile.app import metrics, pipelines
-from hvcompile.app.denoisers import Decisions, denoisers, others
+from hvcompile.app.denoisers import Decisions, denoisers, first_denoiser, others
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.steps import Observer, Watch
@@ -55,7 +55,7 @@ class Runner:
         self._is_whole = fullgraph
         if self._calls is not None:
             self._calls.clear()
-            dynamo.keep_first_call(next(iter(self._denoisers.values())), self._calls)
+            dynamo.keep_first_call(first_denoiser(self._loaded.pipe), self._calls)
 
     def run(self, job: Job, arguments: Mapping[str, Any]) -> metrics.Run:
         """Make what a job asks for.

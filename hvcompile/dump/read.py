@@ -14,7 +14,7 @@ import torch
 
 from hvcompile.dump.runs import is_run, latest
 from hvcompile.dump.source_reader import load
-from hvcompile.errors import InputError
+from hvcompile.errors import InputError, one_line
 from hvcompile.ranks import collectives
 
 LOWERINGS = ("eager", "aot", "inductor")
@@ -62,7 +62,7 @@ class Dumped:
         try:
             inputs = load(file).example_inputs()
         except (Exception, SystemExit) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise InputError(
                 f"{str(file)!r} can't be read ({type(error).__name__}: {reason}): dump again, or undo what was changed "
                 "in it"

@@ -16,7 +16,7 @@ import torch
 from hvcompile.dump.read import LOWERINGS, Dumped
 from hvcompile.dump.source_reader import fix_numbers, load, read_graph
 from hvcompile.dump.write import stem_of
-from hvcompile.errors import InputError
+from hvcompile.errors import InputError, one_line
 from hvcompile.torch_private import lowering
 
 CAPTURED, OUTLINED, SEALED, RUN = "captured", "outlined", "sealed", "run"
@@ -63,7 +63,7 @@ def _recorded(file: Path) -> Run:
     try:
         results = list(torch.load(file, weights_only=True))
     except Exception as error:  # torch.load raises whatever it stumbles on
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise InputError(
             f"{str(file)!r} can't be read ({type(error).__name__}: {reason}): dump again, or take the file away"
         ) from error

@@ -28,6 +28,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -138,15 +139,20 @@ def _exceeds(
 _NEEDED = {"code", "compiler_fn", "one_graph", "frame", "cache_size", "compile_id"}
 
 
-def _compiling() -> dict[str, Any] | None:
-    """The local variables of Dynamo where it compiles a frame in this thread; None where some are not there."""
+def _locals_of(function: str, module: ModuleType) -> dict[str, Any] | None:
+    """The local variables of the latest call of a function of a module that is under way in this thread."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "_compile" and frame.f_globals.get("__name__") == convert_frame.__name__:
-            found = frame.f_locals
-            return found if found.keys() >= _NEEDED and found["frame"] is not None else None
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module.__name__:
+            return frame.f_locals
         frame = frame.f_back
     return None
+
+
+def _compiling() -> dict[str, Any] | None:
+    """The local variables of Dynamo where it compiles a frame in this thread; None where some are not there."""
+    found = _locals_of("_compile", convert_frame)
+    return found if found is not None and found.keys() >= _NEEDED and found["frame"] is not None else None
 
 
 def _entries(compiling: dict[str, Any]) -> Sequence[Any]:
@@ -187,10 +193,5 @@ def _forget(key: tuple[int, int], gone: weakref.ref[nn.Module]) -> None:
 
 def _ends_of_call() -> list[Callable[[], Any]] | None:
     """What will be called when the call of what ``torch.compile`` made ends; None where that can't be told."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == eval_frame.__name__:
-            found = frame.f_locals.get("cleanups")
-            return found if isinstance(found, list) else None
-        frame = frame.f_back
-    return None
+    found = (_locals_of("compile_wrapper", eval_frame) or {}).get("cleanups")
+    return found if isinstance(found, list) else None

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
-from hvcompile.errors import InputError, OptionError, RunError, ours_below
+from hvcompile.errors import InputError, OptionError, RunError, one_line, ours_below
 from hvcompile.ranks import launch
 
 log = logging.getLogger(__name__)
@@ -107,5 +107,5 @@ def _leave(error: Exception) -> NoReturn:
     fault = ours_below(error)
     if fault is None:
         raise error
-    err.print(Text(f"error: {' '.join(str(fault).split())}"), soft_wrap=True)
+    err.print(Text(f"error: {one_line(fault)}"), soft_wrap=True)
     raise typer.Exit(1 if isinstance(fault, RunError) else 2) from error
