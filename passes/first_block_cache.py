@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,27 +16,31 @@ from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import settle
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
-from hvcompile.rewriting.reuse import contents, near_end, new_generation, relative_change
+from hvcompile.rewriting.following import clock_of, contents_of, is_ours
+from hvcompile.rewriting.forecast import NO_FORECAST, SMALL_STATE, Forecasting, restored
+from hvcompile.rewriting.reuse import near_end, new_generation, relative_change
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.runtime.left_state import LEAVE
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
 from hvcompile.trunk.operands import as_operands, symbolic_sizes
-from hvcompile.trunk.roles import classify
-from hvcompile.trunk.trunk import Sharding, State, Trunk
+from hvcompile.trunk.trunk import State, Trunk
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
+ORDERS = (0, 1, 2)
+COEFFICIENTS = ("first_block", "clock")
+DECISIONS = ("change", "error")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstBlockCache(Pass):
     """Put blocks 2..N into the miss branch of a ``torch.cond``; the hit branch adds their cached residuals.
 
-    A step reuses the last computed one if block 1's residual has changed little since. What is compared is the stream
-    that carries the sample: the mean absolute difference from the last *computed* step, relative to the mean absolute
-    value there. It may be at most ``threshold``. What is cached is the change over blocks 2..N, for every stream that
-    leaves the trunk. A step that reuses it copies none of it. Predicate and state live in the graph:
+    A step reuses the last computed one if block 1's residual has changed little since. Compared is the stream that
+    carries the sample: the mean absolute difference from the last *computed* step, relative to the mean absolute value
+    there, may be at most ``threshold``. Cached is the change over blocks 2..N, for every stream that leaves the trunk.
+    A step that reuses it copies none of it. Predicate and state live in the graph:
 
     - A difference that is not finite never reuses.
     - Where weights or conditions were written to since the last step, also in ways that PyTorch does not track, the
@@ -54,12 +57,19 @@ class FirstBlockCache(Pass):
         last_steps_computed: how many timesteps at the end of a generation are always computed, 0 or more. Several calls
             at one timestep (second-order schedulers) count as one. The end is extrapolated from the last three
             timesteps, so a generation's first two are computed too.
+        forecast: along how many differences between the last computed steps a reused step goes on. 0 repeats what was
+            computed last; 1 or 2 extrapolate it. Each keeps one more tensor of every stream, and of block 1.
+        forecast_by: what says how far to go on. "first_block" takes the combination of differences that comes closest
+            to block 1's own change; "clock" goes by the timestep.
+        decide_by: what is compared with the threshold. "change" is as above. "error" is how far block 1's own forecast
+            is off, summed since the last computed step, plus half of the change; it needs a forecast.
 
     The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
     projective map that is exact for evenly spaced and for shifted flow-matching schedules. Timesteps rounded to whole
     numbers or bf16 blur the map, so some steps in the middle are computed as well.
 
-    Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108).
+    Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108);
+    of forecasts, see ``rewriting.forecast``.
     Decisions are those of diffusers' ``FirstBlockCacheConfig``, with two exceptions: a NaN reuses there, and means are
     taken there in the model's dtype.
 
@@ -122,6 +132,9 @@ class FirstBlockCache(Pass):
     warmup_steps: int = 0
     max_consecutive_hits: int | None = None
     last_steps_computed: int = 0
+    forecast: int = 0
+    forecast_by: str = "first_block"
+    decide_by: str = "change"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +147,22 @@ class FirstBlockCache(Pass):
             if number is not None and not least <= number <= MOST:
                 allowed = f"a whole number, {least} or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.{name} is {number}; allowed is {allowed}")
+        for name, choices in (("forecast", ORDERS), ("forecast_by", COEFFICIENTS), ("decide_by", DECISIONS)):
+            choice = getattr(self, name)
+            if choice not in choices:
+                raise OptionError(
+                    f"first_block_cache.{name} is {choice!r}; allowed is {' or '.join(map(repr, choices))}"
+                )
+            if choice != choices[0] and not self.forecast:
+                raise OptionError(
+                    f"first_block_cache.{name} is {choice!r}, which has no meaning without a forecast; set "
+                    "first_block_cache.forecast to 1 or 2"
+                )
+
+    @property
+    def is_first_block_forecast(self) -> bool:
+        """Whether block 1's own forecast is made: the others follow it, or the decision does."""
+        return bool(self.forecast) and (self.forecast_by == "first_block" or self.decide_by == "error")
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
@@ -164,6 +193,7 @@ class FirstBlockCache(Pass):
         past_clocks: torch.Tensor | None = None,
         is_ours: torch.Tensor | None = None,
         group: str | None = None,
+        forecasting: Forecasting = NO_FORECAST,
         **generation: torch.Tensor,
     ) -> dict[str, Any]:
         """The decision of one step, as graph code.
@@ -180,10 +210,12 @@ class FirstBlockCache(Pass):
             is_ours: where the streams are one rank's part of the sequence, which of its tokens are no padding; bool,
                 broadcasts to ``before``.
             group: name of the process group over which the decision is then made, all ranks deciding alike.
+            forecasting: what is forecast, and the state that it is made of.
             **generation: what else tells generations apart, see ``reuse.new_generation``.
 
         Returns:
-            ``reused`` (bool scalar), ``difference`` (float32 scalar), and the next values of the small state.
+            ``reused`` (bool scalar), ``difference`` (float32 scalar), the next values of the small state, and the
+            coefficients of the forecast.
 
         """
         steps, streak = counters[0], counters[1]
@@ -199,40 +231,56 @@ class FirstBlockCache(Pass):
             )
             allowed = allowed & is_known & is_near_end.logical_not()
             follow["past_clocks"] = torch.stack(kept_clocks)
-        change, allowed = relative_change(residual, first, allowed, is_ours=is_ours, group=group)
+        change, allowed, products = relative_change(
+            residual, first, allowed, differences=forecasting.differences, is_ours=is_ours, group=group
+        )
+        ahead = forecasting.ahead(products, clock, is_new)
+        change = ahead.judged(change)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & (difference <= self.threshold) & allowed
+        follow |= ahead.follow(reused)
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Cached:
-    """The state of the cache: the residuals of block 1 and of each stream that leaves, and what decisions follow."""
+    """The state of the cache.
 
-    first: State
-    residuals: list[State]
+    ``residuals`` are those of each stream that leaves, then block 1's, each with the differences between the last
+    computed ones, latest first. ``small`` is what decisions follow.
+    """
+
+    residuals: list[list[State]]
     small: dict[str, State]
+
+    @property
+    def first(self) -> list[State]:
+        """Block 1's residual and its differences."""
+        return self.residuals[-1]
 
 
 def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     """Decide after block 1, and put blocks 2..N into one of two branches."""
     anchor = plan.moved[-1].next  # new work stands before it
-    given = {"clock": _clock(trunk, plan.clocks, value(plan.stream_out).device, anchor), "sample": plan.sample}
-    given["contents"] = _contents(trunk, value(plan.stream_out).device, anchor)
+    device, tag = value(plan.stream_out).device, FirstBlockCache.__name__
+    given = {"clock": clock_of(trunk, plan.clocks, device, anchor, tag), "sample": plan.sample}
+    given["contents"] = contents_of(trunk, device, anchor, tag)
     cached = _add_state(trunk, plan, given, options)
-    reused = _add_decision(trunk, plan, given, cached, options, anchor)
-    outputs = _add_branches(trunk, plan, cached, reused, anchor)
+    decided = _add_decision(trunk, plan, given, cached, options, anchor)
+    outputs = _add_branches(trunk, plan, cached, decided, anchor)
     _take_results(trunk, plan, cached, outputs)
 
 
 def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], options: FirstBlockCache) -> _Cached:
     main, sample, clock_shape = value(plan.stream_out), value(plan.sample), value(given["clock"]).shape
-    first = trunk.add_state("first_residual", main.shape, main.dtype, main.device)
-    residuals = [
-        trunk.add_state(f"residual_{place}", value(node).shape, value(node).dtype, value(node).device)
-        for place, node in enumerate(plan.leaving)
-    ]
+
+    def kept(name: str, like: torch.Tensor, order: int) -> list[State]:
+        names = [name, *(f"{name}_difference_{place}" for place in range(1, order + 1))]
+        return [trunk.add_state(item, like.shape, like.dtype, like.device) for item in names]
+
+    first = kept("first_residual", main, options.forecast if options.is_first_block_forecast else 0)
+    residuals = [kept(f"residual_{place}", value(node), options.forecast) for place, node in enumerate(plan.leaving)]
     small = {
         "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
         "direction": trunk.add_state("direction", clock_shape, torch.float64, main.device),
@@ -242,17 +290,13 @@ def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], optio
     }
     if options.last_steps_computed:
         small["past_clocks"] = trunk.add_state("past_clocks", (2, *clock_shape), torch.float64, main.device)
-    return _Cached(first=first, residuals=residuals, small=small)
-
-
-def _contents(trunk: Trunk, device: torch.device, anchor: fx.Node) -> fx.Node:
-    """Add what tells whether weights and conditions hold what they did in the step before."""
-    conditions = {f"condition_{place}": node for place, node in enumerate(classify(trunk).conditions)}
-    if trunk.earlier is not None and trunk.earlier.content is not None:
-        conditions["earlier"] = trunk.earlier.content
-    operands = {"weights": trunk.add_weights_content(device), **conditions}
-    function = functools.partial(contents, fakes={name: value(node) for name, node in operands.items()})
-    return inline(trunk.graph, function, operands, before=anchor, tag=FirstBlockCache.__name__)["contents"]
+    if options.forecast:
+        small["num_computed"] = trunk.add_state("num_computed", (), torch.int64, main.device)
+    if options.forecast_by == "clock":
+        small["computed_clocks"] = trunk.add_state("computed_clocks", (3,), torch.float64, main.device)
+    if options.decide_by == "error":
+        small["summed_error"] = trunk.add_state("summed_error", (), torch.float32, main.device)
+    return _Cached(residuals=[*residuals, first], small=small)
 
 
 def _add_decision(
@@ -262,27 +306,46 @@ def _add_decision(
     cached: _Cached,
     options: FirstBlockCache,
     anchor: fx.Node,
-) -> fx.Node:
-    """Add the decision, which the runtime is told of, and the next values of the small state; returns the predicate."""
-    operands = {"before": plan.stream_in, "after": plan.stream_out, "first": cached.first.placeholder}
+) -> list[fx.Node]:
+    """Add the decision, which the runtime is told of, and the next values of the small state.
+
+    Returns the predicate, and the forecast's coefficients.
+    """
+    first, *differences = [state.placeholder for state in cached.first]
+    operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first}
     operands |= given
     operands |= {name: state.placeholder for name, state in cached.small.items()}
-    decide = options.decide
+    names = [f"difference_{place}" for place in range(1, len(differences) + 1)]
+    operands |= dict(zip(names, differences, strict=True))
+    group = None
     if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
-        operands["is_ours"] = _is_ours(trunk.sharding, plan.stream_out, anchor)
-        decide = functools.partial(options.decide, group=trunk.sharding.split.group)
+        operands["is_ours"] = is_ours(trunk.sharding, plan.stream_out, anchor, FirstBlockCache.__name__)
+        group = trunk.sharding.split.group
+
+    def decide(**operands: Any) -> dict[str, Any]:
+        forecasting = Forecasting(
+            order=options.forecast,
+            differences=[operands.pop(name) for name in names],
+            **{name: operands.pop(name) for name in SMALL_STATE if name in operands},
+        )
+        return options.decide(group=group, forecasting=forecasting, **operands)
+
     decided = inline(trunk.graph, decide, operands, before=anchor, tag=FirstBlockCache.__name__)
     for name, state in cached.small.items():
         state.next_value = decided[name]
     trunk.observed |= {"reused": decided["reused"], "difference": decided["difference"]}
-    return decided["reused"]
+    return [decided["reused"], *(decided[f"ahead_{place}"] for place in range(1, options.forecast + 1))]
 
 
-def _add_branches(trunk: Trunk, plan: SkipPlan, cached: _Cached, reused: fx.Node, anchor: fx.Node) -> list[fx.Node]:
-    """Add the ``cond``; its results are what leaves the blocks, then the next residuals, block 1's last."""
+def _add_branches(
+    trunk: Trunk, plan: SkipPlan, cached: _Cached, decided: Sequence[fx.Node], anchor: fx.Node
+) -> list[fx.Node]:
+    """Add the ``cond``; its results are what leaves the blocks, then the next state that it caches."""
     tag = FirstBlockCache.__name__
     counterparts = _counterparts(trunk, plan, anchor)
-    passed = _operands(trunk, plan, [*counterparts, plan.stream_in, plan.stream_out], cached, anchor)
+    states = [state.placeholder for residual in cached.residuals for state in residual]
+    reused, *ahead = decided
+    passed = _operands(trunk, plan, [*counterparts, plan.stream_in, plan.stream_out, *ahead, *states], anchor)
     miss, hit = Branch(trunk.module, passed, tag), Branch(trunk.module, passed, tag)
 
     miss.copy(plan.moved)
@@ -291,15 +354,20 @@ def _add_branches(trunk: Trunk, plan: SkipPlan, cached: _Cached, reused: fx.Node
     computed = [miss.env[node] for node in plan.leaving]
     changes = [miss.call(torch.sub, now, miss.env[base]) for now, base in zip(computed, counterparts, strict=True)]
     # Taken anew where it is kept: a step that reuses need not write it.
-    residual = miss.call(torch.sub, miss.env[plan.stream_out], miss.env[plan.stream_in])
+    changes.append(miss.call(torch.sub, miss.env[plan.stream_out], miss.env[plan.stream_in]))
+    kept = []
+    for now, (last, *differences) in zip(changes, cached.residuals, strict=True):
+        kept.append(now)
+        if differences:
+            kept.append(miss.call(torch.sub, now, miss.env[last.placeholder]))
+        kept += [miss.env[state.placeholder] for state in differences[:-1]]
 
-    kept = [hit.env[state.placeholder] for state in cached.residuals]
-    restored = [hit.call(torch.add, hit.env[base], change) for base, change in zip(counterparts, kept, strict=True)]
-    left = [hit.make(LEAVE, state) for state in (*kept, hit.env[cached.first.placeholder])]
-    branches = {
-        "cache_hit": (hit, [*restored, *left]),
-        "cache_miss": (miss, [*computed, *changes, residual]),
-    }
+    handed_on = [
+        hit.call(torch.add, hit.env[base], restored(hit, [state.placeholder for state in residual], ahead))
+        for base, residual in zip(counterparts, cached.residuals, strict=False)
+    ]
+    left = [hit.make(LEAVE, hit.env[state]) for state in states]
+    branches = {"cache_hit": (hit, [*handed_on, *left]), "cache_miss": (miss, [*computed, *kept])}
     return add_cond(trunk.module, reused, branches, passed.values(), before=anchor)
 
 
@@ -310,16 +378,13 @@ def _counterparts(trunk: Trunk, plan: SkipPlan, anchor: fx.Node) -> list[fx.Node
     return [counterpart(trunk, node, core, anchor, copies, tag) for node in plan.leaving]
 
 
-def _operands(
-    trunk: Trunk, plan: SkipPlan, streams: Sequence[fx.Node], cached: _Cached, anchor: fx.Node
-) -> dict[fx.Node, fx.Node]:
+def _operands(trunk: Trunk, plan: SkipPlan, streams: Sequence[fx.Node], anchor: fx.Node) -> dict[fx.Node, fx.Node]:
     """What to pass to both branches for each node of the outer graph that one of them reads."""
     core = set(plan.moved)
     external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
-    states = [state.placeholder for state in (*cached.residuals, cached.first)]
     wanted = [*symbolic_sizes(trunk.graph, before=plan.first.call)]
     wanted += [node for node in external if not is_submodule(node)]
-    wanted += [*streams, *states]
+    wanted += streams
     with trunk.graph.inserting_before(anchor):
         results = [output for block in trunk.blocks for output in block.outputs.values()]
         return as_operands(trunk.graph, wanted, FirstBlockCache.__name__, ready=results)
@@ -333,7 +398,8 @@ def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequen
         for user in list(node.users):
             if user not in core:
                 user.replace_input_with(node, replacement)
-    for state, output in zip([*cached.residuals, cached.first], outputs[len(plan.leaving) :], strict=True):
+    states = [state for residual in cached.residuals for state in residual]
+    for state, output in zip(states, outputs[len(plan.leaving) :], strict=True):
         state.next_value, state.may_be_left = output, True
     for node in reversed(plan.moved):
         trunk.graph.erase_node(node)
@@ -342,34 +408,3 @@ def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequen
             trunk.graph.erase_node(node)
     settle(trunk.graph)
     refresh(trunk.graph, set(outputs))
-
-
-def _is_ours(sharding: Sharding, stream: fx.Node, before: fx.Node) -> fx.Node:
-    """Add a mask of a stream's tokens on this rank: no padding, and of what all ranks have only the first one's."""
-    split, layout, ndim = sharding.split, sharding.streams[stream], value(stream).ndim
-
-    def mask(stream: Any) -> dict[str, Any]:
-        parts = []
-        for place, _, item in layout.offsets(split):
-            size = split.local if item.is_split else item.stop - item.start
-            count = min(max(split.length - split.start, 0), size) if item.is_split else size * (split.rank == 0)
-            part = torch.ones_like(stream.narrow(layout.dim, place, size), dtype=torch.bool)
-            if count < size:
-                part = torch.nn.functional.pad(
-                    part.narrow(layout.dim, 0, count), (0, 0) * (ndim - 1 - layout.dim) + (0, size - count)
-                )
-            parts.append(part)
-        return {"is_ours": parts[0] if len(parts) == 1 else torch.cat(parts, dim=layout.dim)}
-
-    graph = stream.graph
-    return inline(graph, mask, {"stream": stream}, before=before, tag=FirstBlockCache.__name__)["is_ours"]
-
-
-def _clock(trunk: Trunk, inputs: Sequence[fx.Node], device: torch.device, before: fx.Node) -> fx.Node:
-    """Add the timesteps of all inputs that carry one, as one float64 vector."""
-
-    def gather(**clocks: torch.Tensor) -> dict[str, Any]:
-        return {"clock": torch.cat([clock.to(device, torch.float64).flatten() for clock in clocks.values()])}
-
-    operands = {f"clock_{place}": node for place, node in enumerate(inputs)}
-    return inline(trunk.graph, gather, operands, before=before, tag=FirstBlockCache.__name__)["clock"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hvcompile.ranks import collectives
+from hvcompile.rewriting import forecast
+from hvcompile.rewriting.forecast import Products
 from hvcompile.runtime.fingerprints import hash_of
 
 
@@ -117,27 +119,40 @@ def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
 
 
 def relative_change(
-    residual: Any, first: Any, allowed: Any, *, is_ours: Any = None, group: str | None = None
-) -> tuple[Any, Any]:
+    residual: Any,
+    first: Any,
+    allowed: Any,
+    *,
+    differences: Sequence[Any] = (),
+    is_ours: Any = None,
+    group: str | None = None,
+) -> tuple[Any, Any, Products]:
     """How much a residual has changed, and whether the step may reuse; over a group, where there is one.
 
     Args:
         residual: of this step, any shape.
         first: of the last computed step, same shape.
         allowed: whether this rank may reuse, bool scalar.
+        differences: between the last computed steps, latest first, same shape; at most two.
         is_ours: which of its elements count on this rank, bool, broadcasts to it; None for all.
         group: name of the process group whose ranks decide alike; None for a single rank.
 
     Returns:
-        The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; and whether all ranks
-        may reuse, a bool scalar.
+        The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; whether all ranks
+        may reuse, a bool scalar; and, where there are differences, the inner products that a forecast is made of.
 
     """
-    change, extent = (residual.float() - first.float()).abs(), first.float().abs()
+    moved = residual.float() - first.float()
+    change, extent = moved.abs(), first.float().abs()
+    products = {}
+    if differences:
+        vectors = [residual.float(), moved, *(item.float() for item in differences)]
+        products = {pair: vectors[pair[0]] * vectors[pair[1]] for pair in forecast.pairs(len(differences))}
     if group is None:
-        return change.mean() / extent.mean(), allowed
+        return change.mean() / extent.mean(), allowed, {pair: item.sum() for pair, item in products.items()}
     nothing = torch.zeros_like(change)
-    sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent)]
+    sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent, *products.values())]
     # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
     sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
-    return sums[0] / sums[1], allowed & (sums[2] == 0)
+    found = {pair: sums[place] for place, pair in enumerate(products, 2)}
+    return sums[0] / sums[1], allowed & (sums[2 + len(found)] == 0), found
