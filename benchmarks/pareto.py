@@ -5,8 +5,9 @@ setting of each system, and measures what share of the block computations a sett
 and how far the pixels are from the exact run's. It leaves a table (.md), all figures (.json) and a plot (.png).
 Finished settings are kept in the JSON as the run goes on; started again, it goes on where it was broken off.
 
-Peers run as their users get them, eagerly: diffusers' ``FirstBlockCacheConfig``, and cache-dit's ``DBCacheConfig`` with
-one front block and no warm-up, which is the same method. ``pip install ".[bench]"`` has what is needed; a peer that
+Peers run as their users get them, eagerly: diffusers' ``FirstBlockCacheConfig``, ``TaylorSeerCacheConfig`` in its light
+form and ``MagCacheConfig``, calibrated on the first clip; and cache-dit's ``DBCacheConfig`` with one front block and no
+warm-up, alone and with TaylorSeer. ``pip install ".[bench]"`` has what is needed; a peer that
 is missing or fails is a row that says so. Seconds are wall clock of the denoising loop after compilation, text encoding
 and decoding left out: run it on a machine that does nothing else. CPU seconds, of all threads, depend less on that.
 """
@@ -19,10 +20,12 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -38,7 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hvcompile.app.bench import contenders
-from hvcompile.app.bench.contenders import EAGER, EXACT, HVFAST, INDUCTOR, PEERS
+from hvcompile.app.bench.contenders import EAGER, EXACT, HVFAST, INDUCTOR, MAG_CACHE, PEERS, TAYLOR_SEER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,8 +65,13 @@ PROMPTS = (
 )
 """In the words that the embedded model knows; other models take them too."""
 THRESHOLDS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
-OPTIONS = ("warmup_steps=5", "max_consecutive_hits=1", "last_steps_computed=3", "warmup_steps=3,max_consecutive_hits=2")
-OPTION_THRESHOLDS = (0.1, 0.2)
+OPTIONS = (
+    *("forecast=1", "forecast=2", "forecast=1,decide_by=error", "forecast=2,decide_by=error"),
+    *("warmup_steps=5", "max_consecutive_hits=1", "last_steps_computed=3", "warmup_steps=3,max_consecutive_hits=2"),
+)
+OPTION_THRESHOLDS = (0.06, 0.1, 0.15, 0.2, 0.3)
+INTERVALS = (2, 3, 4, 5)
+"""Of TaylorSeer, which computes every so many steps and has no threshold."""
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a file has no width of its own
 err = Console(stderr=True, highlight=False)
@@ -96,14 +104,17 @@ def settings(
     for text in options:
         found += [Setting(system=HVFAST, threshold=threshold, options=parsed(text)) for threshold in option_thresholds]
     if peers:
-        found += [Setting(system=system, threshold=threshold) for system in PEERS for threshold in thresholds]
+        by_threshold = [system for system in PEERS if system != TAYLOR_SEER]
+        found += [Setting(system=system, threshold=threshold) for system in by_threshold for threshold in thresholds]
+        found += [Setting(system=TAYLOR_SEER, options=(("cache_interval", interval),)) for interval in INTERVALS]
     return list(dict.fromkeys(found))
 
 
-def parsed(text: str) -> tuple[tuple[str, int], ...]:
-    """Options of the cache from ``name=number,name=number``."""
+def parsed(text: str) -> tuple[tuple[str, int | str], ...]:
+    """Options of the cache from ``name=value,name=value``, whole numbers and words."""
     try:
-        return tuple((name.strip(), int(number)) for name, number in (part.split("=") for part in text.split(",")))
+        pairs = [part.split("=") for part in text.split(",")]
+        return tuple((name.strip(), int(word) if word.strip("- ").isdigit() else word.strip()) for name, word in pairs)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r}: write options as warmup_steps=5,max_consecutive_hits=2") from error
 
@@ -194,11 +205,28 @@ def applied(model: Model, setting: Setting) -> Iterator[Callable[[], int]]:
         saved = int  # none
     else:
         saved = saved_eagerly(model)
-    options = dict(setting.options)
+    options: dict[str, Any] = dict(setting.options)
+    if setting.system == MAG_CACHE:
+        options |= calibrated(model)
     with contenders.applied(
         setting.system, model.pipe, threshold=setting.threshold, options=options, lower=model.job.lower
     ):
         yield saved
+
+
+def calibrated(model: Model) -> dict[str, Any]:
+    """What MagCache needs to know of a model: how residuals' magnitudes change over the steps of one clip."""
+    from diffusers.hooks import MagCacheConfig
+
+    told = io.StringIO()  # it prints them, and keeps them nowhere
+    model.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=model.num_steps))
+    with contextlib.redirect_stdout(told):
+        model.generate(*model.job.clips[0], output_type="latent")
+    model.transformer.disable_cache()
+    ratios = re.search(r"\[[^\[\]]*,[^\[\]]*\]", told.getvalue())
+    if ratios is None:
+        raise RuntimeError("MagCache's calibration gave no ratios")
+    return {"mag_ratios": json.loads(ratios[0]), "num_inference_steps": model.num_steps}
 
 
 def saved_by_hvfast(model: Model) -> int:
@@ -398,7 +426,7 @@ def check_settings(wanted: Sequence[Setting]) -> None:
     from hvcompile.passes import PASSES
 
     for setting in wanted:
-        if setting.threshold is not None:
+        if setting.system == HVFAST:
             cache = {"threshold": setting.threshold, **dict(setting.options)}
             try:
                 parse(PASSES, {"first_block_cache": cache}, None)

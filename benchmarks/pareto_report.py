@@ -13,6 +13,9 @@ from hvcompile.app.bench.contenders import CACHE_DIT, DIFFUSERS, EAGER, HVFAST, 
 
 REFERENCE = INDUCTOR
 
+INTERVAL = "cache_interval"
+"""The option of a cache that computes every so many steps; it stands in place of a threshold."""
+
 MEASURES = ("saved", "seconds", "cpu_seconds", "psnr_db", "worst_psnr_db", "ssim", "temporal_psnr_db")
 """Columns of a setting, a value a clip; null in the JSON is an infinite PSNR: an identical clip."""
 
@@ -23,15 +26,22 @@ class Setting:
 
     system: str
     threshold: float | None = None
-    options: tuple[tuple[str, int], ...] = ()
+    options: tuple[tuple[str, int | str], ...] = ()
 
     @property
     def series(self) -> str:
         """What the settings along one curve have in common."""
-        return ", ".join((self.system, *(f"{name} {number}" for name, number in self.options)))
+        along = (f"{name} {number}" for name, number in self.options if name != INTERVAL)
+        return ", ".join((self.system, *along))
+
+    @property
+    def place(self) -> float | None:
+        """Where on its curve the setting is: its threshold, or every how many steps it computes; None off any curve."""
+        interval = dict(self.options).get(INTERVAL)
+        return self.threshold if interval is None else float(interval)
 
     def __str__(self) -> str:
-        return self.series if self.threshold is None else f"{self.series} at {self.threshold:g}"
+        return self.series if self.place is None else f"{self.series} at {self.place:g}"
 
     def record(self) -> dict[str, Any]:
         """The setting as JSON."""
@@ -56,18 +66,20 @@ def middle(row: Mapping[str, Any], name: str) -> float:
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A row as text, for a table."""
     setting = setting_of(row)
-    threshold = "" if setting.threshold is None else f"{setting.threshold:g}"
+    threshold = "" if setting.place is None else f"{setting.place:g}"
     if "error" in row:
-        return [setting.series, threshold, *[""] * 7, " ".join(row["error"].split())[:100]]
-    worst = min(column(row, "worst_psnr_db"))
+        return [setting.series, threshold, *[""] * (len(HEADINGS) - 3), " ".join(row["error"].split())[:100]]
+    of_clips = column(row, "psnr_db")
     return [
         setting.series,
         threshold,
         f"{100 * middle(row, 'saved'):.1f} %",
         f"{middle(row, 'seconds'):.2f}",
         f"{middle(row, 'cpu_seconds'):.2f}",
-        decibels(middle(row, "psnr_db")),
-        decibels(worst),
+        decibels(statistics.median(of_clips)),
+        decibels(statistics.fmean(of_clips)),
+        decibels(min(of_clips)),
+        decibels(min(column(row, "worst_psnr_db"))),
         f"{middle(row, 'ssim'):.4f}",
         decibels(middle(row, "temporal_psnr_db")),
         "",
@@ -86,7 +98,9 @@ HEADINGS = (
     "s a clip",
     "CPU s",
     "PSNR, dB",
-    "worst",
+    "mean",
+    "least",
+    "worst frame",
     "SSIM",
     "temporal",
     "failed",
@@ -115,7 +129,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], title: str, command: str) -> str
             "over the clips. The other figures are medians over the clips. Seconds, and seconds of all processors, are",
             "of the denoising loop, without text encoding, decoding and, for what compiles, compiling. PSNR, SSIM and",
             "the PSNR of the change from frame to frame (temporal) are of the pixels against plain Inductor's, of a",
-            "clip the mean over its frames; worst is the PSNR of the worst frame of all clips.",
+            "clip the mean over its frames; mean and least are over the clips, worst frame over all their frames.",
+            "The threshold of a cache that computes every so many steps is that number.",
             "",
             *(f"| {line} |" for line in (*aligned, *body)),
             "",
@@ -164,13 +179,13 @@ def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path, *, clock: st
     measured = [row for row in rows if "error" not in row]
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in measured:
-        if row["threshold"] is not None:
+        if setting_of(row).place is not None:
             series.setdefault(setting_of(row).series, []).append(row)
     series = dict(sorted(series.items(), key=lambda item: item[0] not in STYLES))
     with_options = [name for name in series if name not in STYLES]
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey="row", layout="constrained")
     for name, group in series.items():
-        ordered = sorted(group, key=lambda row: float(row["threshold"]))
+        ordered = sorted(group, key=lambda row: setting_of(row).place or 0)
         style = dict(STYLES.get(name, {}))
         if not style:
             place = with_options.index(name)
@@ -184,7 +199,7 @@ def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path, *, clock: st
             }
         for axis, (x, y) in zip(axes.flat, panels, strict=True):
             scale = 100 if x == "saved" else 1
-            points = [(scale * middle(row, x), middle(row, y), row["threshold"]) for row in ordered]
+            points = [(scale * middle(row, x), middle(row, y), setting_of(row).place or 0) for row in ordered]
             points = [point for point in points if math.isfinite(point[1])]  # identical clips have no PSNR
             label = NAMES.get(name) or f"{name} at {' and '.join(f'{threshold:g}' for _, _, threshold in points)}"
             axis.plot([across for across, _, _ in points], [up for _, up, _ in points], label=label, **style)

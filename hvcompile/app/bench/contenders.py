@@ -12,7 +12,8 @@ from typing import Any
 
 EAGER, INDUCTOR, EXACT, HVFAST = "eager", "Inductor", "hvfast, exact", "hvfast"
 DIFFUSERS, CACHE_DIT = "diffusers", "cache-dit"
-PEERS = (DIFFUSERS, CACHE_DIT)
+TAYLOR_SEER, MAG_CACHE, CACHE_DIT_TAYLOR = "diffusers' TaylorSeer", "diffusers' MagCache", "cache-dit's TaylorSeer"
+PEERS = (DIFFUSERS, CACHE_DIT, CACHE_DIT_TAYLOR, TAYLOR_SEER, MAG_CACHE)
 """Other projects' caches: one that is missing or fails is reported, and ends nothing."""
 CACHED = (DIFFUSERS, CACHE_DIT, HVFAST)
 """Those that reuse steps, at a threshold."""
@@ -34,7 +35,7 @@ def applied(
         system: one of this module's names.
         pipe: a diffusers pipeline with a ``transformer`` that nothing was done to.
         threshold: of a cache; None where the system has none.
-        options: further fields of hvfast's cache.
+        options: further fields of hvfast's cache, or of a peer's.
         lower: "inductor", or "aot" or "eager" to try all out without the time that Inductor takes.
         compile_peers: compile the blocks of a peer's model too, as far as they compile; else a peer runs eagerly.
 
@@ -65,19 +66,36 @@ def applied(
         transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
         # Its hooks break the graph of a block, so one graph a block can't be asked for.
         yield "FirstBlockCacheConfig, " + _block_by_block(transformer, compile_peers, lower)
-    elif system == CACHE_DIT:
+    elif system in {TAYLOR_SEER, MAG_CACHE}:
+        transformer.enable_cache(_forecasting(system, pipe, threshold, options or {}))
+        yield f"{system}, " + _block_by_block(transformer, compile_peers, lower)
+    elif system in {CACHE_DIT, CACHE_DIT_TAYLOR}:
         import cache_dit
 
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0, residual_diff_threshold=threshold
         )
-        cache_dit.enable_cache(pipe, cache_config=config)
+        calibrator = cache_dit.TaylorSeerCalibratorConfig() if system == CACHE_DIT_TAYLOR else None
+        cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
         try:
             yield "DBCacheConfig(F1B0), " + _block_by_block(transformer, compile_peers, lower)
         finally:
             cache_dit.disable_cache(pipe)  # it changes the pipeline's class, which the next model has too
     else:
         yield "no compiler"
+
+
+def _forecasting(system: str, pipe: Any, threshold: float | None, options: Mapping[str, Any]) -> Any:
+    """The configuration of one of diffusers' caches that go by more than the last computed step.
+
+    ``options`` are the configuration's fields. TaylorSeer runs in its light form, which skips whole steps. MagCache
+    needs ``mag_ratios``, which a run of its own measures.
+    """
+    from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig
+
+    if system == TAYLOR_SEER:
+        return TaylorSeerCacheConfig(use_lite_mode=True, taylor_factors_dtype=pipe.transformer.dtype, **options)
+    return MagCacheConfig(threshold=threshold, **options)
 
 
 def _torch_backend(lower: str) -> str:
