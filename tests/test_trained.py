@@ -8,9 +8,11 @@ from typing import Any
 
 import check
 import clips
+import numpy as np
 import pytest
 import torch
-from diffusers import HunyuanVideoPipeline
+from diffusers import FlowMatchHeunDiscreteScheduler, HunyuanVideoPipeline
+from slow import SLOW
 
 import hvcompile
 from hvcompile.app import pipelines, tiny
@@ -74,6 +76,71 @@ def test_the_cache_at_its_default_threshold_pays_and_spoils_nothing() -> None:
     stats = hvcompile.stats(loaded.transformer)
     assert stats.hits + stats.misses == 16 * 30
     assert stats.hits >= 0.3 * 16 * 30
+
+
+class Compared:
+    """Clips by several settings of the cache, against those that compute every step, on one trajectory each."""
+
+    def __init__(self, *settings: dict[str, Any]) -> None:
+        self.pipes = [HunyuanVideoPipeline.from_pretrained(tiny.DIRECTORY) for _ in range(1 + len(settings))]
+        for pipe, cache in zip(self.pipes[1:], settings, strict=True):
+            pipe.transformer.compile(backend="hvfast", options={"lower": "eager", "first_block_cache": cache})
+        for pipe in self.pipes:
+            pipe.set_progress_bar_config(disable=True)
+
+    def psnr(self, prompt: str, seed: int, **how: Any) -> list[float]:
+        """Decibels of each setting's clip."""
+        videos = []
+        for pipe in self.pipes:
+            generator = torch.Generator().manual_seed(seed)
+            videos.append(pipe(prompt, generator=generator, output_type="pt", **{**tiny.DEFAULTS, **how}).frames)
+        errors = [(video - videos[0]).double().square().mean() for video in videos[1:]]
+        return [float(-10 * error.clamp(min=1e-14).log10()) for error in errors]
+
+    def saved(self) -> list[float]:
+        """The share of steps that each setting has reused."""
+        all_stats = [hvcompile.stats(pipe.transformer) for pipe in self.pipes[1:]]
+        return [stats.hits / (stats.hits + stats.misses) for stats in all_stats]
+
+
+def test_a_forecast_is_closer_than_a_repetition() -> None:
+    """At half of the steps reused, at least 6 dB in the mean and in the worst clip, for as many steps or more."""
+    compared = Compared({"threshold": 0.1}, {"threshold": 0.08, "forecast": 2, "decide_by": "error"})
+    prompts = [clips.make(seed, held_out=True).caption for seed in (3, 5, 8, 9)]
+    repeated, forecast = zip(*(compared.psnr(prompt, 0) for prompt in prompts), strict=True)
+    of_repeated, of_forecast = compared.saved()
+    assert of_forecast >= of_repeated >= 0.4
+    assert sum(forecast) / 4 >= sum(repeated) / 4 + 6
+    assert min(forecast) >= min(repeated) + 6
+
+
+def _jump(pipe: Any, step: int, _timestep: Any, now: dict[str, Any]) -> dict[str, Any]:
+    del pipe
+    noise = torch.randn(now["latents"].shape, generator=torch.Generator().manual_seed(step))
+    return {"latents": now["latents"] + 0.5 * noise} if step in {11, 12, 19} else {}
+
+
+@SLOW
+@pytest.mark.parametrize("forecast", [1, 2])
+@pytest.mark.parametrize("by", ["first_block", "clock"])
+def test_no_trajectory_makes_a_forecast_run_away(forecast: int, by: str) -> None:
+    """Within 1 dB of repeating at the same threshold, or better: noise that jumps, few steps, late starts, two calls
+    a step."""
+    for threshold in (0.1, 0.2):
+        compared = Compared({"threshold": threshold}, {"threshold": threshold, "forecast": forecast, "forecast_by": by})
+        prompt = "a yellow square rises over a blue background"
+        found = {
+            "plain": compared.psnr(prompt, 0),
+            "jumps": compared.psnr(prompt, 1, callback_on_step_end=_jump),
+            "few": compared.psnr(prompt, 2, num_inference_steps=8),
+            "late": compared.psnr(prompt, 3, sigmas=np.linspace(0.5, 0.02, 15), latents=torch.randn(1, 16, 5, 4, 6)),
+            "even": compared.psnr(prompt, 4, sigmas=np.linspace(1.0, 0.05, 20).tolist()),
+        }
+        for pipe in compared.pipes:
+            pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=7.0)
+        found["heun"] = compared.psnr(prompt, 5, num_inference_steps=15)
+        worse = {name: two for name, two in found.items() if two[1] < two[0] - 1}
+        assert not worse, found
 
 
 def test_the_vae_keeps_held_out_clips(pipe: Any) -> None:
