@@ -9,7 +9,7 @@ is computed as torch computes it with a Python float, in float32 where the tenso
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 
 from hvcompile.graph.inline import run_on_fakes
 from hvcompile.graph.nodes import is_tensor
+from hvcompile.graph.paths import module_path
 from hvcompile.torch_private import dynamo, fakes, kernels
 from hvcompile.torch_private.fakes import TAG, value
 from hvcompile.trunk.find import Block
@@ -129,3 +130,24 @@ def _derived(module: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], placeh
         placeholders=tuple(placeholders),
         is_kept=False,
     )
+
+
+def constant_scales(graph: fx.Graph) -> Callable[[str, float], bool] | None:
+    """What tells whether a float, by the name of its source and its value, is a scale that is a literal of a graph.
+
+    None where the graph has no low-rank branch with such a scale.
+    """
+    found: set[tuple[tuple[str, ...], float]] = set()
+    for branch in branches_of(graph.nodes):
+        stack = list((branch.scaled.meta.get("nn_module_stack") or {}).values()) if branch.scaled is not None else []
+        literals = [item for item in branch.scaled.args if isinstance(item, float)] if branch.scaled is not None else []
+        if stack and literals:
+            found.add((module_path(str(stack[-1][0])), literals[0]))
+    if not found:
+        return None
+
+    def is_one(name: str, number: float) -> bool:
+        path = module_path(name)
+        return any((path[:end], number) in found for end in (len(path) - 1, len(path) - 2))
+
+    return is_one
