@@ -96,7 +96,7 @@ def add(
     generator = torch.Generator().manual_seed(seed)
     for path, weight in made.named_parameters():
         if f"lora_A.{name}." in path or f"lora_B.{name}." in path:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5 * 1.1)
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5 * 0.7)
     made.eval()
 
 

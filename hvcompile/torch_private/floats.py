@@ -10,15 +10,24 @@ All names were checked on torch 2.13.0, and read in 2.11.0, where they are the s
   compiles a function again; nothing public does.
 - ``torch._dynamo.exc.TensorifyScalarRestartAnalysis``: what AOTAutograd raises from within a backend where floats are
   to be treated otherwise. Dynamo captures the function once more, and every other exception it takes for a failure.
+- ``ShapeEnv.backed_var_to_val`` (``var_to_val`` in 2.11) and ``replacements``, ``symbol_is_type``: the symbols of the floats that are
+  inputs, and those that are fixed. AOTAutograd makes Dynamo fix every float in the former that it finds no use of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
+from torch import fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.pgo import auto_dynamic, get_code_state
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from hvcompile.torch_private.fakes import fake_mode, value
 
 log = logging.getLogger(__name__)
 
@@ -44,3 +53,31 @@ def capture_again_with_inputs(is_wanted: Callable[[str, float], bool]) -> None:
     if marked:
         log.debug("captured again, with %d floats as inputs", marked)
         raise TensorifyScalarRestartAnalysis(restart_reason="hvcompile: scales of adapters are inputs")
+
+
+@contextlib.contextmanager
+def unread_floats_stay_inputs(module: fx.GraphModule) -> Iterator[None]:
+    """Within, AOTAutograd lets those floats be that Dynamo has made inputs of and that a graph does not read as such.
+
+    They are handed to it in another way, and nothing was assumed of them.
+    """
+    mode: Any = fake_mode(module.graph)
+    env: Any = getattr(mode, "shape_env", None)
+    known = getattr(env, "backed_var_to_val", None)
+    known = getattr(env, "var_to_val", None) if known is None else known
+    if not isinstance(known, dict):
+        yield
+        return
+    numbers = [value(node) for node in module.graph.nodes if isinstance(value(node), torch.SymFloat)]
+    read = {symbol for number in numbers for symbol in number.node.expr.free_symbols}
+    unread = {
+        symbol: number
+        for symbol, number in known.items()
+        if symbol_is_type(symbol, SymT.FLOAT) and symbol not in read and symbol not in env.replacements
+    }
+    for symbol in unread:
+        del known[symbol]
+    try:
+        yield
+    finally:
+        known.update(unread)

@@ -84,7 +84,8 @@ def take_scales(module: fx.GraphModule, blocks: Sequence[Block]) -> list[Derived
             for place, number in enumerate(held):
                 for product in list(number.users):
                     _scale_by(graph, block, product, number, vector, place)
-        block.nodes = [node for node in graph.nodes if node in set(block.nodes) - set(held)]
+        kept = set(block.nodes).difference(held)
+        block.nodes = [node for node in graph.nodes if node in kept]
         for number in held:
             graph.erase_node(number)
     return [_derived(module, groups, placeholders)]
