@@ -179,12 +179,18 @@ class Call:
         prepare: what was done to it before it is compiled.
         changes: one after the other, a step after each; none leads back to what was there before.
         recompiles: how many they cause together.
+        on_float8: the same where the layers are in float8; None for as many.
 
     """
 
     prepare: Callable[[Any], None]
     changes: tuple[Callable[[Any], object], ...]
     recompiles: int
+    on_float8: int | None = None
+
+    def expected(self, mode: str) -> int:
+        """How many compilations the changes cause in a mode."""
+        return self.recompiles if mode != "float8" or self.on_float8 is None else self.on_float8
 
 
 def scale(*weights: float) -> Callable[[Any], None]:
@@ -222,6 +228,7 @@ CALLS: dict[str, Call] = {
         prepare=load,
         changes=(fuse, unfuse),
         recompiles=1,
+        on_float8=2,  # what is restored is another kind of parameter
     ),
 }
 

@@ -10,8 +10,9 @@ All names were checked on torch 2.13.0, and read in 2.11.0, where they are the s
   compiles a function again; nothing public does.
 - ``torch._dynamo.exc.TensorifyScalarRestartAnalysis``: what AOTAutograd raises from within a backend where floats are
   to be treated otherwise. Dynamo captures the function once more, and every other exception it takes for a failure.
-- ``ShapeEnv.backed_var_to_val`` (``var_to_val`` in 2.11) and ``replacements``, ``symbol_is_type``: the symbols of the floats that are
-  inputs, and those that are fixed. AOTAutograd makes Dynamo fix every float in the former that it finds no use of.
+- ``ShapeEnv.backed_var_to_val`` (``var_to_val`` in 2.11) and ``replacements``, ``symbol_is_type``: the symbols of the
+  floats that are inputs, and those that are fixed. AOTAutograd makes Dynamo fix every float in the former that it finds
+  no use of.
 """
 
 from __future__ import annotations
