@@ -86,6 +86,7 @@ def add(
     rank: int = 4,
     alpha: int | None = None,
     targets: Sequence[str] | str = ATTENTION,
+    size: float = 0.7,
 ) -> None:
     """Add an adapter whose effect is plain to see and no larger than the model's own."""
     from peft import LoraConfig
@@ -96,7 +97,7 @@ def add(
     generator = torch.Generator().manual_seed(seed)
     for path, weight in made.named_parameters():
         if f"lora_A.{name}." in path or f"lora_B.{name}." in path:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5 * 0.7)
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5 * size)
     made.eval()
 
 

@@ -76,7 +76,7 @@ def test_the_trunk_is_found_and_blocks_without_an_adapter_have_a_body_of_their_o
     """Of a HunyuanVideo, with float8: equal layers of one input are one product, the branches beside them stay."""
     targets, bodies = TARGETS[where]
     options = {"lower": "eager", **MODES["float8"]}
-    pair = Pair(lambda made: cases.add(made, 1, targets=targets), options)
+    pair = Pair(lambda made: cases.add(made, 1, targets=targets, size=0.3), options)
     assert pair.step() < cases.BOUNDS["float8"]
     assert f"3 blocks share {bodies} bodies" in row_of(pair, "outline").report.matched[0]
     table = {row["linear"]: row for row in row_of(pair, "Float8Linears").report.table}
