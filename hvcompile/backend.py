@@ -41,6 +41,7 @@ from hvcompile.runtime.structure import Look
 from hvcompile.runtime.uncompiled import count
 from hvcompile.sealing import seal, seal_as_captured
 from hvcompile.torch_private import dynamo, fakes
+from hvcompile.torch_private.floats import capture_again_with_inputs
 from hvcompile.torch_private.frames import is_in_a_piece
 from hvcompile.torch_private.guards import look_first
 from hvcompile.torch_private.limits import count_each_model
@@ -50,6 +51,7 @@ from hvcompile.trunk.numbers import fix_numbers
 from hvcompile.trunk.observer import CAPTURED, OUTLINED, SEALED, Observer, Observers
 from hvcompile.trunk.outline import recover
 from hvcompile.trunk.pieces import earlier_of, flow_of
+from hvcompile.trunk.scales import constant_scales
 from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
@@ -85,11 +87,24 @@ def hvfast(
     settings = parse(PASSES, options, mode)
     count_each_model(count)
     look_after(is_compiling=True)
+    capture_again_for_scales(graph_module.graph)
     handle = next(reversed(_HANDLERS.values()), compile_graph)
     run = handle(graph_module, example_inputs, settings)
     if settings.guards == "quick":  # Dynamo makes its guards next
         look_first(Look)
     return looked_after(run) if is_in_a_piece() else run
+
+
+def capture_again_for_scales(graph: fx.Graph) -> None:
+    """Have Dynamo pass the scales of adapters as inputs from the beginning; see ``trunk.scales``.
+
+    Raises:
+        Exception: for Dynamo, which captures the function once more.
+
+    """
+    is_scale = constant_scales(graph)
+    if is_scale is not None:
+        capture_again_with_inputs(is_scale)
 
 
 def looked_after(run: Callable[..., Any]) -> Callable[..., Any]:

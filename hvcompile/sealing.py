@@ -52,6 +52,7 @@ def seal(trunk: Trunk) -> CallPlan:
         passed=_passed(trunk, stored_sources),
         stored=tuple(_weight_layout(stored, place) for stored in trunk.stored),
         derived=tuple(_derived_call(item, place) for item in trunk.derived),
+        held=tuple(place[node] for node in roles.held),
         agreement=_agreement(trunk, roles, place),
         origins=_origins(trunk),
     )
@@ -162,8 +163,9 @@ def _agreement(trunk: Trunk, roles: InputRoles, place: dict[fx.Node, int]) -> Ag
     def names_of(nodes: Iterable[fx.Node]) -> dict[int, str]:
         return {place[node]: dynamo.source_name(node) or node.name for node in nodes}
 
+    numbers = names_of(node for node in trunk.inputs if not is_tensor(node))
     inputs = CallInputs(
-        numbers=names_of(node for node in trunk.inputs if not is_tensor(node)),
+        numbers=numbers | ({-1: "the content of the floats that its layers hold"} if roles.held else {}),
         conditions=names_of(roles.conditions),
         shared=names_of(shared),
     )

@@ -13,6 +13,7 @@ or, where torch was built without CUDA and a storage can't, every operator on th
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -115,6 +116,8 @@ class QuantizedWeight(torch.nn.Parameter):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if name == "__set__" and getattr(func.__self__, "__name__", "") in _SETTABLE:  # type: ignore[attr-defined]
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if name == "detach" and _is_asked_by_an_adapters_loader():
+            return args[0]
         if name == "__set__" and args[0] is args[1]:  # as Module.to does with what has not moved
             return None
         what = getattr(getattr(func, "__self__", None), "__name__", name) if name in {"__get__", "__set__"} else name
@@ -171,6 +174,32 @@ def _refuse(func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: 
 def _is_captured_by_hvfast() -> bool:
     """Asked while Dynamo captures; the answer is a constant of the capture and leaves no trace in the graph."""
     return dynamo.is_own(dynamo.tracing_backend())
+
+
+# Who may have a state dict with such weights in it: peft and diffusers, while they load an adapter. They read the names
+# of all weights, and the shapes of some. Each is a module and the beginning of a function's name.
+_READ_NAMES = (
+    ("diffusers.loaders.peft", "load_"),
+    ("diffusers.loaders.lora_pipeline", ""),
+    ("peft.utils.hotswap", ""),
+    ("peft.tuners.tuners_utils", ""),
+    ("peft.utils.save_and_load", "set_"),
+    ("peft.utils.save_and_load", "_find_mismatched_keys"),
+)
+
+
+def _is_asked_by_an_adapters_loader() -> bool:
+    """Whether ``state_dict``, which detaches each weight, was called by what reads no values.
+
+    The weight itself stands in the dictionary then. Whoever reads it after all is refused.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if not name.startswith(("hvcompile.", "torch.")):
+            return any(name == place and frame.f_code.co_name.startswith(start) for place, start in _READ_NAMES)
+        frame = frame.f_back
+    return False
 
 
 def _is_no_move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

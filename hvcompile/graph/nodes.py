@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from hvcompile.torch_private import storages
-from hvcompile.torch_private.dynamo import source_name
+from hvcompile.torch_private.dynamo import is_float_of_module, is_of_module, source_name
 from hvcompile.torch_private.fakes import STORED, shape_key, value
 
 _CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
@@ -57,10 +57,19 @@ def is_parameter(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Whether a node is a placeholder for a parameter or buffer of the model, or for a tensor stored in its place."""
+    """Whether a node is a placeholder for a parameter or buffer of the model, or for a tensor stored in its place.
+
+    A tensor of no dimensions that a module holds as an attribute is one too: the scale of an adapter that peft has made
+    ready to be swapped.
+    """
     return is_parameter(node) or (
-        node.op == "placeholder" and ("_buffers[" in source_name(node) or STORED in node.meta)
+        node.op == "placeholder" and ("_buffers[" in source_name(node) or STORED in node.meta or _is_held_number(node))
     )
+
+
+def _is_held_number(node: fx.Node) -> bool:
+    is_number = is_tensor(node) and value(node).ndim == 0
+    return is_number and is_of_module(node) and not is_float_of_module(node)
 
 
 def op_name(node: fx.Node) -> str:

@@ -19,12 +19,14 @@ from hvcompile.pipeline import Context
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import num_bytes, numel_hint, size_hint, value
 from hvcompile.trunk.linears import Linear, linears_of, may_join
+from hvcompile.trunk.low_rank import branches_of
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
 log = logging.getLogger(__name__)
 
 MULTIPLE = 16  # of N and K, by the matrix product's demand
 SMALLEST = 64  # N or K; below it the product is no longer what takes the time
+WRAPPED = ".base_layer"  # what peft calls the layer that an adapter wraps
 FEWEST_ROWS = 16  # of the input: fewer, as in the modulation by the timestep, is bound by reading the weight
 
 
@@ -44,6 +46,8 @@ class Plan:
         self.trunk, self.context = trunk, context
         self.granularity, self.skip = granularity, skip
         self.keep_blocks, self.keep_last_blocks = keep_blocks, keep_last_blocks
+        branches = [branch for body in trunk.bodies for branch in branches_of(body.module.graph.nodes)]
+        self._low_rank = {node for branch in branches for node in (branch.down, branch.up)}
         self.linears = {body: {item.weight.name: item for item in linears_of(body)} for body in trunk.bodies}
         names = {body: placeholder_names(body) for body in trunk.bodies}
         self._operands = {block: dict(zip(names[block.body], block.operands, strict=True)) for block in trunk.blocks}
@@ -72,8 +76,8 @@ class Plan:
         return self._operands[block][name]
 
     def path(self, block: BlockCall, name: str) -> str:
-        """A linear layer's path in the model."""
-        return parameter_path(self.operand(block, name)).removesuffix(".weight")
+        """A linear layer's path in the model; of one that an adapter wraps, the path that it had before."""
+        return parameter_path(self.operand(block, name)).removesuffix(".weight").removesuffix(WRAPPED)
 
     @property
     def is_empty(self) -> bool:
@@ -95,6 +99,8 @@ class Plan:
         weight: torch.Tensor = value(operand)
         if weight.ndim != 2 or not weight.is_floating_point():
             return f"its weight is {weight.ndim}-dimensional, {weight.dtype}"
+        if item.node in self._low_rank:
+            return "it is of a low-rank branch beside a layer, an adapter, which is small and may be swapped"
         if item.is_written_to:
             return "its input is written to in place"
         path = self.path(block, item.weight.name)

@@ -239,7 +239,7 @@ class CallInputs:
     """A compiled graph's inputs except weights: the name of each, by its position.
 
     Attributes:
-        numbers: inputs that are no tensors.
+        numbers: inputs that are no tensors; at -1 all that the model's layers hold, as one.
         conditions: tensors that stay the same for a generation.
         shared: the sample and the timesteps, which are also compared in the graph.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import threading
@@ -48,10 +49,11 @@ class CallPlan:
     """Positions of the inputs that the runtime looks at, and what the graph takes and returns beyond its own.
 
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
-    inputs that are no tensors: sizes, and Python numbers given to the model. ``passed`` are the inputs that the
-    compiled graph takes, None for all; then come ``derived`` ones, ``stored`` weights, what ``origins`` tells of
-    earlier graphs, the weights' content on ``content_device``, unless that is None, and the state. ``agreement`` is
-    there where several ranks run the graph together; the last output may be for it.
+    inputs that are no tensors: sizes, and Python numbers given to the model. ``held`` are Python floats of the model's
+    own, which Dynamo passes as tensors. ``passed`` are the inputs that the compiled graph takes, None for all; then
+    come ``derived`` ones, ``stored`` weights, what ``origins`` tells of earlier graphs, the weights' content on
+    ``content_device``, unless that is None, and the state. ``agreement`` is there where several ranks run the graph
+    together; the last output may be for it.
     """
 
     anchor: int | None
@@ -66,8 +68,14 @@ class CallPlan:
     passed: tuple[int, ...] | None = None
     stored: tuple[WeightLayout, ...] = ()
     derived: tuple[DerivedCall, ...] = ()
+    held: tuple[int, ...] = ()
     agreement: Agreement | None = None
     origins: Origins | None = None
+
+
+def _content(floats: Sequence[torch.Tensor]) -> str:
+    """What differs where one of these floats, tensors of no dimensions on the CPU, does."""
+    return hashlib.sha256(torch.stack(list(floats)).numpy().tobytes()).hexdigest()[:16]
 
 
 class CompiledGraph:
@@ -86,6 +94,7 @@ class CompiledGraph:
         self._flow = flow
         self._compiled, self._plan, self._journal, self._compile_id = compiled, plan, journal, compile_id
         self._weights, self._numbers = picker(plan.weights), picker(plan.numbers)
+        self._held = picker(plan.held)
         # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
         self._number = next(_NUMBERS)
         self._fingerprints = Fingerprints()
@@ -229,7 +238,8 @@ class CompiledGraph:
     def _generation(self, args: Sequence[Any]) -> _Generation:
         with self._lock:
             conditions = tuple(self._fingerprints.fingerprint_of(args[place]) for place in self._plan.conditions)
-        return self._numbers(args), conditions
+        numbers = self._numbers(args)
+        return (*numbers, _content(self._held(args))) if self._plan.held else numbers, conditions
 
     def _slot(
         self,

@@ -110,6 +110,13 @@ def is_of_module(placeholder: fx.Node) -> bool:
     return source is not None and bool(source.guard_source.is_unspecialized_nn_module())
 
 
+def is_float_of_module(placeholder: fx.Node) -> bool:
+    """Whether a placeholder is a Python float that a module holds, which Dynamo passes as a tensor."""
+    # Private: its source is the float's own, so that only this tells one from a tensor (2.11.0, 2.13.0).
+    argument: Any = placeholder.meta.get("grapharg")
+    return bool(getattr(argument, "pass_arg_as_tensor", False)) and is_of_module(placeholder)
+
+
 def autocast_of(region: fx.Node) -> torch.autocast:
     """The context of an autocast region, given the node that enters it."""
     device_type, dtype, enabled, cache_enabled = region.args

@@ -156,3 +156,12 @@ def join_each(groups: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
             # Private: nothing public copies many tensors at once (2.11.0, 2.13.0).
             torch._foreach_copy_(parts, [vector for _, vectors in pairs for vector in vectors])
         return results
+
+
+def stack_each(groups: Sequence[Sequence[torch.Tensor]], devices: Sequence[torch.device]) -> list[torch.Tensor]:
+    """The numbers of each group, tensors of no dimensions on the CPU, as one vector on a device; one transfer each."""
+    sizes = [len(group) for group in groups]
+    # Each begins at whole 16 bytes: what does not, Inductor copies in every call.
+    flat = torch.stack([number for group in groups for number in (*group, *group[: len(group) % 2])])
+    on_device = {device: torch.split(flat.to(device), [size + size % 2 for size in sizes]) for device in {*devices}}
+    return [on_device[device][place][: sizes[place]] for place, device in enumerate(devices)]

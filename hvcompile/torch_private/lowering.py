@@ -37,6 +37,7 @@ from hvcompile.errors import LoweringError
 from hvcompile.torch_private.branches import operands_as_traced
 from hvcompile.torch_private.compilers import why_no_compiling
 from hvcompile.torch_private.distributed import is_left_running
+from hvcompile.torch_private.floats import unread_floats_stay_inputs
 
 Compiled = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         config["reorder_for_peak_memory"] = False
     try:
         # Private: no public entry takes a Dynamo graph with added placeholders (2.11.0, 2.13.0).
-        with operands_as_traced():
+        with operands_as_traced(), unread_floats_stay_inputs(module):
             compiled: Any = compile_fx(module, list(inputs), config_patches=config)
     except InductorError as error:
         _, separator, question = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")
@@ -98,7 +99,8 @@ def to_aot(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     # A module that torch re-exports its private one by (2.11.0, 2.13.0).
     from functorch.compile import aot_module_simplified, nop
 
-    return aot_module_simplified(module, list(inputs), fw_compiler=nop)  # type: ignore[no-any-return]
+    with unread_floats_stay_inputs(module):
+        return aot_module_simplified(module, list(inputs), fw_compiler=nop)  # type: ignore[no-any-return]
 
 
 def to_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:

@@ -23,15 +23,23 @@ from hvcompile.torch_private import fakes
 from hvcompile.torch_private.dynamo import is_of_module
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.find import Block
+from hvcompile.trunk.scales import scales_of
 
 
 def fix_numbers_of_modules(graph: fx.Graph) -> None:
-    """Make literals of the floats that modules hold, and of those on whose value Dynamo guards already."""
-    fix_numbers(graph, lambda number: is_of_module(number.all_input_nodes[0]))
+    """Make literals of the floats that modules hold, and of those on whose value Dynamo guards already.
+
+    Scales of low-rank branches stay inputs; see ``trunk.scales``.
+    """
+    scales = scales_of(graph)
+    fix_numbers(graph, lambda number: number not in scales and is_of_module(number.all_input_nodes[0]))
 
 
 def fix_numbers_of_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:
-    """Make literals of the floats that are read from the first block to the last, also between them."""
+    """Make literals of the floats that are read from the first block to the last, also between them.
+
+    Those that ``trunk.scales`` has made inputs of blocks are read no more.
+    """
     first, last = blocks[0].nodes[0], blocks[-1].nodes[-1]
     within = {first}
     node = first

@@ -39,6 +39,7 @@ from hvcompile.trunk.find import Block, describe_lists, entering, find_trunk, le
 from hvcompile.trunk.match import families_of, viewed_operands
 from hvcompile.trunk.numbers import fix_numbers_of_blocks, fix_numbers_of_modules, fix_settled_sizes
 from hvcompile.trunk.operands import as_operands, contiguous_like, is_activation, restore_order, symbolic_sizes
+from hvcompile.trunk.scales import take_scales
 from hvcompile.trunk.streams import find_streams
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
@@ -62,6 +63,7 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
     blocks = find_trunk(module.graph)
     if isinstance(blocks, Declined):
         return blocks
+    scales = take_scales(module, blocks)
     fix_numbers_of_blocks(module.graph, blocks)
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
     sizes = symbolic_sizes(module.graph, before=blocks[0].nodes[0])
@@ -88,7 +90,7 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
             bodies[index], outputs[index] = body, [node_at.get(position) for position in positions]
     find_streams(blocks, operands, bodies, outputs)
 
-    trunk = Trunk(module, [], describe_lists(blocks))
+    trunk = Trunk(module, [], describe_lists(blocks), derived=scales)
     renamed: dict[fx.Node, fx.Node] = {}
     for index, block in enumerate(blocks):
         current = [renamed.get(operand, operand) for operand in operands[index]]

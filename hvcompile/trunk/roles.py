@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from hvcompile.graph.nodes import is_scalar, is_tensor, is_weight, op_name
-from hvcompile.torch_private.dynamo import source_name
+from hvcompile.torch_private.dynamo import is_float_of_module, source_name
 from hvcompile.torch_private.fakes import numel_hint, size_hint, value
 from hvcompile.trunk.trunk import Trunk
 
@@ -32,6 +32,7 @@ class InputRoles:
         weights: parameters and buffers.
         sample: what is denoised; None where no input has as many dimensions as the output.
         clocks: the timesteps.
+        held: Python floats that modules hold, which Dynamo passes as tensors.
         conditions: all other tensors.
         python_time: name of a timestep that is a Python number, which the graph can't keep state of; None if there is
             none.
@@ -44,6 +45,7 @@ class InputRoles:
     clocks: tuple[fx.Node, ...]
     conditions: tuple[fx.Node, ...]
     python_time: str | None
+    held: tuple[fx.Node, ...] = ()
     made: tuple[fx.Node, ...] = ()
 
     @property
@@ -82,7 +84,8 @@ def classify(trunk: Trunk) -> InputRoles:
     # Of a Python float that has become a literal its input is left, which nothing reads.
     derived = {node for item in trunk.derived for node in item.sources}
     read = [node for node in trunk.inputs if is_tensor(node) and (node.users or node in derived)]
-    inputs = [node for node in read if not is_weight(node)]
+    held = tuple(filter(is_float_of_module, read))
+    inputs = [node for node in read if not is_weight(node) and node not in held]
     if trunk.earlier is not None:
         carrier = trunk.inputs[trunk.earlier.sample]
         made = {trunk.inputs[place] for place in (*trunk.earlier.inputs, *trunk.earlier.known)}
@@ -93,6 +96,7 @@ def classify(trunk: Trunk) -> InputRoles:
             made=tuple(node for node in inputs if node in made and node is not carrier),
             conditions=tuple(node for node in inputs if node not in made),
             python_time=None,
+            held=held,
         )
     results = trunk.output.args[0]
     outputs = [value(node) for node in results if isinstance(node, fx.Node) and is_tensor(node)]  # type: ignore[union-attr]
@@ -106,7 +110,7 @@ def classify(trunk: Trunk) -> InputRoles:
 
     def is_small(node: fx.Node) -> bool:
         tensor: torch.Tensor = value(node)
-        if "_modules" in source_name(node):  # a Python number that is an attribute of the model
+        if "_modules" in source_name(node):  # a tensor that is an attribute of the model
             return False
         return tensor.is_floating_point() and tensor.ndim <= 1 and numel_hint(tensor) <= max(1, batch)
 
@@ -123,4 +127,5 @@ def classify(trunk: Trunk) -> InputRoles:
         clocks=tuple(clocks),
         python_time=python_time,
         conditions=tuple(conditions),
+        held=held,
     )

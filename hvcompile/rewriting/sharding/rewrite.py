@@ -125,6 +125,9 @@ class Rewrite:
         trunk.module.graph = top.graph
         for block in trunk.blocks:
             block.call = top.env[block.call]
+        for item in trunk.derived:
+            item.sources = tuple(top.env[node] for node in item.sources)
+            item.placeholders = tuple(top.env[node] for node in item.placeholders)
         for state in trunk.states:
             state.placeholder = top.env[state.placeholder]
             state.next_value = top.env[state.next_value] if state.next_value is not None else None
