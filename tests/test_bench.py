@@ -52,7 +52,7 @@ def quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are forked from one that has imported torch and diffusers, as ranks are."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(ranks.PRELOAD)
-    multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
+    multiprocessing.forkserver.ensure_running()
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 

@@ -75,7 +75,8 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         hits = sum(step.reused for step in steps)
         return SimpleNamespace(graphs=1, recompiles=0, hits=hits, misses=len(steps) - hits, steps=steps)
 
-    monkeypatch.setattr(generate, "BACKEND", eager)
+    for module in (generate, batch):
+        monkeypatch.setattr(module, "BACKEND", eager)
     monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
     monkeypatch.setattr(hvcompile, "stats", stats)
     return calls
