@@ -664,7 +664,7 @@ def test_two_runs_that_write_one_file_at_once_leave_one_of_both_whole(tmp_path: 
     together, output = threading.Barrier(2), tmp_path / "a.mp4"
 
     def write(clip: metrics.Frames) -> None:
-        for _ in range(5):
+        for _ in range(2):
             together.wait(60)
             video.write(clip, output, fps=12)
 
