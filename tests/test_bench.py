@@ -72,6 +72,7 @@ def protocol(threshold: float = 0.06, **changed: Any) -> Protocol:
     return Protocol(**{**held, **changed})
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_small_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two contenders run, and cache-dit is not installed: it is a row that says so."""
     pytest.importorskip("matplotlib")
