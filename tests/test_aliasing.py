@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from torch import fx, nn
 from toy import WIDTH, Toy, toy_inputs
 from trunks import recovered
@@ -152,8 +153,15 @@ def one_frame(name: str) -> dict[str, Any]:
     return inputs | {"hidden_states": inputs["hidden_states"][:, :, :1].contiguous()}
 
 
-@pytest.mark.parametrize("lower", ["aot", "inductor"])
-@pytest.mark.parametrize("name", ["latte", "wan_t2v"])
+@pytest.mark.parametrize(
+    ("name", "lower"),
+    [
+        ("latte", "aot"),
+        ("wan_t2v", "aot"),
+        ("wan_t2v", "inductor"),
+        pytest.param("latte", "inductor", marks=SLOW),
+    ],
+)
 def test_one_frame(name: str, lower: str) -> None:
     """Where frames are a dimension of one, changing dimensions about moves nothing."""
     model, inputs = zoo.FAMILIES[name].build(), one_frame(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
+import multiprocessing.forkserver
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 from rich.console import Console
@@ -44,6 +47,15 @@ def fake_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str) -> N
     monkeypatch.delitem(sys.modules, "cache_dit", raising=False)
 
 
+@pytest.fixture
+def quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are forked from one that has imported torch and diffusers, as ranks are."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(ranks.PRELOAD)
+    multiprocessing.forkserver.ensure_running()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
 def protocol(threshold: float = 0.06, **changed: Any) -> Protocol:
     held: dict[str, Any] = {
         "model": None,
@@ -60,6 +72,7 @@ def protocol(threshold: float = 0.06, **changed: Any) -> Protocol:
     return Protocol(**{**held, **changed})
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_small_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two contenders run, and cache-dit is not installed: it is a row that says so."""
     pytest.importorskip("matplotlib")
@@ -138,6 +151,7 @@ def check_schema(record: dict[str, Any]) -> None:
         assert ratio["run"]["min"] <= ratio["run"]["median"] <= ratio["run"]["max"]
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_the_full_protocol_at_a_small_size_and_a_peer_that_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +189,7 @@ def test_a_contender_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     seat.stop()
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_an_interrupt_or_a_failure_on_other_shapes_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request(
         blocks="1+2", hidden=32, frames=5, height=32, width=32, steps=3, repeats=1, threads=1, lower="eager",

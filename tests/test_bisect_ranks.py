@@ -23,7 +23,7 @@ from hvcompile.dump import read as dump_read
 from hvcompile.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("bisect_ranks")]  # one dump for all of them
 
 
 @pytest.fixture(scope="module")

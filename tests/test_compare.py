@@ -20,8 +20,9 @@ def ramp(frames: int = 3, height: int = 32, width: int = 48, brightness: float =
     return np.broadcast_to(row[None, None, :, None], (frames, height, width, 3)).copy()
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("videos")
     shapes: dict[str, dict[str, Any]] = {
         "reference": {},
         "brighter": {"brightness": 0.1},
@@ -32,8 +33,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "flat": {"height": 2},
     }
     for name, shape in shapes.items():
-        video.write(ramp(**shape), tmp_path / f"{name}.mp4", fps=12)
-    return {name: tmp_path / f"{name}.mp4" for name in shapes}
+        video.write(ramp(**shape), folder / f"{name}.mp4", fps=12)
+    return {name: folder / f"{name}.mp4" for name in shapes}
 
 
 def test_the_figures_the_sheet_and_the_json(files: dict[str, Path], tmp_path: Path) -> None:
@@ -84,15 +85,16 @@ def test_a_file_is_identical_to_itself(name: str, files: dict[str, Path], tmp_pa
 def test_what_can_t_be_compared_is_one_line(
     reference: str, clip: str, message: str, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "text.mp4").write_text("no video\n" * 100)
-    (tmp_path / "cut.mp4").write_bytes(files["reference"].read_bytes()[:400])
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+    folder = files["reference"].parent
+    (folder / "text.mp4").write_text("no video\n" * 100)
+    (folder / "cut.mp4").write_bytes(files["reference"].read_bytes()[:400])
+    with av.open(str(folder / "sound.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         silence.sample_rate = 8000
         container.mux(stream.encode(silence))
     with pytest.raises(InputError, match=message) as caught:
-        compare.compare_files(tmp_path / reference, tmp_path / clip, sheet_file=tmp_path / "s.png")
+        compare.compare_files(folder / reference, folder / clip, sheet_file=tmp_path / "s.png")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "s.png").exists()
 

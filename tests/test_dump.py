@@ -35,6 +35,8 @@ from hvcompile.journal import JournalRow, PassReport
 from hvcompile.passes import PASSES
 from hvcompile.torch_private import lowering
 
+pytestmark = pytest.mark.xdist_group("dump")  # one dump of each family for all of them
+
 FILES = ["00_captured.py", "01_outlined.py", "02_unmasked_attention.py", "03_first_block_cache.py", "04_sealed.py"]
 BESIDE = ["inputs.pt", "journal.json", "outputs.pt"]
 if importlib.util.find_spec("depyf") is not None:
@@ -57,9 +59,10 @@ def evaluate(path: Path) -> Any:
         return module.build()(*module.example_inputs())
 
 
-def run_alone(path: Path) -> str:
-    """Run a file as a user would, in a process that can't import this project."""
-    code = f"import runpy, sys; sys.modules['hvcompile'] = None; runpy.run_path({str(path)!r}, run_name='__main__')"
+def run_alone(*paths: Path) -> str:
+    """Run files as a user would, in a process that can't import this project."""
+    runs = [f"runpy.run_path({str(path)!r}, run_name='__main__')" for path in paths]
+    code = "; print('--'); ".join(["import runpy, sys; sys.modules['hvcompile'] = None; " + runs[0], *runs[1:]])
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -140,14 +143,16 @@ def test_every_file_reproduces_the_output_of_the_first_call(folders: dict[str, P
         assert torch.equal(again[0], read[0])  # and what bisect lowers is what the file computes
 
 
-@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_file_runs_alone(folders: dict[str, Path], name: str, file: str) -> None:
-    printed = run_alone(folders[name] / file).splitlines()
+def test_every_file_runs_alone(folders: dict[str, Path], name: str) -> None:
+    outputs = run_alone(*(folders[name] / file for file in FILES)).split("--\n")
+    assert len(outputs) == len(FILES)
     shape = tuple(zoo.FAMILIES[name].inputs()["hidden_states"].shape)
-    assert printed[0].startswith(f"0: {shape} torch.float32 norm ")
-    assert math.isfinite(float(printed[0].split()[-1]))
-    assert re.fullmatch(r"0 differs from what the first call gave by (0|\d\.?\d*e-0[6-9]) at most", printed[-1])
+    for output in outputs:
+        printed = output.splitlines()
+        assert printed[0].startswith(f"0: {shape} torch.float32 norm ")
+        assert math.isfinite(float(printed[0].split()[-1]))
+        assert re.fullmatch(r"0 differs from what the first call gave by (0|\d\.?\d*e-0[6-9]) at most", printed[-1])
 
 
 def test_a_file_computes_what_the_model_computes(tmp_path: Path) -> None:

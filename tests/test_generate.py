@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +29,11 @@ from diffusers import (
 from PIL import Image
 from rich.console import Console
 from transformers import T5Config, T5EncoderModel
+from typer.testing import CliRunner
 
 import hvcompile
 from hvcompile import outputs
-from hvcompile.app import batch, generate, metrics, pipelines, runner, sheet, tiny, video
+from hvcompile.app import batch, cli, generate, metrics, pipelines, runner, sheet, tiny, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.generate import Request
 from hvcompile.app.grid import Grid
@@ -70,7 +75,8 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         hits = sum(step.reused for step in steps)
         return SimpleNamespace(graphs=1, recompiles=0, hits=hits, misses=len(steps) - hits, steps=steps)
 
-    monkeypatch.setattr(generate, "BACKEND", eager)
+    for module in (generate, batch):
+        monkeypatch.setattr(module, "BACKEND", eager)
     monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
     monkeypatch.setattr(hvcompile, "stats", stats)
     return calls
@@ -140,9 +146,33 @@ def test_a_plain_run_that_is_not_finite_is_told_before_the_fast_one_is_made(
         return metrics.Run(frames=np.full((1, 16, 16, 3), np.nan, np.float32), seconds=1.0, steps=())
 
     monkeypatch.setattr(runner.Runner, "run", broken)
+    request = Request(**SMALL, compare=True, output=tmp_path / "a.mp4", json_file=tmp_path / "a.json")
     with pytest.raises(InputError, match="the pixels of the plain compiled model are not all finite: give dtype"):
-        generate.generate(Request(**SMALL, compare=True, output=tmp_path / "a.mp4"), loaded=loaded)
-    assert not list(tmp_path.iterdir())
+        generate.generate(request, loaded=loaded)
+    (file,) = tmp_path.iterdir()
+    assert (
+        "the plain compiled model are not all finite"
+        in json.loads(file.read_text(), parse_constant=pytest.fail)["error"]
+    )
+
+
+def test_a_run_that_is_not_finite_has_a_record_that_says_so(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = runner.Runner.run
+
+    def broken(self: Any, job: Any, arguments: Any) -> Any:
+        made = run(self, job, arguments)
+        steps = tuple(replace(step, difference=math.nan) for step in made.steps)
+        return replace(made, frames=made.frames * np.float32(np.nan), steps=steps)
+
+    monkeypatch.setattr(runner.Runner, "run", broken)
+    with pytest.raises(InputError, match=r"a\.mp4 are not all finite"):
+        generate.generate(Request(**SMALL, output=tmp_path / "a.mp4", json_file=tmp_path / "a.json"), loaded=loaded)
+    (file,) = tmp_path.iterdir()
+    record = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert "the pixels of a.mp4 are not all finite" in record["error"]
+    assert (record["steps"], [step["difference"] for step in record["each_step"]]) == (4, [None] * 4)
 
 
 def test_with_true_guidance_a_step_is_reused_only_when_both_its_calls_are(
@@ -569,3 +599,76 @@ def test_a_step_that_compiles_on_the_way_is_no_step_after(tmp_path: Path) -> Non
     )
     run = metrics.Run(frames=np.zeros((1, 8, 8, 3), np.float32), seconds=10.0, steps=steps)
     assert (run.step_seconds, run.compile_seconds) == (1.0, 6.0)
+
+
+# From the command line: how a run ends that is stopped, or that the system refuses a file.
+
+COMMAND = ("generate", "a red circle", "--quiet", "--steps", "4", "--frames", "5", "--height", "32", "--width", "48")
+
+
+@pytest.mark.parametrize("seeds", ["0", "0-2"])
+def test_an_interrupt_among_the_steps_is_one_line_and_loses_nothing_that_was_finished(
+    seeds: str, loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = loaded.pipe.scheduler.step
+    num_calls = 4 * (seeds == "0-2") + 2
+
+    def stepped(*arguments: Any, **more: Any) -> Any:
+        if len(backends) == num_calls:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **more)
+
+    monkeypatch.setattr(pipelines, "load", lambda *_: loaded)
+    monkeypatch.setattr(loaded.pipe.scheduler, "step", stepped, raising=False)
+    before = tmp_path / "a.mp4"
+    before.write_bytes(b"old")
+    files = ("-o", str(before), "--json", str(tmp_path / "a.json"))
+    done = CliRunner().invoke(cli.app, [*COMMAND, "--seeds", seeds, *files])
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "stopped\n")
+    assert len(backends) == num_calls
+    assert before.read_bytes() == b"old"
+    finished = {"a-seed0.mp4", "a.sheet.png", "a.json"} if seeds == "0-2" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", *finished}
+    if finished:
+        assert len(decode(tmp_path / "a-seed0.mp4")) == 5
+
+
+def test_a_full_disk_is_one_line_and_the_frames_and_the_record_are_kept(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pipelines, "load", lambda *_: loaded)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    output = tmp_path / "a.mp4"
+    done = CliRunner().invoke(cli.app, [*COMMAND, "-o", str(output), "--json", str(tmp_path / "a.json")])
+    (line,) = done.stderr.splitlines()
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert line.startswith(f"error: {str(output)!r} can't be written (No space left on device): the frames are kept in")
+    (kept,) = tmp_path.glob("*.npz")
+    with np.load(kept) as held:
+        assert held["frames"].shape == (5, 32, 48, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", kept.name}
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["steps"] == 4
+    assert f"error: {record['error']}" == line
+
+
+def test_two_runs_that_write_one_file_at_once_leave_one_of_both_whole(tmp_path: Path) -> None:
+    clips = [np.random.default_rng(seed).random((4, 16, 24, 3), np.float32) for seed in range(2)]
+    for number, clip in enumerate(clips):
+        video.write(clip, tmp_path / f"{number}.mp4", fps=12)
+    whole = {(tmp_path / f"{number}.mp4").read_bytes() for number in range(2)}
+    assert len(whole) == 2
+    together, output = threading.Barrier(2), tmp_path / "a.mp4"
+
+    def write(clip: metrics.Frames) -> None:
+        for _ in range(2):
+            together.wait(60)
+            video.write(clip, output, fps=12)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, clips))
+    assert output.read_bytes() in whole
+    assert {path.name for path in tmp_path.iterdir()} == {"0.mp4", "1.mp4", "a.mp4"}

@@ -24,6 +24,7 @@ from diffusers.hooks import (
     apply_layerwise_casting,
 )
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from torch import nn
 from toy import Toy, toy_inputs
 
@@ -129,7 +130,7 @@ def test_another_model_of_the_class_is_not_given_up_with_the_one_with_hooks() ->
     ("family", "config"),
     [
         ("flux", FirstBlockCacheConfig(threshold=0.1)),
-        ("cogvideox", FirstBlockCacheConfig(threshold=0.1)),
+        pytest.param("cogvideox", FirstBlockCacheConfig(threshold=0.1), marks=SLOW),
         (
             "wan_t2v",
             PyramidAttentionBroadcastConfig(

@@ -23,6 +23,8 @@ RUN = """
 import torch
 from toy import Toy, toy_inputs
 
+pytestmark = pytest.mark.xdist_group("logging")  # one traced run for all of them
+
 compiled = torch.compile(Toy().eval(), backend="hvfast", options={"lower": "eager"})
 with torch.no_grad():
     compiled(**toy_inputs())

@@ -24,9 +24,10 @@ from hvcompile.lowered.lower import Lowered, lower_call, on_absent
 from hvcompile.torch_private import lowering
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    torch.torch_version.TorchVersion(torch.__version__) < "2.13", reason="made with torch 2.13"
-)
+pytestmark = [
+    pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < "2.13", reason="made with torch 2.13"),
+    pytest.mark.xdist_group("lowered"),  # each graph is lowered once
+]
 
 MEASURABLE = 32385
 """Tokens of a clip that is long enough for shards to be aligned."""

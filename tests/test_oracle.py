@@ -6,6 +6,7 @@ Slow, because it compiles: every compilation is shared by all that a test can as
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 import torch
 import zoo
 from oracle import STEPS, denoise, diffusers_cached, first, hvfast, relative_error, timesteps
+from slow import SLOW
 
 import hvcompile
 from hvcompile.torch_private import lowering
+
+pytestmark = pytest.mark.xdist_group("oracle")  # one tiny pipeline for all of them
 
 SEEDS = (0, 1, 2)
 
@@ -26,15 +30,18 @@ def last_reused(model: Any) -> bool:
 
 @pytest.fixture
 def lowerings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the calls of Inductor."""
+    """Counts the calls of Inductor, and of AOTAutograd where that is what lowers."""
     calls: list[int] = []
-    original = lowering.LOWERINGS["inductor"]
 
-    def counted(module: Any, inputs: Any) -> Any:
-        calls.append(len(inputs))
-        return original(module, inputs)
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(module: Any, inputs: Any) -> Any:
+            calls.append(len(inputs))
+            return original(module, inputs)
 
-    monkeypatch.setitem(lowering.LOWERINGS, "inductor", counted)
+        return counted
+
+    for name in ("inductor", "aot"):
+        monkeypatch.setitem(lowering.LOWERINGS, name, counting(lowering.LOWERINGS[name]))
     return calls
 
 
@@ -62,13 +69,24 @@ def prompt_inputs(pipe: Any, prompt: str, seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.08, 0.15])
-def test_tiny_pipeline_decides_as_diffusers_does(tiny_pipeline: Any, threshold: float, lowerings: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("threshold", "lower", "seeds"),
+    [
+        (0.08, "inductor", SEEDS),
+        (0.05, "eager", SEEDS[:1]),
+        (0.15, "eager", SEEDS[:1]),
+        pytest.param(0.05, "inductor", SEEDS, marks=SLOW),
+        pytest.param(0.15, "inductor", SEEDS, marks=SLOW),
+    ],
+)
+def test_tiny_pipeline_decides_as_diffusers_does(
+    tiny_pipeline: Any, threshold: float, lower: str, seeds: tuple[int, ...], lowerings: list[int]
+) -> None:
     """30 steps, three seeds with a prompt each: equal hit/miss sequences, outputs to 1e-3 relative."""
     model = copy.deepcopy(tiny_pipeline.transformer)
-    fast = hvfast(model, fullgraph=True, options={"first_block_cache": {"threshold": threshold}})
+    fast = hvfast(model, fullgraph=True, options={"lower": lower, "first_block_cache": {"threshold": threshold}})
     prompts = ["a red circle moves to the left", "snow", "two cats cross a very long bridge at night, slowly"]
-    for seed, prompt in zip(SEEDS, prompts, strict=True):
+    for seed, prompt in zip(seeds, prompts, strict=False):
         inputs = prompt_inputs(tiny_pipeline, prompt, seed)
         blocks = ("transformer_blocks", "single_transformer_blocks")
         expected = diffusers_cached(copy.deepcopy(tiny_pipeline.transformer), inputs, threshold, blocks=blocks)
@@ -78,8 +96,8 @@ def test_tiny_pipeline_decides_as_diffusers_does(tiny_pipeline: Any, threshold: 
         assert relative_error(actual.sample, expected.sample) < 1e-3
     stats = hvcompile.stats(fast)
     # One graph and one call of Inductor for computed and reused steps; prompts of other lengths recompile nothing.
-    assert (stats.graphs, stats.recompiles, len(lowerings)) == (1, 0, 1)
-    assert stats.hits + stats.misses == len(SEEDS) * STEPS
+    assert (stats.graphs, stats.recompiles, len(lowerings)) == (1, 0, int(lower == "inductor"))
+    assert stats.hits + stats.misses == len(seeds) * STEPS
 
 
 def test_guidance_halves_decide_as_on_their_own(tiny_pipeline: Any) -> None:
@@ -133,7 +151,9 @@ def test_guidance_halves_decide_as_on_their_own(tiny_pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "threshold", "inverted"), [("cogvideox", 0.8, False), ("mochi", 0.9, True)], ids=["cogvideox", "mochi"]
+    ("name", "threshold", "inverted"),
+    [pytest.param("cogvideox", 0.8, False, marks=SLOW), ("mochi", 0.9, True)],
+    ids=["cogvideox", "mochi"],
 )
 def test_other_families_decide_as_diffusers_does(
     name: str, threshold: float, inverted: bool, lowerings: list[int]
@@ -170,7 +190,7 @@ def test_a_length_that_inductor_asks_for_is_an_error_that_says_so() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "hunyuan_video_i2v_concat",
+        pytest.param("hunyuan_video_i2v_concat", marks=SLOW),
         "hunyuan_video_i2v_replace",
         pytest.param(
             "hunyuan_video_framepack",
@@ -192,10 +212,11 @@ def test_image_to_video_kinds(name: str, lowerings: list[int]) -> None:
     assert (stats.graphs, stats.recompiles, len(lowerings)) == (1, 0, 1)
 
 
-def test_full_depth_equals_eager_with_the_cache_off() -> None:
-    """20 dual and 40 single blocks of tiny width, fp32, to 1e-4 relative."""
+@pytest.mark.parametrize(("dual", "single"), [(4, 8), pytest.param(20, 40, marks=SLOW)])
+def test_depth_equals_eager_with_the_cache_off(dual: int, single: int) -> None:
+    """Tiny width, fp32, to 1e-4 relative; HunyuanVideo's own depth where slow tests are asked for."""
     family = zoo.FAMILIES["hunyuan_video"]
-    model = family.build(num_layers=20, num_single_layers=40)
+    model = family.build(num_layers=dual, num_single_layers=single)
     fast = hvfast(model, fullgraph=True, options={"first_block_cache": False})
     with torch.no_grad():
         for seed in (0, 7):
@@ -203,14 +224,16 @@ def test_full_depth_equals_eager_with_the_cache_off() -> None:
             expected = first(model(**inputs, return_dict=False))
             assert relative_error(first(fast(**inputs, return_dict=False)), expected) < 1e-4
     row = hvcompile.stats(fast).journal[0][0]
-    assert row.report.matched == ("transformer_blocks x 20, single_transformer_blocks x 40: 60 blocks share 2 bodies",)
+    lists = f"transformer_blocks x {dual}, single_transformer_blocks x {single}"
+    assert row.report.matched == (f"{lists}: {dual + single} blocks share 2 bodies",)
 
 
-def test_shapes_masks_and_batches_in_one_model(lowerings: list[int]) -> None:
+@pytest.mark.parametrize("lower", ["aot", pytest.param("inductor", marks=SLOW)])
+def test_shapes_masks_and_batches_in_one_model(lower: str, lowerings: list[int]) -> None:
     """A new shape costs one capture with dynamic sizes; after it, further sizes and any mask cost none."""
     family = zoo.FAMILIES["hunyuan_video"]
     model = family.build()
-    fast = hvfast(model, fullgraph=True)
+    fast = hvfast(model, fullgraph=True, options={"lower": lower})
 
     def check(frames: int, valid: int, seed: int, larger: tuple[int, int] = (0, 0)) -> None:
         inputs = family.inputs(seed)

@@ -17,6 +17,8 @@ import torch
 
 import hvcompile
 
+pytestmark = pytest.mark.xdist_group("package")  # one wheel, built and installed once
+
 ROOT = Path(hvcompile.__file__).parents[1]
 LEFT_OUT = (
     *("typer", "rich", "jinja2", "av", "imageio", "skimage", "PIL", "numpy"),

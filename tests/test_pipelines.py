@@ -79,13 +79,25 @@ def damage(model: Path, how: str) -> None:
         model / "transformer" / "diffusion_pytorch_model.safetensors",
         model / "transformer" / "config.json",
     )
+    parts = {"of the transformer": weights, "of the VAE": model / "vae" / weights.name}
+    parts |= {f"of {name}": model / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2")}
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-500])
     elif how == "gone":
         weights.unlink()
-    elif how == "lacking":
-        held = load_file(weights)
-        save_file({name: tensor for name, tensor in held.items() if name != "proj_out.bias"}, weights, {"format": "pt"})
+    elif how in parts:
+        held = load_file(parts[how])
+        for name in sorted(name for name in held if name.endswith(".weight"))[:3]:
+            del held[name]
+        save_file(held, parts[how], {"format": "pt"})
+    elif how == "another shape":
+        held = load_file(parts["of text_encoder"])
+        name = min(name for name in held if name.endswith(".weight"))
+        save_file(
+            held | {name: held[name].repeat(2, *[1] * (held[name].ndim - 1))},
+            parts["of text_encoder"],
+            {"format": "pt"},
+        )
     elif how == "truncated in the encoder":
         file = model / "text_encoder_2" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:200])
@@ -104,6 +116,14 @@ def damage(model: Path, how: str) -> None:
         ),
         ("gone", "no file named .* found in directory transformer|no file named .*transformer"),
         ("of another size", r"expected shape torch.Size\(\[64\]\)"),
+        ("of the transformer", r"the weights of transformer \(FluxTransformer2DModel\) lack \S+, \S+ and others: copy"),
+        ("of the VAE", r"the weights of vae \(AutoencoderKL\) lack \S+, \S+ and others: copy"),
+        ("of text_encoder", r"the weights of text_encoder \(\w+\) lack \S+.*: copy"),
+        ("of text_encoder_2", r"the weights of text_encoder_2 \(\w+\) lack \S+.*: copy"),
+        (
+            "another shape",
+            r"the weights of text_encoder \(\w+\) have another shape than its configuration asks for in ",
+        ),
         ("unreadable", r"the config file at '.*transformer/config.json' is not a valid JSON"),
     ],
 )
@@ -150,6 +170,25 @@ def test_an_adapter_goes_into_every_denoiser_or_is_refused(tmp_path: Path) -> No
         assert before.keys() == after.keys()
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         assert changed == {key for key in before if key.endswith("to_q.weight")}
+    held = load_file(next((tmp_path / "lora").glob("*.safetensors")))
+    first = min(name for name in held if name.endswith("lora_B.weight"))
+    elsewhere = {
+        name.replace("blocks.0.", "blocks.9."): tensor.clone() for name, tensor in held.items() if "blocks.0." in name
+    }
+    assert elsewhere
+    parts: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+        "more": (held | elsewhere, rf"fits \w+ only in part: {len(elsewhere)} .* no place there, such as blocks\.9\."),
+        "text": (held | {"text_encoder.a.lora_A.weight": torch.zeros(2, 2)}, r"only in part: 1 .*text_encoder\.a\."),
+        "less": ({name: tensor for name, tensor in held.items() if name != first}, r"is not whole: it lacks 1 tensor"),
+    }
+    for name, (tensors, message) in parts.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(InputError, match=message):
+            adapters.fuse(whole, [str(tmp_path / f"{name}.safetensors")])
+        whole.unload_lora_weights()
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "more.safetensors").read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"cut\.safetensors' can't be loaded into"):
+        adapters.fuse(whole, [str(tmp_path / "cut.safetensors")])
     save_file({"nothing.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"can't be loaded into|fits no weight of"):
         adapters.fuse(fresh, [str(tmp_path / "other.safetensors")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,22 +28,6 @@ def run(folder: Path, *arguments: str) -> tuple[list[str], list[str]]:
 
 def first_cells(lines: list[str]) -> list[str]:
     return [line.strip("│ ").split("│")[0].strip() for line in lines if line.startswith("│")]
-
-
-def test_a_generation_prints_its_steps_and_its_table(tmp_path: Path) -> None:
-    out, err = run(tmp_path, "generate", "a red circle", "--steps", "2", *SMALL, "-o", "a.mp4")
-    (line,) = err
-    assert re.fullmatch(r"\s*hvfast [█·]{2} 2/2, \d reused(, last [\d.]+)? \d+:\d\d:\d\d\s*", line)
-    labels = [
-        "seconds in all",
-        "seconds compiling",
-        "seconds a step after",
-        "steps computed",
-        "steps reused",
-        "memory at most",
-    ]
-    assert first_cells(out) == [*labels, "graphs", "recompiles", "clip", "output"]
-    assert len(out) == len(labels) + 4 + 2, "the table's frame is all else"
 
 
 def test_an_explanation_prints_its_tables(tmp_path: Path) -> None:

@@ -511,7 +511,7 @@ def test_compiled_by_inductor() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "fields"), [(2, RING), (4, BOTH)], ids=["ring", "both"])
+@pytest.mark.parametrize(("size", "fields"), [(2, RING), pytest.param(4, BOTH, marks=SLOW)], ids=["ring", "both"])
 def test_ring_compiled_by_inductor(size: int, fields: dict[str, Any]) -> None:
     """Batches of two prompts with a mask, uneven parts, and the cache; other prompts run the same code."""
     for errors in ranks.results(ranks.launch(cases.toy_inductor, size, fields)):
@@ -592,6 +592,7 @@ def test_halves_of_a_batch(size: int, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.ranks
+@SLOW
 def test_halves_of_a_batch_by_inductor() -> None:
     for steps in ranks.results(ranks.launch(cases.halves, 2, {}, 3, "inductor")):
         assert all(together == alone for together, alone, _ in steps)

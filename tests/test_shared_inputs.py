@@ -10,6 +10,7 @@ import pytest
 import ranks
 import sharded_cases as cases
 import torch.distributed as dist
+from slow import SLOW
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from trunks import recovered
@@ -137,7 +138,7 @@ def test_all_stop_at_the_same_call(kind: str, calls: int, said: str) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=SLOW)])
 def test_a_condition_that_one_rank_has_written_to_unseen(lower: str) -> None:
     """Its identity and version are what they were; its content is compared in every step."""
     for errors, raised, _ in ranks.results(ranks.launch(cases.given_apart, 2, "condition", lower)):

@@ -20,7 +20,7 @@ from hvcompile.app.request.jobs import Job
 from hvcompile.app.results import Result
 from hvcompile.app.runner import Runner
 from hvcompile.app.steps import Observer
-from hvcompile.errors import InputError
+from hvcompile.errors import InputError, OutputError, one_line
 from hvcompile.ranks import launch
 from hvcompile.runtime.state import Stats
 from hvcompile.torch_private import dynamo
@@ -93,7 +93,8 @@ def _generate(
     plain = None
     if request.compare:
         plain = Runner(loaded, PLAIN_BACKEND, {"dynamic": request.dynamic or None}, observe).run(job, arguments)
-        video.check_finite(plain.frames, "the plain compiled model")
+        with _failure_told(request, record(request, loaded, job, None, None, arguments)):
+            video.check_finite(plain.frames, "the plain compiled model")
     models = denoisers(loaded.pipe)
     before = stats_of_all(models)
     calls: list[dynamo.Call] = []
@@ -105,8 +106,10 @@ def _generate(
     result = Result(output=job.output, run=run, stats=stats, notes=told)
     if launch.rank() > 0:
         return result  # all ranks have the same frames; the first one writes them
+    figures = record(request, loaded, job, run, stats, arguments)
     observe("writing")
-    write_frames(run, job.output, request.fps)
+    with _failure_told(request, figures):
+        write_frames(run, job.output, request.fps)
     problems: tuple[str, ...] = ()
     if plain is not None:
         observe("comparing")
@@ -114,9 +117,8 @@ def _generate(
         comparison = metrics.Comparison(run=run, plain=plain, quality=quality)
         result = dataclasses.replace(result, comparison=comparison, sheet=request.sheet_path(job.output))
         problems += written((result.sheet, lambda path: _draw(comparison, path)))
-    figures = record(request, loaded, job, run, stats, arguments)
     figures |= result.comparison.record() if result.comparison is not None else {}
-    problems += written((request.json_file, lambda path: outputs.write_json(figures, path)))
+    problems += written((request.json_file, lambda path: outputs.write_json(figures | {"error": None}, path)))
     if request.html_file is not None:
         observe("reporting")
         since = _since(stats, 0 if before is None else before.hits + before.misses) if stats is not None else None
@@ -126,6 +128,18 @@ def _generate(
         )
         result = dataclasses.replace(result, report=request.html_file)
     return dataclasses.replace(result, problems=problems)
+
+
+@contextlib.contextmanager
+def _failure_told(request: Request, figures: dict[str, Any]) -> Iterator[None]:
+    """Where what runs within fails, the JSON file is written all the same, and says so."""
+    try:
+        yield
+    except (InputError, OutputError) as error:
+        failed = figures | {"error": one_line(error)}
+        if launch.rank() == 0:
+            written((request.json_file, lambda path: outputs.write_json(failed, path)))
+        raise
 
 
 def write_frames(run: metrics.Run, output: Path, fps: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 from safetensors import safe_open
 
+from hvcompile.app import incomplete
 from hvcompile.app.denoisers import denoisers, first_denoiser
 from hvcompile.errors import InputError
 
@@ -181,10 +182,13 @@ def transformer_config(model: str) -> dict[str, Any]:
 def load_transformer(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load the transformer of a HunyuanVideo pipeline, and its scheduler; raises InputError as ``load`` does."""
     try:
-        transformer = HunyuanVideoTransformer3DModel.from_pretrained(
-            _place(model), subfolder="transformer", dtype=dtype
-        )
+        with incomplete.refused(model):
+            transformer = HunyuanVideoTransformer3DModel.from_pretrained(
+                _place(model), subfolder="transformer", dtype=dtype
+            )
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_place(model), subfolder="scheduler")
+    except InputError:
+        raise
     except Exception as error:  # as above
         raise InputError(f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again") from error
     return transformer, scheduler
@@ -199,17 +203,19 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
     is_local = Path(model).expanduser().is_dir()
     if is_local:
         _check_weights(model)
-    try:
-        return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype)
-    except Exception as error:  # every library below raises its own kind; the cause stays attached
-        if is_local:
+    with incomplete.refused(model):
+        try:
+            return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype)
+        except Exception as error:  # every library below raises its own kind; the cause stays attached
+            if is_local:
+                raise InputError(
+                    f"model {model!r} can't be loaded: {first_line(error, Path(_place(model)))}; copy or download it "
+                    "again"
+                ) from error
             raise InputError(
-                f"model {model!r} can't be loaded: {first_line(error, Path(_place(model)))}; copy or download it again"
+                f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check "
+                "its name, the network and, for a gated model, HF_TOKEN, or download it and give its directory"
             ) from error
-        raise InputError(
-            f"model {model!r} is no directory here and can't be fetched from the hub: {first_line(error)}; check its "
-            "name, the network and, for a gated model, HF_TOKEN, or download it and give its directory"
-        ) from error
 
 
 def _check_weights(model: str) -> None:

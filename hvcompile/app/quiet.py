@@ -54,6 +54,46 @@ def loading() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hearing(library: str, *parts: str) -> Iterator[list[str]]:
+    """Within, what a library logs in any of these words is listed, and goes to the log of this module alone.
+
+    It is heard also where the user has told the library to keep warnings to itself; nothing else is printed then.
+
+    Args:
+        library: that logs.
+        parts: texts.
+
+    """
+    messages: list[str] = []
+    with _lowered_log(library, parts, messages), _lowered_warnings():
+        logger = logging.getLogger(library)
+        level, is_quiet = logger.level, logger.getEffectiveLevel() > logging.WARNING
+        others = _Others(logger.getEffectiveLevel())
+        if is_quiet:
+            logger.setLevel(logging.WARNING)
+            for handler in logger.handlers:
+                handler.addFilter(others)
+        try:
+            yield messages
+        finally:
+            if is_quiet:
+                logger.setLevel(level)
+            for handler in logger.handlers:
+                handler.removeFilter(others)
+
+
+class _Others(logging.Filter):
+    """Keeps from a handler what a logger of an earlier level would not have handed to it."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= self._level
+
+
+@contextlib.contextmanager
 def _lowered_warnings() -> Iterator[None]:
     """Within, what Python's warnings would print goes to this module's log; those that are errors stay errors.
 
@@ -69,18 +109,19 @@ def _lowered_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lowered_log(library: str, parts: Collection[str] = ()) -> Iterator[None]:
+def _lowered_log(library: str, parts: Collection[str] = (), messages: list[str] | None = None) -> Iterator[None]:
     """Within, warnings on a library's logger go to this module's, for debugging.
 
     Args:
         library: that logs.
         parts: texts; where some are given, only what holds one of them, errors too.
+        messages: what was lowered is put there.
 
     """
     with contextlib.suppress(ImportError):  # what can't be imported says so where it is needed
         importlib.import_module(f"{library}.utils.logging")  # puts its handler in place
     logger = logging.getLogger(library)
-    lowering, handlers = _Lowering(library, parts), tuple(logger.handlers)
+    lowering, handlers = _Lowering(library, parts, messages), tuple(logger.handlers)
     for handler in handlers:
         handler.addFilter(lowering)
     try:
@@ -93,9 +134,9 @@ def _lowered_log(library: str, parts: Collection[str] = ()) -> Iterator[None]:
 class _Lowering(logging.Filter):
     """Keeps a library's warnings from its handlers, which others may share, and logs each for debugging instead."""
 
-    def __init__(self, library: str, parts: Collection[str]) -> None:
+    def __init__(self, library: str, parts: Collection[str], messages: list[str] | None) -> None:
         super().__init__(library)
-        self._parts = parts
+        self._parts, self._messages = parts, messages
         self._latest: logging.LogRecord | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -104,6 +145,8 @@ class _Lowering(logging.Filter):
         if record is not self._latest:  # each handler asks
             self._latest = record
             log.debug("%s: %s", record.name, record.getMessage())
+            if self._messages is not None:
+                self._messages.append(record.getMessage())
         return False
 
     def _is_harmless(self, record: logging.LogRecord) -> bool:
