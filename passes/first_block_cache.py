@@ -29,7 +29,6 @@ from hvcompile.trunk.trunk import State, Trunk
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
 ORDERS = (0, 1, 2)
-COEFFICIENTS = ("first_block", "clock")
 DECISIONS = ("change", "error")
 
 
@@ -57,10 +56,9 @@ class FirstBlockCache(Pass):
         last_steps_computed: how many timesteps at the end of a generation are always computed, 0 or more. Several calls
             at one timestep (second-order schedulers) count as one. The end is extrapolated from the last three
             timesteps, so a generation's first two are computed too.
-        forecast: along how many differences between the last computed steps a reused step goes on. 0 repeats what was
-            computed last; 1 or 2 extrapolate it. Each keeps one more tensor of every stream, and of block 1.
-        forecast_by: what says how far to go on. "first_block" takes the combination of differences that comes closest
-            to block 1's own change; "clock" goes by the timestep.
+        forecast: along how many differences between the last computed steps a reused step goes on, in the combination
+            that comes closest to block 1's own change. 0 repeats what was computed last; 1 or 2 extrapolate it. Each
+            keeps one more tensor of every stream, and of block 1.
         decide_by: what is compared with the threshold. "change" is as above. "error" is how far block 1's own forecast
             is off, summed since the last computed step, plus half of the change; it needs a forecast.
 
@@ -133,7 +131,6 @@ class FirstBlockCache(Pass):
     max_consecutive_hits: int | None = None
     last_steps_computed: int = 0
     forecast: int = 0
-    forecast_by: str = "first_block"
     decide_by: str = "change"
 
     def __post_init__(self) -> None:
@@ -147,7 +144,7 @@ class FirstBlockCache(Pass):
             if number is not None and not least <= number <= MOST:
                 allowed = f"a whole number, {least} or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.{name} is {number}; allowed is {allowed}")
-        for name, choices in (("forecast", ORDERS), ("forecast_by", COEFFICIENTS), ("decide_by", DECISIONS)):
+        for name, choices in (("forecast", ORDERS), ("decide_by", DECISIONS)):
             choice = getattr(self, name)
             if choice not in choices:
                 raise OptionError(
@@ -158,11 +155,6 @@ class FirstBlockCache(Pass):
                     f"first_block_cache.{name} is {choice!r}, which has no meaning without a forecast; set "
                     "first_block_cache.forecast to 1 or 2"
                 )
-
-    @property
-    def is_first_block_forecast(self) -> bool:
-        """Whether block 1's own forecast is made: the others follow it, or the decision does."""
-        return bool(self.forecast) and (self.forecast_by == "first_block" or self.decide_by == "error")
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
@@ -231,10 +223,17 @@ class FirstBlockCache(Pass):
             )
             allowed = allowed & is_known & is_near_end.logical_not()
             follow["past_clocks"] = torch.stack(kept_clocks)
-        change, allowed, products = relative_change(
-            residual, first, allowed, differences=forecasting.differences, is_ours=is_ours, group=group
+        num_computed = forecasting.counted(is_new)
+        change, allowed, products, enough = relative_change(
+            residual,
+            first,
+            allowed,
+            differences=forecasting.differences,
+            enough=forecasting.enough(num_computed),
+            is_ours=is_ours,
+            group=group,
         )
-        ahead = forecasting.ahead(products, clock, is_new)
+        ahead = forecasting.ahead(products, enough, num_computed)
         change = ahead.judged(change)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & (difference <= self.threshold) & allowed
@@ -279,7 +278,7 @@ def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], optio
         names = [name, *(f"{name}_difference_{place}" for place in range(1, order + 1))]
         return [trunk.add_state(item, like.shape, like.dtype, like.device) for item in names]
 
-    first = kept("first_residual", main, options.forecast if options.is_first_block_forecast else 0)
+    first = kept("first_residual", main, options.forecast)
     residuals = [kept(f"residual_{place}", value(node), options.forecast) for place, node in enumerate(plan.leaving)]
     small = {
         "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
@@ -292,8 +291,6 @@ def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], optio
         small["past_clocks"] = trunk.add_state("past_clocks", (2, *clock_shape), torch.float64, main.device)
     if options.forecast:
         small["num_computed"] = trunk.add_state("num_computed", (), torch.int64, main.device)
-    if options.forecast_by == "clock":
-        small["computed_clocks"] = trunk.add_state("computed_clocks", (3,), torch.float64, main.device)
     if options.decide_by == "error":
         small["summed_error"] = trunk.add_state("summed_error", (), torch.float32, main.device)
     return _Cached(residuals=[*residuals, first], small=small)
@@ -324,7 +321,6 @@ def _add_decision(
 
     def decide(**operands: Any) -> dict[str, Any]:
         forecasting = Forecasting(
-            order=options.forecast,
             differences=[operands.pop(name) for name in names],
             **{name: operands.pop(name) for name in SMALL_STATE if name in operands},
         )
@@ -359,7 +355,10 @@ def _add_branches(
     for now, (last, *differences) in zip(changes, cached.residuals, strict=True):
         kept.append(now)
         if differences:
-            kept.append(miss.call(torch.sub, now, miss.env[last.placeholder]))
+            # What is no number must not outlive the step: nothing is a difference that leads nowhere.
+            kept.append(
+                miss.call(torch.nan_to_num, miss.call(torch.sub, now, miss.env[last.placeholder]), 0.0, 0.0, 0.0)
+            )
         kept += [miss.env[state.placeholder] for state in differences[:-1]]
 
     handed_on = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import traceback
 from typing import Any
 
@@ -452,6 +453,28 @@ def most(fields: dict[str, Any]) -> tuple[float, list[str]]:
             outputs.append(fast(**masked_inputs((3, 5))))
         told.append([row.line() for row in hvcompile.stats(fast).journal[0]])
     return relative_error(*outputs), told[0]
+
+
+def lost(thresholds: list[float], **fields: Any) -> list[list[tuple[bool, float]]]:
+    """The state of one rank is forgotten on the way; the decisions of each, a list a threshold."""
+    found = []
+    draw = zoo.Draw(5)
+    ways = [draw.normal(1, 13, WIDTH) for _ in range(2)]
+    for threshold in thresholds:
+        torch._dynamo.reset()
+        fast = joint(cache={"threshold": threshold, **fields})
+        decided = []
+        with torch.no_grad():
+            for step in range(16):
+                if step == 6 and rank() == 0:
+                    hvcompile.reset(fast)
+                inputs = joint_inputs(timestep=900.0 - 10 * step)
+                inputs["sample"] += 0.06 * step * ways[0] + 0.1 * math.sin(0.9 * step) * ways[1]
+                fast(**inputs)
+                last = hvcompile.stats(fast).steps[-1]
+                decided.append((last.reused, last.difference))
+        found.append(decided)
+    return found
 
 
 def skewed() -> list[tuple[bool, float]]:

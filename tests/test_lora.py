@@ -212,19 +212,40 @@ def test_what_float8_refuses_and_the_way(tmp_path: Path) -> None:
 
 
 def test_weight_decomposed_adapters_on_float8() -> None:
-    """DoRA reads the layer's own weight: loaded before, such layers stay as they are; loaded after, it is refused."""
+    """DoRA reads the layer's own weight, which is gone: adding it says what to do."""
+    from peft import LoraConfig
+
+    pair = Pair(lambda _: None, {"lower": "eager", **MODES["float8"]}, cases.small)
+    pair.step()
+    config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False, use_dora=True)
+    with pytest.raises(hvcompile.QuantizedWeightError, match=r"hvcompile\.restore\(model\)"):
+        pair.made.add_adapter(config, "d")
+
+
+class Patched(cases.Adapted):
+    """With a convolution before the blocks, as video models embed patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = torch.nn.Conv1d(64, 64, 1)
+        self.patch.requires_grad_(False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.patch(sample.transpose(1, 2)).transpose(1, 2), timestep, text)
+
+
+@pytest.mark.parametrize("mode", ["exact", "float8"])
+def test_scales_of_convolutions_compile_nothing(mode: str) -> None:
     from peft import LoraConfig
 
     def add(made: Any) -> None:
-        torch.manual_seed(1)
-        made.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False, use_dora=True), "d")
+        torch.manual_seed(4)
+        made.add_adapter(LoraConfig(r=4, target_modules=["patch", "to_q"], init_lora_weights=False), "a")
         made.eval()
 
-    pair = Pair(add, {"lower": "eager", **MODES["float8"]}, cases.small)
-    assert pair.step() < cases.BOUNDS["float8"]
-    assert type(pair.made.blocks[0].to_q.base_layer.weight) is torch.nn.Parameter
-    assert isinstance(pair.made.blocks[0].to_k.weight, QuantizedWeight)
-    pair = Pair(lambda _: None, {"lower": "eager", **MODES["float8"]}, cases.small)
+    pair = Pair(add, {"lower": "eager", **MODES[mode]}, Patched)
     pair.step()
-    with pytest.raises(hvcompile.QuantizedWeightError, match=r"hvcompile\.restore\(model\)"):
-        add(pair.made)
+    for scale in (0.9, 0.5, -0.3):
+        pair.change(cases.scale(scale))
+        assert pair.step() < cases.BOUNDS[mode]
+    assert recompiles(pair) == 0

@@ -26,7 +26,7 @@ cancelling."""
 CHANGE_SHARE = 0.5
 """Of block 1's change, that counts beside what its forecast has missed: blocks 2..N may turn where block 1 does not."""
 
-MOST_AHEAD = 4.0
+MOST_AHEAD = 8.0
 """The largest coefficient, of either sign: a difference that is much smaller than the change says little of it."""
 
 Products = Mapping[tuple[int, int], Any]
@@ -39,18 +39,40 @@ def pairs(order: int) -> list[tuple[int, int]]:
     return [(0, 0), *((row, column) for row in vectors for column in vectors if row <= column)]
 
 
-def along_first_block(products: Products, num_computed: Any, order: int) -> list[Any]:
-    """Coefficients by which block 1's own differences come closest to its change, in least squares.
-
-    Nothing is assumed of the schedule. The combination is no longer than the change itself, up to the ridge, and
-    vanishes where the change has nothing to do with those before it. So a forecast falls back on what was computed last
-    where there is nothing to go on along.
+def usable(products: Products, enough: Sequence[Any]) -> tuple[Products, list[Any]]:
+    """Leave out the differences that say nothing of this generation.
 
     Args:
         products: of block 1.
-        num_computed: steps computed in this generation, int64 scalar; a coefficient is 0 where its difference reaches
-            into the generation before.
-        order: how many differences there are, 1 or 2.
+        enough: for each difference, whether enough steps were computed for it, a bool scalar.
+
+    Returns:
+        The products, 0 where they are of a difference that is left out; and for each difference whether it may be
+        used: there were enough steps, of numbers, and it is not nothing.
+
+    """
+    found: dict[tuple[int, int], Any] = dict(products)
+    flags: list[Any] = []
+    for vector, has_enough in enumerate(enough, 2):
+        own = {pair: product for pair, product in found.items() if vector in pair}
+        flag = has_enough & (found[vector, vector] > 0) & found[1, vector].isfinite()
+        for product in own.values():
+            flag = flag & product.isfinite()
+        flags.append(flag & flags[-1] if flags else flag)
+        found |= {pair: torch.where(flags[-1], product, torch.zeros_like(product)) for pair, product in own.items()}
+    return found, flags
+
+
+def along_first_block(products: Products, flags: Sequence[Any]) -> list[Any]:
+    """Coefficients by which block 1's own differences come closest to its change, in least squares.
+
+    Nothing is assumed of the schedule. The combination is no longer than the change itself, and vanishes where the
+    change has nothing to do with those before it. So a forecast falls back on what was computed last where there is
+    nothing to go on along. Where two differences would take more than ``MOST_AHEAD`` of one, the first is taken alone.
+
+    Args:
+        products: of block 1, and ``flags`` the differences that may be used: see ``usable``.
+        flags: one or two.
 
     Returns:
         A float32 scalar for each difference.
@@ -59,55 +81,20 @@ def along_first_block(products: Products, num_computed: Any, order: int) -> list
     for one difference; by least squares it has a sign, and is reduced-rank extrapolation for several.
 
     """
-    change, square = products[1, 2], products[2, 2] * (1 + RIDGE)
-    if order == 1:
-        return [_known(change / square, num_computed, 2)]
-    is_known = num_computed > 2
-    nothing = torch.zeros_like(square)
-    other_change = torch.where(is_known, products[1, 3], nothing)
-    other_square = torch.where(is_known, products[3, 3] * (1 + RIDGE), torch.ones_like(square))
-    both = torch.where(is_known, products[2, 3], nothing)
+    nothing, one = torch.zeros_like(products[1, 2]), torch.ones_like(products[1, 2])
+    square = torch.where(flags[0], products[2, 2] * (1 + RIDGE), one)
+    first = products[1, 2] / square
+    # Less of a projection is a projection's share: it leaves more of the change, and never more than all of it.
+    alone = first.clamp(-MOST_AHEAD, MOST_AHEAD)
+    if len(flags) == 1:
+        return [alone]
+    other_square = torch.where(flags[1], products[3, 3] * (1 + RIDGE), one)
     # Two equations, by Cramer's rule; each is scaled by its square, for a product of both may leave float32's range.
-    first, second, other, across = change / square, other_change / other_square, both / square, both / other_square
+    second, other, across = products[1, 3] / other_square, products[2, 3] / square, products[2, 3] / other_square
     rest = 1 - other * across
-    return [
-        _known((first - other * second) / rest, num_computed, 2),
-        _known((second - across * first) / rest, num_computed, 3),
-    ]
-
-
-def along_clock(clock: Any, computed_clocks: Any, num_computed: Any, order: int) -> list[Any]:
-    """Coefficients of the polynomial through the last computed steps, as a function of the clock.
-
-    Args:
-        clock: this step's timesteps, float64 ``[K]``; where there are several, their sum is the clock.
-        computed_clocks: sums at the last computed steps, float64 ``[3]``, latest first.
-        num_computed: as of ``along_first_block``.
-        order: of the polynomial, 1 or 2; lower where too few steps were computed.
-
-    Returns:
-        A float32 scalar for each difference.
-
-    Source: Newton's interpolation; TaylorSeer (arXiv:2503.06923) forecasts features of skipped steps so.
-
-    """
-    now = clock.sum()
-    last, earlier, earliest = computed_clocks[0], computed_clocks[1], computed_clocks[2]
-    linear = (now - last) / (last - earlier)
-    if order == 1:
-        return [_known(linear, num_computed, 2)]
-    bend = (now - earlier) / (last - earliest)
-    is_bent = (num_computed > 2) & bend.isfinite()
-    of_second = -(now - last) * bend / (earlier - earliest)
-    first = linear * (1 + torch.where(is_bent, bend, torch.zeros_like(bend)))
-    return [_known(first, num_computed, 2), _known(of_second, num_computed, 3)]
-
-
-def _known(coefficient: Any, num_computed: Any, needed: int) -> Any:
-    """A coefficient as float32, bounded; 0 where too few steps were computed for it, or where it is no number."""
-    is_known = (num_computed >= needed) & coefficient.isfinite()
-    known = torch.where(is_known, coefficient, torch.zeros_like(coefficient))
-    return known.clamp(-MOST_AHEAD, MOST_AHEAD).float()
+    both = [(first - other * second) / rest, (second - across * first) / rest]
+    is_within = flags[1] & (both[0].abs() <= MOST_AHEAD) & (both[1].abs() <= MOST_AHEAD)
+    return [torch.where(is_within, both[0], alone), torch.where(is_within, both[1], nothing)]
 
 
 def error(products: Products, coefficients: Sequence[Any]) -> Any:
@@ -129,41 +116,37 @@ class Forecasting:
     """What a step's forecast is made of.
 
     Attributes:
-        order: how many differences are gone on along, up to 2; 0 for no forecast.
-        differences: block 1's, between the last computed steps, latest first; none where it is not forecast itself.
+        differences: of block 1's residual between the last computed steps, latest first, up to two; none for no
+            forecast.
         num_computed: steps computed in this generation, int64 scalar; None where nothing is forecast.
-        computed_clocks: float64 ``[3]``, see ``along_clock``; None where block 1 gives the coefficients.
         summed_error: of block 1's forecasts since the last computed step, float32 scalar; None where it judges nothing.
 
     """
 
-    order: int = 0
     differences: Sequence[Any] = ()
     num_computed: Any = None
-    computed_clocks: Any = None
     summed_error: Any = None
 
-    def ahead(self, products: Products, clock: Any, is_new: Any) -> Ahead:
-        """The forecast of one step.
+    def counted(self, is_new: Any) -> Any:
+        """Steps computed in this generation, which begins anew where ``is_new`` says so; None without a forecast."""
+        if self.num_computed is None:
+            return None
+        return torch.where(is_new, torch.zeros_like(self.num_computed), self.num_computed)
 
-        Args:
-            products: of block 1.
-            clock: this step's timesteps, float64 ``[K]``.
-            is_new: whether the step begins a generation, bool scalar.
+    def enough(self, num_computed: Any) -> list[Any]:
+        """For each difference, whether this rank has computed the steps that it lies between."""
+        return [num_computed > place for place in range(1, len(self.differences) + 1)]
 
-        """
-        if not self.order:
-            return Ahead(self, products, clock)
-        num_computed = torch.where(is_new, torch.zeros_like(self.num_computed), self.num_computed)
-        if self.computed_clocks is None:
-            coefficients = along_first_block(products, num_computed, self.order)
-        else:
-            coefficients = along_clock(clock, self.computed_clocks, num_computed, self.order)
-        return Ahead(self, products, clock, num_computed, coefficients)
+    def ahead(self, products: Products, enough: Sequence[Any], num_computed: Any) -> Ahead:
+        """The forecast of one step, given what all ranks have enough steps for."""
+        if not self.differences:
+            return Ahead(self)
+        products, flags = usable(products, enough)
+        return Ahead(self, products, num_computed, along_first_block(products, flags))
 
 
 NO_FORECAST = Forecasting()
-SMALL_STATE = ("num_computed", "computed_clocks", "summed_error")
+SMALL_STATE = ("num_computed", "summed_error")
 """Fields of ``Forecasting`` that are state of a few numbers."""
 
 
@@ -172,8 +155,7 @@ class Ahead:
     """The forecast of one step: its coefficients, float32 scalars, and what they were made of."""
 
     made_of: Forecasting
-    products: Products
-    clock: Any
+    products: Products = dataclasses.field(default_factory=dict)
     num_computed: Any = None
     coefficients: Sequence[Any] = ()
 
@@ -194,10 +176,6 @@ class Ahead:
         if self.made_of.summed_error is not None:
             missed = self._missed()
             found["summed_error"] = torch.where(reused, missed, torch.zeros_like(missed))
-        if self.made_of.computed_clocks is not None:
-            clocks = self.made_of.computed_clocks
-            now = torch.stack([self.clock.sum(), clocks[0], clocks[1]])
-            found["computed_clocks"] = torch.where(reused, clocks, now)
         return found
 
 

@@ -124,9 +124,10 @@ def relative_change(
     allowed: Any,
     *,
     differences: Sequence[Any] = (),
+    enough: Sequence[Any] = (),
     is_ours: Any = None,
     group: str | None = None,
-) -> tuple[Any, Any, Products]:
+) -> tuple[Any, Any, Products, list[Any]]:
     """How much a residual has changed, and whether the step may reuse; over a group, where there is one.
 
     Args:
@@ -134,12 +135,14 @@ def relative_change(
         first: of the last computed step, same shape.
         allowed: whether this rank may reuse, bool scalar.
         differences: between the last computed steps, latest first, same shape; at most two.
+        enough: for each of them, whether this rank has computed the steps that it lies between, a bool scalar.
         is_ours: which of its elements count on this rank, bool, broadcasts to it; None for all.
         group: name of the process group whose ranks decide alike; None for a single rank.
 
     Returns:
         The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; whether all ranks
-        may reuse, a bool scalar; and, where there are differences, the inner products that a forecast is made of.
+        may reuse, a bool scalar; the inner products that a forecast is made of, where there are differences; and for
+        each of these whether all ranks have computed enough steps.
 
     """
     moved = residual.float() - first.float()
@@ -149,10 +152,14 @@ def relative_change(
         vectors = [residual.float(), moved, *(item.float() for item in differences)]
         products = {pair: vectors[pair[0]] * vectors[pair[1]] for pair in forecast.pairs(len(differences))}
     if group is None:
-        return change.mean() / extent.mean(), allowed, {pair: item.sum() for pair, item in products.items()}
+        found = {pair: item.sum() for pair, item in products.items()}
+        return change.mean() / extent.mean(), allowed, found, list(enough)
     nothing = torch.zeros_like(change)
     sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent, *products.values())]
-    # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
-    sums = collectives.total(torch.stack([*sums, allowed.logical_not().to(sums[0].dtype)]), group)
+    # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch. Nor may one
+    # forecast what another can't.
+    lacking = [flag.logical_not().to(sums[0].dtype) for flag in (allowed, *enough)]
+    sums = collectives.total(torch.stack([*sums, *lacking]), group)
     found = {pair: sums[place] for place, pair in enumerate(products, 2)}
-    return sums[0] / sums[1], allowed & (sums[2 + len(found)] == 0), found
+    has_none, *all_enough = [sums[2 + len(found) + place] == 0 for place in range(len(lacking))]
+    return sums[0] / sums[1], allowed & has_none, found, all_enough

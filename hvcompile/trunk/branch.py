@@ -53,10 +53,10 @@ class Branch:
                     self.env[operand] = self.graph.node_copy(operand)
             self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
 
-    def call(self, function: Any, *args: fx.Node, example: torch.Tensor | None = None) -> fx.Node:
+    def call(self, function: Any, first: fx.Node, *others: Any, example: torch.Tensor | None = None) -> fx.Node:
         """Add an operation that returns a tensor like ``example``; like its first operand, where there is none."""
-        node = self.graph.call_function(function, args)
-        node.meta = {TAG: self.tag, "example_value": value(args[0]) if example is None else example}
+        node = self.graph.call_function(function, (first, *others))
+        node.meta = {TAG: self.tag, "example_value": value(first) if example is None else example}
         return node
 
     def make(self, function: Any, like: fx.Node) -> fx.Node:

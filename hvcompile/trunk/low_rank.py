@@ -1,5 +1,7 @@
 """Low-rank branches: two linear layers with nothing between them, whose product is added to a layer's result.
 
+Convolutions are linear layers here too.
+
 That is how an adapter (LoRA) stands beside a layer, ``result + up(down(x)) * scale``. Such a branch is told by what it
 computes, never by a name. It is small, it may be swapped for another at any time, and so may its scale.
 """
@@ -17,6 +19,7 @@ from hvcompile.torch_private.fakes import value
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 _PASSING = _CASTS | {"dropout", "contiguous", "clone"}
 _ADDING = {"add", "iadd"}
+_LINEAR = {"linear", "conv1d", "conv2d", "conv3d"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def _base(node: fx.Node) -> fx.Node | None:
     """The linear layer whose result a node is, or is with other branches added to it."""
     while True:
         node = _through(node, _CASTS)
-        if op_name(node) == "linear":
+        if op_name(node) in _LINEAR:
             return node
         if op_name(node) not in _ADDING or not node.all_input_nodes:
             return None
@@ -84,11 +87,11 @@ def _linear_before(node: fx.Node) -> fx.Node | None:
     if source is None:
         return None
     source = _through(source, _PASSING)
-    return source if op_name(source) == "linear" and len(source.users) == 1 else None
+    return source if op_name(source) in _LINEAR and len(source.users) == 1 else None
 
 
 def _input_of(node: fx.Node | None) -> fx.Node | None:
-    if node is None or op_name(node) != "linear":
+    if node is None or op_name(node) not in _LINEAR:
         return None
     source = node.kwargs.get("input", node.args[0] if node.args else None)
     return source if isinstance(source, fx.Node) else None
