@@ -174,7 +174,8 @@ def latents_of(kind: Family, vae: Any, num_clips: int, cache: Path) -> torch.Ten
     parts = []
     for start in track(range(0, num_clips, size), description="encoding clips"):
         pixels = batch_of(range(start, start + size)).to(place, memory_format=torch.channels_last_3d)
-        parts.append(kind.normalised(vae, vae.encode(pixels).latent_dist.mode()).cpu())
+        mean, _ = kind.moments(vae, pixels).chunk(2, dim=1)
+        parts.append(kind.normalised(vae, mean).cpu())
     latents = torch.cat(parts)[:num_clips].contiguous()
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save(latents, cache)
