@@ -109,6 +109,9 @@ def main(
     quick: Annotated[
         bool, typer.Option(help="Without compiling, in batches, exact only: for use in training.")
     ] = False,
+    lower: Annotated[
+        str, typer.Option(help="What the rewritten graph is lowered by: inductor, aot, eager.")
+    ] = "inductor",
     frames: Annotated[Path | None, typer.Option(help="Where to write the frames as a picture.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
@@ -135,7 +138,7 @@ def main(
         exact = _generate_in_batches(pipe, asked, arguments)
         runs = {"exact": exact}
     else:
-        runs = {mode: _generate(pipe, mode, asked, arguments) for mode in ("exact", "default")}
+        runs = {mode: _generate(pipe, mode, lower, asked, arguments) for mode in ("exact", "default")}
     for mode, (score, made) in runs.items():
         scores[mode] = score
         pictures.append(made)
@@ -164,11 +167,13 @@ def _through_vae(vae: Any, frames: Pixels) -> Pixels:
     return result
 
 
-def _generate(pipe: Any, mode: str, asked: list[clips.Clip], arguments: dict[str, Any]) -> tuple[Score, list[Pixels]]:
+def _generate(
+    pipe: Any, mode: str, lower: str, asked: list[clips.Clip], arguments: dict[str, Any]
+) -> tuple[Score, list[Pixels]]:
     """Generate one by one with hvfast; seconds include compiling."""
     score, made = Score(), []
     began = time.perf_counter()
-    pipe.transformer.compile(backend="hvfast", mode=mode)
+    pipe.transformer.compile(backend="hvfast", options={"mode": mode, "lower": lower})
     for seed, clip in enumerate(track(asked, description=mode)):
         generator = torch.Generator().manual_seed(seed)
         frames = pipe(clip.caption, generator=generator, output_type="np", **arguments).frames[0]
