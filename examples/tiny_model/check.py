@@ -1,26 +1,31 @@
-"""Checks the tiny model from pixels alone: whether the object has the caption's colour and goes the caption's way.
+"""Checks a tiny model from pixels alone: whether the object has the caption's colour and goes the caption's way.
 
 No classifier, and of the training code the captions and the palette alone: a moving object is what differs from the
 background, its colour the nearest of the palette's, its way the shift of its centre of mass.
 
-``python examples/tiny_model/check.py``: 64 held-out captions, each run exactly and with the first-block cache.
+``python examples/tiny_model/check.py``: 64 held-out captions, each run exactly and with the first-block cache, by the
+model that the package ships; ``--model tests/tiny_wan_video`` for the other.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import architecture
 import clips
+import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from diffusers import HunyuanVideoPipeline
+from families import FAMILIES, Name
+from family import SIZE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -96,7 +101,7 @@ class Score:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the pipeline.")] = architecture.DIRECTORY,
+    model: Annotated[Path, typer.Option(help="Directory of the pipeline.")] = FAMILIES[Name.HUNYUAN_VIDEO].directory,
     num_clips: Annotated[int, typer.Option(help="Held-out captions.")] = 64,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, if not the default one.")] = None,
@@ -104,15 +109,19 @@ def main(
     quick: Annotated[
         bool, typer.Option(help="Without compiling, in batches, exact only: for use in training.")
     ] = False,
+    lower: Annotated[
+        str, typer.Option(help="What the rewritten graph is lowered by: inductor, aot, eager.")
+    ] = "inductor",
     frames: Annotated[Path | None, typer.Option(help="Where to write the frames as a picture.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Generate the held-out captions and print how many are right."""
-    pipe = HunyuanVideoPipeline.from_pretrained(model)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
+    shift_name = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
     if shift is not None:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=shift)
-    arguments: dict[str, Any] = {**architecture.SIZE, "num_inference_steps": steps}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{shift_name: shift})
+    arguments: dict[str, Any] = {**SIZE, "num_inference_steps": steps}
     if guidance is not None:
         arguments["guidance_scale"] = guidance
     asked = [clips.make(seed, held_out=True) for seed in range(num_clips)]
@@ -129,7 +138,7 @@ def main(
         exact = _generate_in_batches(pipe, asked, arguments)
         runs = {"exact": exact}
     else:
-        runs = {mode: _generate(pipe, mode, asked, arguments) for mode in ("exact", "default")}
+        runs = {mode: _generate(pipe, mode, lower, asked, arguments) for mode in ("exact", "default")}
     for mode, (score, made) in runs.items():
         scores[mode] = score
         pictures.append(made)
@@ -138,7 +147,14 @@ def main(
         _write_picture(frames, pictures)
     if output is not None:
         figures = {name: asdict(score) for name, score in scores.items()}
-        settings = {"arguments": arguments, "shift": pipe.scheduler.config.shift, "torch": torch.__version__}
+        settings = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+            "machine": platform.machine(),
+            "arguments": arguments,
+            "shift": pipe.scheduler.config[shift_name],
+        }
         psnr = {"mean": float(np.mean(noise)), "least": float(np.min(noise))}
         output.write_text(json.dumps({**settings, "scores": figures, "vae_psnr_db": psnr}, indent=1) + "\n")
 
@@ -151,11 +167,13 @@ def _through_vae(vae: Any, frames: Pixels) -> Pixels:
     return result
 
 
-def _generate(pipe: Any, mode: str, asked: list[clips.Clip], arguments: dict[str, Any]) -> tuple[Score, list[Pixels]]:
+def _generate(
+    pipe: Any, mode: str, lower: str, asked: list[clips.Clip], arguments: dict[str, Any]
+) -> tuple[Score, list[Pixels]]:
     """Generate one by one with hvfast; seconds include compiling."""
     score, made = Score(), []
     began = time.perf_counter()
-    pipe.transformer.compile(backend="hvfast", mode=mode)
+    pipe.transformer.compile(backend="hvfast", options={"mode": mode, "lower": lower})
     for seed, clip in enumerate(track(asked, description=mode)):
         generator = torch.Generator().manual_seed(seed)
         frames = pipe(clip.caption, generator=generator, output_type="np", **arguments).frames[0]

@@ -1,4 +1,4 @@
-"""Puts a trained pipeline where the package ships it, in half precision, with the pictures of its model card.
+"""Puts a trained pipeline where it is kept in the repository, in half precision, with the pictures of its model card.
 
 ``python examples/tiny_model/publish.py --pipeline runs/guided/pipeline --log runs/plain/log.jsonl``
 """
@@ -10,16 +10,15 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-import architecture
 import clips
 import numpy as np
 import torch
-import train_transformer
 import typer
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
+from diffusers import DiffusionPipeline
+from families import family_of
+from family import SIZE
 from PIL import Image
 
-HALVES = ("transformer", "vae", "text_encoder", "text_encoder_2")
 PROMPTS = (
     "a red circle moves to the left over a blue background",
     "a big yellow square rises over a black background",
@@ -35,21 +34,18 @@ def main(
     pipeline: Annotated[Path, typer.Option(help="Trained pipeline.")] = Path("runs/guided/pipeline"),
     vae: Annotated[Path | None, typer.Option(help="VAE to use in place of the pipeline's.")] = None,
     log: Annotated[list[Path] | None, typer.Option(help="A log.jsonl to draw; give as many as there are.")] = None,
-    shift: Annotated[float, typer.Option(help="Shift of the scheduler.")] = 7.0,
-    slow: Annotated[
-        float, typer.Option(help="Radians a timestep unit beyond which the timestep's sinusoids are damped once more.")
-    ] = 2e-3,
-    target: Annotated[Path, typer.Option(help="Where to write.")] = architecture.DIRECTORY,
+    target: Annotated[Path | None, typer.Option(help="Where to write, if not where the family's is kept.")] = None,
 ) -> None:
     """Write the directory; a README.md that is there stays."""
-    pipe = HunyuanVideoPipeline.from_pretrained(pipeline)
+    pipe = DiffusionPipeline.from_pretrained(pipeline)
+    kind = family_of(pipe)
+    target = target or kind.directory
     if vae is not None:
-        pipe.register_modules(vae=AutoencoderKLHunyuanVideo.from_pretrained(vae))
-    pipe.register_modules(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, shift=shift))
-    train_transformer.damp_clocks(pipe.transformer, slow)
-    for name in HALVES:
-        getattr(pipe, name).to(torch.float16)
-    for part in (*HALVES, "tokenizer", "tokenizer_2", "scheduler"):
+        pipe.register_modules(vae=type(pipe.vae).from_pretrained(vae))
+    kind.finish(pipe.transformer)
+    for part in (*kind.trained, "vae"):
+        getattr(pipe, part).to(torch.float16)
+    for part in pipe.components:
         shutil.rmtree(target / part, ignore_errors=True)
     pipe.save_pretrained(target)
     for path in target.rglob("*.json"):
@@ -60,8 +56,8 @@ def main(
     for path in target.rglob("*.safetensors"):
         path.chmod(0o644)
     # Stored in half precision, but to be computed in single wherever nobody asks for another.
-    for name in ("text_encoder", "text_encoder_2"):
-        path = target / name / "config.json"
+    for part in kind.trained[1:]:
+        path = target / part / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
     draw_samples(target, target / "samples.png")
     draw_losses(log or [], target / "loss.png")
@@ -69,14 +65,12 @@ def main(
 
 def draw_samples(model: Path, path: Path) -> None:
     """Draw five frames of a clip for each of ``PROMPTS``, a row each, three pixels a pixel."""
-    pipe: Any = HunyuanVideoPipeline.from_pretrained(model)
+    pipe: Any = DiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for seed, prompt in enumerate(PROMPTS):
         generator = torch.Generator().manual_seed(seed)
-        frames = pipe(
-            prompt, generator=generator, output_type="np", **architecture.SIZE, num_inference_steps=30
-        ).frames[0]
+        frames = pipe(prompt, generator=generator, output_type="np", **SIZE, num_inference_steps=30).frames[0]
         shown = frames[:: (clips.NUM_FRAMES - 1) // 4]
         rows.append(np.concatenate(np.pad(shown, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1), axis=1))
     picture = np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1)

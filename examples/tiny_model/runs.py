@@ -117,9 +117,10 @@ class Averaged:
 
     def __init__(self, modules: dict[str, torch.nn.Module], decay: float) -> None:
         self.modules, self.decay, self.updates = modules, decay, 0
-        self.values = [value.detach().clone() for value in self._parameters()]
+        self.values = [value.detach().clone() for value in self.parameters()]
 
-    def _parameters(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[torch.Tensor]:
+        """List the parameters themselves, not their averages."""
         return [value for module in self.modules.values() for value in module.parameters()]
 
     @torch.no_grad()
@@ -127,12 +128,12 @@ class Averaged:
         """Move the average towards the parameters as they are now."""
         self.updates += 1
         share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.values, self._parameters(), share)
+        torch._foreach_lerp_(self.values, self.parameters(), share)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange average and parameters; a second call undoes the first."""
-        for average, value in zip(self.values, self._parameters(), strict=True):
+        for average, value in zip(self.values, self.parameters(), strict=True):
             held = value.clone()
             value.copy_(average)
             average.copy_(held)

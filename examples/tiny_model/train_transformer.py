@@ -1,90 +1,41 @@
-"""Trains the tiny transformer and both text encoders together, by rectified flow, on latents of the trained VAE.
+"""Trains a tiny transformer and its text encoders together, by rectified flow, on latents of the trained VAE.
 
-Two runs make the model: the first learns captions and, one time in ten, no caption; the second starts from it and
-learns what guidance does (``--teacher``), so that the guidance embedding stands for a real guidance scale.
+Two runs make the tiny HunyuanVideo: the first learns captions and, one time in ten, no caption; the second starts from
+it and learns what guidance does (``--teacher``), so that the guidance embedding stands for a real guidance scale.
 
 ``python examples/tiny_model/train_transformer.py --vae runs/vae/vae --run runs/plain``
 ``python examples/tiny_model/train_transformer.py --vae runs/vae/vae --run runs/guided --teacher runs/plain/pipeline``
 
-Run again, either goes on where it was stopped.
+The tiny Wan, whose guidance takes two passes a step, needs the first run alone, with ``--family wan``. Run again, each
+goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import architecture
 import clips
 import torch
 import typer
-from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from families import FAMILIES, Name
+from family import Family
+from muon import Muon
 from rich.progress import track
 from runs import Averaged, Run, device
 from torch.nn.functional import mse_loss
 from train_vae import batch_of
 
-from hvcompile.app import tiny
-
-TRAINED = ("transformer", "text_encoder", "text_encoder_2")
-"""The parts of the pipeline that learn here."""
-
 GUIDANCE = (1.0, 8.0)
 """Range of the guidance scales that the model is asked for in training."""
-
-SLOW = 1e-2
-"""Radians a timestep unit (of 1000): faster sinusoids of the timestep hardly count at the start."""
 
 TRAINING_SHIFT = 3.0
 """Shift of the distribution that timesteps are drawn from: more of them noisy than not."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Captions as the pipeline tokenises them.
-
-    Attributes:
-        llama_ids: (captions, tokens), prompt template and all; the longest caption has no padding.
-        llama_mask: 1 where there is a token, 0 where there is padding, as ``llama_ids``.
-        clip_ids: (captions, tokens), padded to the longest.
-
-    """
-
-    llama_ids: torch.Tensor
-    llama_mask: torch.Tensor
-    clip_ids: torch.Tensor
-
-    @classmethod
-    def of(cls, pipe: Any, captions: Sequence[str]) -> Text:
-        """Tokenise captions; padding that the pipeline adds behind the longest is left out, being masked anyway."""
-        prompts = [DEFAULT_PROMPT_TEMPLATE["template"].format(caption) for caption in captions]
-        llama = pipe.tokenizer(prompts, padding="longest", return_tensors="pt")
-        clip = pipe.tokenizer_2(list(captions), padding="longest", return_tensors="pt")
-        return cls(llama_ids=llama.input_ids, llama_mask=llama.attention_mask, clip_ids=clip.input_ids)
-
-    def pick(self, which: torch.Tensor, place: torch.device) -> Text:
-        """Take some captions, by number, to a device."""
-        parts = (self.llama_ids, self.llama_mask, self.clip_ids)
-        llama_ids, llama_mask, clip_ids = (part[which].to(place) for part in parts)
-        return Text(llama_ids=llama_ids, llama_mask=llama_mask, clip_ids=clip_ids)
-
-    def encode(self, text_encoder: Any, text_encoder_2: Any) -> dict[str, torch.Tensor]:
-        """Encode as ``HunyuanVideoPipeline.encode_prompt`` does: the transformer's three inputs that tell of text."""
-        states = text_encoder(self.llama_ids, attention_mask=self.llama_mask, output_hidden_states=True).hidden_states
-        start = DEFAULT_PROMPT_TEMPLATE["crop_start"]
-        return {
-            "encoder_hidden_states": states[-3][:, start:],
-            "encoder_attention_mask": self.llama_mask[:, start:],
-            "pooled_projections": text_encoder_2(self.clip_ids).pooler_output,
-        }
-
-
 def main(
+    family: Annotated[Name, typer.Option(help="What is trained.")] = Name.HUNYUAN_VIDEO,
     vae: Annotated[Path, typer.Option(help="Directory of the trained VAE.")] = Path("runs/vae/vae"),
     run: Annotated[Path, typer.Option(help="Directory of the run; made if absent.")] = Path("runs/plain"),
     teacher: Annotated[Path | None, typer.Option(help="Pipeline whose guidance is to be learnt.")] = None,
@@ -97,13 +48,15 @@ def main(
 ) -> None:
     """Train, and leave ``run/pipeline``: the whole pipeline with the averaged weights."""
     torch.manual_seed(0)
-    place = device()
-    pipe = HunyuanVideoPipeline.from_pretrained(teacher) if teacher else new_pipeline(vae)
+    place, kind = device(), FAMILIES[family]
+    if teacher and not kind.embeds_guidance:
+        raise typer.BadParameter(f"{family} has no guidance embedding to teach", param_hint="--teacher")
+    pipe = kind.pipeline.from_pretrained(teacher) if teacher else kind.new_pipeline(vae)
     pipe.vae.to(place)
-    modules = {name: getattr(pipe, name).to(place).train() for name in TRAINED}
+    modules = {name: getattr(pipe, name).to(place).train() for name in kind.trained}
     frozen = {name: copy.deepcopy(module).eval() for name, module in modules.items()} if teacher else None
     average = Averaged(modules, decay=0.998)
-    optimisers = optimisers_of(modules, peak)
+    optimisers = optimisers_of(kind, modules, peak)
     state = Run(
         directory=run,
         steps=steps,
@@ -112,12 +65,13 @@ def main(
         parts={**modules, **optimisers, "average": average},
     )
     state.resume()
-    latents = latents_of(pipe.vae, num_clips, run / "latents.pt")
+    latents = latents_of(kind, pipe.vae, num_clips, run / "latents.pt")
     # Numbers of captions: the clips' own, and one more for none. Every batch has the same shapes, whatever it draws.
-    text = Text.of(pipe, [*(clips.make(seed).caption for seed in range(num_clips)), ""])
-    for models in (modules, frozen or {}) if compiled else ():
-        for block in repeated_blocks(models):
-            block.compile()
+    text = kind.tokenise(pipe, [*(clips.make(seed).caption for seed in range(num_clips)), ""])
+    for models in [modules] if frozen is None else [modules, frozen]:
+        kind.prepare(models["transformer"], text)
+        for block in kind.blocks(models["transformer"]) if compiled else ():
+            block.compile()  # one by one they share a compilation or two
     # At this width bfloat16 is slower than float32 on a CPU, with AMX too: the gradients' matrices are small.
     autocast = torch.autocast(place.type, torch.bfloat16, enabled=place.type == "cuda")
     for step in state.loop():
@@ -130,28 +84,26 @@ def main(
         time = draw_times(batch, draw).to(place)
         scales = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, generator=draw)
         noisy = torch.lerp(clean, noise, time[:, None, None, None, None])
-        inputs = {"hidden_states": noisy, "timestep": 1000 * time, "guidance": (1000 * scales).to(place)}
-        captioned = text.pick(which, place)
-        blank = text.pick(torch.full((batch,), num_clips), place)
+        inputs = {"hidden_states": noisy, "timestep": 1000 * time}
+        if kind.embeds_guidance:
+            inputs["guidance"] = (1000 * scales).to(place)
+        captioned = pick(text, which, place)
         with autocast:
             if frozen is None:
                 target = noise - clean
                 dropped = which.masked_fill(torch.rand(batch, generator=draw) < 0.1, num_clips)
-                velocity = velocity_of(modules, inputs, text.pick(dropped, place))
+                velocity = velocity_of(kind, modules, inputs, pick(text, dropped, place))
             else:
-                with torch.no_grad():
-                    with_text = velocity_of(frozen, inputs, captioned)
-                    without = velocity_of(frozen, inputs, blank)
-                    target = without + scales.to(place)[:, None, None, None, None] * (with_text - without)
-                velocity = velocity_of(modules, inputs, captioned)
+                blank = pick(text, torch.full((batch,), num_clips), place)
+                target = guided_velocity(kind, frozen, inputs, captioned, blank, scales.to(place))
+                velocity = velocity_of(kind, modules, inputs, captioned)
             loss = mse_loss(velocity.float(), target.float())
         for optimiser in optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
                 group["lr"] = peak * state.learning_rate_share()
         torch.autograd.backward(loss)
-        parameters = [value for module in modules.values() for value in module.parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(average.parameters(), 1.0)
         for optimiser in optimisers.values():
             optimiser.step()
         average.update()
@@ -159,78 +111,19 @@ def main(
     export(pipe, average, run / "pipeline")
 
 
-def new_pipeline(vae: Path) -> HunyuanVideoPipeline:
-    """Put the trained VAE and untrained other parts together."""
-    tokenizer, tokenizer_2 = tiny.llama_tokenizer(), tiny.clip_tokenizer()
-    pipe = HunyuanVideoPipeline(
-        text_encoder=tiny.llama(tokenizer),
-        tokenizer=tokenizer,
-        transformer=architecture.transformer(),
-        vae=AutoencoderKLHunyuanVideo.from_pretrained(vae),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=tiny.clip(tokenizer_2),
-        tokenizer_2=tokenizer_2,
-    )
-    initialise(pipe)
-    return pipe
-
-
-@torch.no_grad()
-def initialise(pipe: Any) -> None:
-    """Draw the starting weights: words far apart, blocks that do nothing yet (adaptive norms of zero), slow clocks.
-
-    The embedding of the timestep has sinusoids of up to one radian a unit (of 1000), which tell nothing of how noisy
-    the latents are but make every step unlike the one before; the columns that read them start damped.
-    """
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        for module in encoder.modules():
-            if isinstance(module, torch.nn.Embedding):
-                module.weight.normal_()
-            elif isinstance(module, torch.nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
-    for name, module in pipe.transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and (is_modulation(name) or name == "proj_out"):
-            module.weight.zero_()
-            module.bias.zero_()
-    damp_clocks(pipe.transformer, SLOW)
-
-
-@torch.no_grad()
-def damp_clocks(transformer: Any, slow: float) -> None:
-    """Damp the columns that read sinusoids of the timestep much faster than ``slow``, in radians a timestep unit."""
-    for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith("timestep_embedder.linear_1"):
-            half = module.in_features // 2
-            frequency = torch.exp(-math.log(10_000) * torch.arange(half) / half).repeat(2)  # radians a timestep unit
-            module.weight *= 1 / (1 + (frequency / slow) ** 2)
-
-
-def is_modulation(name: str) -> bool:
-    """Whether a linear layer of the transformer computes shifts, scales and gates from the timestep and the text."""
-    return "norm" in name and name.endswith(".linear")
-
-
-def optimisers_of(modules: dict[str, torch.nn.Module], peak: float) -> dict[str, torch.optim.Optimizer]:
+def optimisers_of(kind: Family, modules: dict[str, torch.nn.Module], peak: float) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for all else."""
     muon: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
     for name, value in modules["transformer"].named_parameters():
         is_in_block = "blocks." in name
-        is_matrix = value.ndim == 2 and not is_modulation(name.removesuffix(".weight"))
+        is_matrix = value.ndim == 2 and not kind.is_modulation(name.removesuffix(".weight"))
         (muon if is_in_block and is_matrix else others).append(value)
-    others += [value for name in TRAINED[1:] for value in modules[name].parameters()]
+    others += [value for name in kind.trained[1:] for value in modules[name].parameters()]
     return {
-        "muon": torch.optim.Muon(muon, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        "muon": Muon(muon, lr=peak, weight_decay=0.01),
         "adamw": torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.01),
     }
-
-
-def repeated_blocks(modules: dict[str, torch.nn.Module]) -> list[torch.nn.Module]:
-    """List the transformer's blocks: compiled one by one they share two compilations."""
-    if not modules:
-        return []
-    transformer: Any = modules["transformer"]
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def draw_times(batch: int, generator: torch.Generator) -> torch.Tensor:
@@ -241,15 +134,37 @@ def draw_times(batch: int, generator: torch.Generator) -> torch.Tensor:
     return TRAINING_SHIFT * time / (1 + (TRAINING_SHIFT - 1) * time)
 
 
-def velocity_of(modules: dict[str, Any], inputs: dict[str, torch.Tensor], text: Text) -> torch.Tensor:
+def pick(text: dict[str, torch.Tensor], which: torch.Tensor, place: torch.device) -> dict[str, torch.Tensor]:
+    """Take some captions, by number, to a device."""
+    return {name: tokens[which].to(place) for name, tokens in text.items()}
+
+
+def velocity_of(
+    kind: Family, modules: dict[str, Any], inputs: dict[str, torch.Tensor], text: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """Predict noise minus clean latents: (batch, channels, latent frames, height, width)."""
-    encoded = text.encode(modules["text_encoder"], modules["text_encoder_2"])
+    encoded = kind.encode_text(modules, text)
     velocity: torch.Tensor = modules["transformer"](**inputs, **encoded, return_dict=False)[0]
     return velocity
 
 
 @torch.no_grad()
-def latents_of(vae: Any, num_clips: int, cache: Path) -> torch.Tensor:
+def guided_velocity(
+    kind: Family,
+    frozen: dict[str, Any],
+    inputs: dict[str, torch.Tensor],
+    captioned: dict[str, torch.Tensor],
+    blank: dict[str, torch.Tensor],
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """Predict by two passes, as classifier-free guidance does, with a guidance scale a clip."""
+    with_text = velocity_of(kind, frozen, inputs, captioned)
+    without = velocity_of(kind, frozen, inputs, blank)
+    return without + scales[:, None, None, None, None] * (with_text - without)
+
+
+@torch.no_grad()
+def latents_of(kind: Family, vae: Any, num_clips: int, cache: Path) -> torch.Tensor:
     """Encode the training clips, scaled as the pipeline's decoding expects, once a run: (clips, 16, 5, 4, 6)."""
     if cache.is_file():
         latents: torch.Tensor = torch.load(cache, weights_only=True)
@@ -259,7 +174,8 @@ def latents_of(vae: Any, num_clips: int, cache: Path) -> torch.Tensor:
     parts = []
     for start in track(range(0, num_clips, size), description="encoding clips"):
         pixels = batch_of(range(start, start + size)).to(place, memory_format=torch.channels_last_3d)
-        parts.append((vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).cpu())
+        mean, _ = kind.moments(vae, pixels).chunk(2, dim=1)
+        parts.append(kind.normalised(vae, mean).cpu())
     latents = torch.cat(parts)[:num_clips].contiguous()
     cache.parent.mkdir(parents=True, exist_ok=True)
     torch.save(latents, cache)

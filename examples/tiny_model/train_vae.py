@@ -1,8 +1,8 @@
-"""Trains the tiny AutoencoderKLHunyuanVideo to reconstruct the clips: the first of the two training steps.
+"""Trains the VAE of a tiny model to reconstruct the clips: the first of the two training steps.
 
 ``python examples/tiny_model/train_vae.py --run runs/vae``; run again, it goes on where it was stopped. With ``--start
 DIR --decoder-only`` it trains the decoder of a finished VAE further; the latents stay as they are, so the transformer
-can learn meanwhile.
+can learn meanwhile. ``--family wan`` trains that of the tiny Wan.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any
 
-import architecture
 import clips
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKLHunyuanVideo
+from families import FAMILIES, Name
+from family import LATENT_CHANNELS, Family
 from runs import Averaged, Run, device
 from torch.nn.functional import mse_loss
 
@@ -25,6 +25,7 @@ KL_WEIGHT = 1e-4
 
 
 def main(
+    family: Annotated[Name, typer.Option(help="What is trained.")] = Name.HUNYUAN_VIDEO,
     run: Annotated[Path, typer.Option(help="Directory of the run; made if absent.")] = Path("runs/vae"),
     steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 4000,
     minutes: Annotated[float, typer.Option(help="Wall-clock minutes in all, whichever ends first.")] = 1e9,
@@ -36,9 +37,9 @@ def main(
 ) -> None:
     """Train, and leave ``run/vae`` (the averaged weights) for the transformer's training."""
     torch.manual_seed(0)
-    place = device()
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(start) if start else initialised(architecture.autoencoder())
-    vae = vae.train().to(place, memory_format=torch.channels_last_3d)
+    place, kind = device(), FAMILIES[family]
+    vae = kind.autoencoder()
+    vae = channels_last(type(vae).from_pretrained(start) if start else vae).train().to(place)
     # The encoder stays out of the optimisers; gradients are found for it all the same, by the graph compiled already.
     parts = (vae.decoder, vae.post_quant_conv) if decoder_only else (vae,)
     trained = [value for part in parts for value in part.parameters()]
@@ -55,7 +56,7 @@ def main(
         parts={"vae": vae, **optimisers, "average": average},
     )
     state.resume()
-    loss_of = torch.compile(losses)
+    loss_of = torch.compile(losses) if kind.compiles_vae else losses
     for step in state.loop():
         pixels = mixed_batch(range(step * batch, (step + 1) * batch))
         first = step % (clips.NUM_FRAMES - num_frames + 1)  # the clips are random already
@@ -63,8 +64,8 @@ def main(
         for optimiser in optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = peak * state.learning_rate_share()
-        noise = torch.randn(latent_shape(vae, batch, num_frames), device=place)
-        error, divergence = loss_of(vae, pixels, noise)
+        noise = torch.randn(latent_shape(batch, num_frames), device=place)
+        error, divergence = loss_of(kind, vae, pixels, noise)
         vae.zero_grad(set_to_none=True)
         torch.autograd.backward(error + KL_WEIGHT * divergence)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -75,35 +76,29 @@ def main(
         average.update()
         state.log(squared_error=error.item(), divergence=divergence.item(), gradient=norm.item())
         if (step + 1) % 500 == 0:
-            state.note(psnr_held_out_db=export(vae, average, run / "vae", rescale=not decoder_only, num_clips=16))
-    state.note(psnr_held_out_db=export(vae, average, run / "vae", rescale=not decoder_only, num_clips=64))
+            state.note(psnr_held_out_db=export(kind, vae, average, run / "vae", rescale=not decoder_only, num_clips=16))
+    state.note(psnr_held_out_db=export(kind, vae, average, run / "vae", rescale=not decoder_only, num_clips=64))
 
 
-def export(vae: Any, average: Averaged, directory: Path, *, rescale: bool, num_clips: int) -> float:
+def export(kind: Family, vae: Any, average: Averaged, directory: Path, *, rescale: bool, num_clips: int) -> float:
     """Write the VAE with the averaged weights; gives its mean PSNR in dB on held-out clips."""
     average.swap()
-    written = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).eval()
+    written = copy.deepcopy(vae).eval()
+    for value in written.parameters():
+        value.data = value.data.contiguous()
     average.swap()
     if rescale:
-        scale_latents(written)
+        scale_latents(kind, written)
     written.save_pretrained(directory)
     return round(psnr(written, range(num_clips)), 2)
 
 
-@torch.no_grad()
-def initialised(vae: Any) -> Any:
-    """Make the VAE start as short linear paths: residuals that give nothing yet, other convolutions that keep scale."""
-    for name, module in vae.named_modules():
-        if isinstance(module, torch.nn.Conv3d):
-            if ".conv2." in name:
-                module.weight.zero_()
-            else:
-                module.weight.normal_(std=module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                module.bias.zero_()
-    num_latents = vae.config.latent_channels
-    vae.quant_conv.weight[num_latents:] *= 0.1
-    vae.quant_conv.bias[num_latents:] = -6.0  # the log variance: under much noise nothing local is ever learnt
+def channels_last(vae: Any) -> Any:
+    """Lay out the kernels of all convolutions with the channels last, as ``kernels_as_matrices`` needs them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for value in vae.parameters():
+        if value.ndim in formats:
+            value.data = value.data.contiguous(memory_format=formats[value.ndim])
     return vae
 
 
@@ -111,7 +106,7 @@ def kernels_as_matrices(module: torch.nn.Module) -> dict[torch.Tensor, torch.nn.
     """Give the inner convolutions' kernels as the matrices that Muon takes, in the same memory."""
     matrices: dict[torch.Tensor, torch.nn.Parameter] = {}
     for name, value in module.named_parameters():
-        is_inner = "block" in name and value.ndim == 5
+        is_inner = "block" in name and value.ndim in {4, 5} and value[0].numel() > 1
         if is_inner:
             matrices[value] = torch.nn.Parameter(as_matrix(value.detach()))
             if matrices[value].data_ptr() != value.data_ptr():
@@ -120,17 +115,17 @@ def kernels_as_matrices(module: torch.nn.Module) -> dict[torch.Tensor, torch.nn.
 
 
 def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
-    """Lay out a kernel (out, in, frames, height, width) in channels-last order as (out, all else), without a copy."""
-    return kernel.permute(0, 2, 3, 4, 1).flatten(1)
+    """Lay out a kernel (out, in, [frames,] height, width) in channels-last order as (out, all else), without a copy."""
+    return kernel.movedim(1, -1).flatten(1)
 
 
-def losses(vae: Any, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(kind: Family, vae: Any, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squared error of the reconstruction from a sampled latent, and KL divergence to the unit normal."""
-    mean, log_variance = vae._encode(pixels).chunk(2, dim=1)
+    mean, log_variance = kind.moments(vae, pixels).chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     latents = mean + torch.exp(0.5 * log_variance) * noise
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return mse_loss(vae.decoder(vae.post_quant_conv(latents)), pixels), divergence
+    return mse_loss(kind.pixels(vae, latents), pixels), divergence
 
 
 def batch_of(seeds: range, *, held_out: bool = False) -> torch.Tensor:
@@ -145,11 +140,9 @@ def mixed_batch(seeds: range) -> torch.Tensor:
     return torch.from_numpy(np.stack([clip.frames() for clip in made])).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
-def latent_shape(vae: Any, batch: int, num_frames: int) -> tuple[int, ...]:
+def latent_shape(batch: int, num_frames: int) -> tuple[int, ...]:
     """Shape of the latents of ``batch`` clips: (batch, channels, latent frames, height, width)."""
-    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    size = ((num_frames - 1) // temporal + 1, clips.HEIGHT // spatial, clips.WIDTH // spatial)
-    return (batch, vae.config.latent_channels, *size)
+    return (batch, LATENT_CHANNELS, (num_frames - 1) // 4 + 1, clips.HEIGHT // 8, clips.WIDTH // 8)
 
 
 @torch.no_grad()
@@ -165,19 +158,11 @@ def psnr(vae: Any, seeds: range) -> float:
 
 
 @torch.no_grad()
-def scale_latents(vae: Any) -> None:
-    """Give the latents mean zero a channel, and set ``scaling_factor`` so that they have variance one in all.
-
-    The mean moves from the encoder's last convolution into the decoder's first; both have kernels of one, so no
-    reconstruction changes.
-    """
+def scale_latents(kind: Family, vae: Any) -> None:
+    """Measure the latents of 128 training clips, so that the pipeline brings them to mean zero and variance one."""
     place = next(vae.parameters()).device
     batches = [vae.encode(batch_of(range(start, start + 8)).to(place)).latent_dist.mode() for start in range(0, 128, 8)]
-    latents = torch.cat(batches)
-    mean = latents.mean(dim=(0, 2, 3, 4))
-    vae.quant_conv.bias[: len(mean)] -= mean
-    vae.post_quant_conv.bias += vae.post_quant_conv.weight.flatten(1) @ mean
-    vae.register_to_config(scaling_factor=1 / (latents - mean[:, None, None, None]).std().item())
+    kind.note_statistics(vae, torch.cat(batches))
 
 
 if __name__ == "__main__":
