@@ -145,6 +145,15 @@ class Model:
         """Denoising steps of a clip."""
         return int(self.arguments.get("num_inference_steps") or self.loaded.default("num_inference_steps"))
 
+    @functools.cached_property
+    def calls_a_step(self) -> float:
+        """How often a step calls the transformer: twice where guidance takes passes of its own. Asked for eagerly."""
+        calls = [0]
+        hook = self.transformer.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        self.generate(*self.job.clips[0], output_type="latent", num_inference_steps=2)
+        hook.remove()
+        return calls[0] / 2
+
     @property
     def blocks(self) -> list[Any]:
         """The transformer's blocks."""
@@ -279,6 +288,7 @@ def measure(
     torch._dynamo.reset()
     clips = model.job.clips
     columns: dict[str, list[float | None]] = {name: [] for name in MEASURES}
+    num_blocks = model.calls_a_step * model.num_steps * len(model.blocks)
     with applied(model, setting) as saved:
         start = time.perf_counter()
         model.generate(*clips[0], output_type="latent", num_inference_steps=2)
@@ -286,7 +296,7 @@ def measure(
         for number, (prompt, seed) in enumerate(clips):
             before = saved()
             clip = model.generate(prompt, seed)
-            share = (saved() - before) / (model.num_steps * len(model.blocks))
+            share = (saved() - before) / num_blocks
             pixels = np.asarray(clip.frames, dtype=np.float32)
             if setting.system == REFERENCE:
                 np.save(references / f"{number}.npy", pixels)

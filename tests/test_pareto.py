@@ -112,6 +112,13 @@ def test_a_small_run(pareto: ModuleType, prompts: Path, tmp_path: Path, monkeypa
     assert len(measured) > 3, "other conditions, other figures"
 
 
+@pytest.mark.parametrize(("model", "calls"), [(None, 1), (str(Path(__file__).parent / "tiny_wan_video"), 2)])
+def test_saved_is_of_all_passes_of_guidance(pareto: ModuleType, model: str | None, calls: int) -> None:
+    size = {"height": 32, "width": 48, "num_frames": 5}
+    given = {"dtype": None, "device": None, "prompts": ("a red circle",), "seeds": 1, "size": size, "lower": "eager"}
+    assert pareto.Model(pareto.Job(model=model, **given), {}).calls_a_step == calls
+
+
 def test_cache_dit_is_undone(pareto: ModuleType, prompts: Path, tmp_path: Path) -> None:
     """It patches the pipeline's class; an eager run afterwards must compute everything again."""
     pytest.importorskip("cache_dit")
