@@ -197,10 +197,8 @@ class FirstBlockCache(Pass):
             counters: int64 ``[steps done in this generation, hits in a row]``.
             clock: this step's timesteps, float64 ``[K]``.
             last_clock: those of the step before, same shape.
-            past_clocks: the two values that each clock had before its last, float64 ``[2, K]``, oldest first; given
-                where ``last_steps_computed`` is.
-            is_ours: where the streams are one rank's part of the sequence, which of its tokens are no padding; bool,
-                broadcasts to ``before``.
+            past_clocks: two values of each clock before its last, float64 ``[2, K]``; for ``last_steps_computed``.
+            is_ours: of one rank's part of the sequence, which tokens are no padding; bool, broadcasts to ``before``.
             group: name of the process group over which the decision is then made, all ranks deciding alike.
             forecasting: what is forecast, and the state that it is made of.
             **generation: what else tells generations apart, see ``reuse.new_generation``.
@@ -223,17 +221,11 @@ class FirstBlockCache(Pass):
             )
             allowed = allowed & is_known & is_near_end.logical_not()
             follow["past_clocks"] = torch.stack(kept_clocks)
-        num_computed = forecasting.counted(is_new)
+        forecasting = forecasting.within(is_new)
         change, allowed, products, enough = relative_change(
-            residual,
-            first,
-            allowed,
-            differences=forecasting.differences,
-            enough=forecasting.enough(num_computed),
-            is_ours=is_ours,
-            group=group,
+            residual, first, allowed, forecasting=forecasting, is_ours=is_ours, group=group
         )
-        ahead = forecasting.ahead(products, enough, num_computed)
+        ahead = forecasting.ahead(products, enough)
         change = ahead.judged(change)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & (difference <= self.threshold) & allowed

@@ -329,7 +329,10 @@ class Graph:
     def input(self, name: str, held: Any, source: str | None = None) -> fx.Node:
         node: Any = self.graph.placeholder(name)
         node.meta["example_value"] = held
-        node._dynamo_source = types.SimpleNamespace(name=f"L[{name!r}]" if source is None else source)
+        node._dynamo_source = types.SimpleNamespace(
+            name=f"L[{name!r}]" if source is None else source,
+            guard_source=types.SimpleNamespace(is_unspecialized_nn_module=lambda: False),
+        )
         return node  # type: ignore[no-any-return]
 
     def module(self, results: Any, **attributes: Any) -> fx.GraphModule:

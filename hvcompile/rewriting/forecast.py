@@ -127,22 +127,24 @@ class Forecasting:
     num_computed: Any = None
     summed_error: Any = None
 
-    def counted(self, is_new: Any) -> Any:
-        """Steps computed in this generation, which begins anew where ``is_new`` says so; None without a forecast."""
-        if self.num_computed is None:
-            return None
-        return torch.where(is_new, torch.zeros_like(self.num_computed), self.num_computed)
+    def within(self, is_new: Any) -> Forecasting:
+        """The same, of a generation that begins anew where ``is_new``, a bool scalar, says so."""
+        if not self.differences:
+            return self
+        num_computed = torch.where(is_new, torch.zeros_like(self.num_computed), self.num_computed)
+        return dataclasses.replace(self, num_computed=num_computed)
 
-    def enough(self, num_computed: Any) -> list[Any]:
+    @property
+    def enough(self) -> list[Any]:
         """For each difference, whether this rank has computed the steps that it lies between."""
-        return [num_computed > place for place in range(1, len(self.differences) + 1)]
+        return [self.num_computed > place for place in range(1, len(self.differences) + 1)]
 
-    def ahead(self, products: Products, enough: Sequence[Any], num_computed: Any) -> Ahead:
-        """The forecast of one step, given what all ranks have enough steps for."""
+    def ahead(self, products: Products, enough: Sequence[Any]) -> Ahead:
+        """The forecast of one step, given block 1's products and what all ranks have enough steps for."""
         if not self.differences:
             return Ahead(self)
         products, flags = usable(products, enough)
-        return Ahead(self, products, num_computed, along_first_block(products, flags))
+        return Ahead(self, products, along_first_block(products, flags))
 
 
 NO_FORECAST = Forecasting()
@@ -156,7 +158,6 @@ class Ahead:
 
     made_of: Forecasting
     products: Products = dataclasses.field(default_factory=dict)
-    num_computed: Any = None
     coefficients: Sequence[Any] = ()
 
     def judged(self, change: Any) -> Any:
@@ -171,8 +172,8 @@ class Ahead:
     def follow(self, reused: Any) -> dict[str, Any]:
         """The coefficients by name, and the next values of the small state, given whether the step is reused."""
         found = {f"ahead_{place}": item for place, item in enumerate(self.coefficients, 1)}
-        if self.num_computed is not None:
-            found["num_computed"] = self.num_computed + reused.logical_not().to(torch.int64)
+        if self.coefficients:
+            found["num_computed"] = self.made_of.num_computed + reused.logical_not().to(torch.int64)
         if self.made_of.summed_error is not None:
             missed = self._missed()
             found["summed_error"] = torch.where(reused, missed, torch.zeros_like(missed))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hvcompile.ranks import collectives
 from hvcompile.rewriting import forecast
-from hvcompile.rewriting.forecast import Products
+from hvcompile.rewriting.forecast import NO_FORECAST, Forecasting, Products
 from hvcompile.runtime.fingerprints import hash_of
 
 
@@ -123,8 +123,7 @@ def relative_change(
     first: Any,
     allowed: Any,
     *,
-    differences: Sequence[Any] = (),
-    enough: Sequence[Any] = (),
+    forecasting: Forecasting = NO_FORECAST,
     is_ours: Any = None,
     group: str | None = None,
 ) -> tuple[Any, Any, Products, list[Any]]:
@@ -134,26 +133,26 @@ def relative_change(
         residual: of this step, any shape.
         first: of the last computed step, same shape.
         allowed: whether this rank may reuse, bool scalar.
-        differences: between the last computed steps, latest first, same shape; at most two.
-        enough: for each of them, whether this rank has computed the steps that it lies between, a bool scalar.
+        forecasting: what a forecast is made of, on this rank.
         is_ours: which of its elements count on this rank, bool, broadcasts to it; None for all.
         group: name of the process group whose ranks decide alike; None for a single rank.
 
     Returns:
         The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; whether all ranks
-        may reuse, a bool scalar; the inner products that a forecast is made of, where there are differences; and for
-        each of these whether all ranks have computed enough steps.
+        may reuse, a bool scalar; the inner products that a forecast is made of, where there is one; and for each
+        of its differences whether all ranks have computed enough steps.
 
     """
     moved = residual.float() - first.float()
     change, extent = moved.abs(), first.float().abs()
     products = {}
+    differences, enough = forecasting.differences, forecasting.enough
     if differences:
         vectors = [residual.float(), moved, *(item.float() for item in differences)]
         products = {pair: vectors[pair[0]] * vectors[pair[1]] for pair in forecast.pairs(len(differences))}
     if group is None:
         found = {pair: item.sum() for pair, item in products.items()}
-        return change.mean() / extent.mean(), allowed, found, list(enough)
+        return change.mean() / extent.mean(), allowed, found, enough
     nothing = torch.zeros_like(change)
     sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent, *products.values())]
     # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch. Nor may one

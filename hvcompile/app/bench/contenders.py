@@ -70,19 +70,26 @@ def applied(
         transformer.enable_cache(_forecasting(system, pipe, threshold, options or {}))
         yield f"{system}, " + _block_by_block(transformer, compile_peers, lower)
     elif system in {CACHE_DIT, CACHE_DIT_TAYLOR}:
-        import cache_dit
-
-        config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0, residual_diff_threshold=threshold
-        )
-        calibrator = cache_dit.TaylorSeerCalibratorConfig() if system == CACHE_DIT_TAYLOR else None
-        cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
-        try:
+        with _cache_dit(pipe, threshold, forecasts=system == CACHE_DIT_TAYLOR):
             yield "DBCacheConfig(F1B0), " + _block_by_block(transformer, compile_peers, lower)
-        finally:
-            cache_dit.disable_cache(pipe)  # it changes the pipeline's class, which the next model has too
     else:
         yield "no compiler"
+
+
+@contextlib.contextmanager
+def _cache_dit(pipe: Any, threshold: float | None, *, forecasts: bool) -> Iterator[None]:
+    """cache-dit's cache, with one block in front and no warm-up, alone or with TaylorSeer."""
+    import cache_dit
+
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0, residual_diff_threshold=threshold
+    )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig() if forecasts else None
+    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(pipe)  # it changes the pipeline's class, which the next model has too
 
 
 def _forecasting(system: str, pipe: Any, threshold: float | None, options: Mapping[str, Any]) -> Any:
