@@ -18,12 +18,12 @@ from hvcompile.dump.write import stem_of
 from hvcompile.passes import PASSES
 from hvcompile.torch_private import dynamo
 
+pytestmark = pytest.mark.xdist_group("logging")  # one traced run for all of them
+
 ROOT = Path(hvcompile.__file__).parents[1]
 RUN = """
 import torch
 from toy import Toy, toy_inputs
-
-pytestmark = pytest.mark.xdist_group("logging")  # one traced run for all of them
 
 compiled = torch.compile(Toy().eval(), backend="hvfast", options={"lower": "eager"})
 with torch.no_grad():
