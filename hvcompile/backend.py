@@ -102,7 +102,11 @@ def capture_again_for_scales(graph: fx.Graph) -> None:
         Exception: for Dynamo, which captures the function once more.
 
     """
-    is_scale = constant_scales(graph)
+    try:
+        is_scale = constant_scales(graph)
+    except Exception as error:
+        pipeline.unforeseen("looking for scales of adapters", error)
+        return
     if is_scale is not None:
         capture_again_with_inputs(is_scale)
 

@@ -231,6 +231,20 @@ def test_what_stands_around_the_passes_fails(
     assert isinstance(error.__cause__, Flaw)
 
 
+def test_looking_for_scales_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """All else is done as ever."""
+
+    def broken(*_: Any) -> Any:
+        raise Flaw("of the scales")
+
+    monkeypatch.setattr(backend, "constant_scales", broken)
+    with caplog.at_level(logging.WARNING, logger="hvcompile"):
+        errors, journal, _ = run("eager")
+    assert max(errors) < 1e-5
+    assert "FirstBlockCache" in journal
+    assert any("nobody foresaw: Flaw: of the scales" in record.message for record in caplog.records)
+
+
 @pytest.mark.parametrize("fault", [in_the_middle, at_the_end], ids=lambda fault: fault.__name__)
 def test_a_pass_that_was_asked_for_fails_with_an_error_of_ours(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch, FirstBlockCache, 40)
