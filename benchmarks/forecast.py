@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -33,20 +34,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Fields of the cache, by what the table calls them."""
 
+WARM_UP = 4
+"""Steps that are taken before any is timed: they compile, and compute all that a forecast goes on along."""
+
 out = Console(highlight=False)
 
 
 def prepared(depth: Depth, width: int, given: dict[str, Any], **cache: Any) -> dict[str, Any]:
-    """Compiled models of one setting: one that reuses whatever can be, and one that reuses nothing."""
-    import torch
-
+    """Compiled models of one setting, warm: one that reuses whatever can be, and one that reuses nothing."""
     thresholds = {REUSED: 1e9, COMPUTED: 0.0}
     steps = {kind: hvfast(build(depth, width), threshold=most, **cache) for kind, most in thresholds.items()}
-    clock = given["timestep"]
-    with torch.no_grad():
-        for call in steps.values():
-            for step in range(4):  # computed, and then with all that a forecast needs
-                call(**{**given, "timestep": clock - step, "hidden_states": given["hidden_states"] + 0.01 * step})
+    for call in steps.values():
+        for step in range(WARM_UP):
+            timed(call, given, step)
     return steps
 
 
@@ -82,21 +82,27 @@ def main(
     for name, cache in SETTINGS.items():
         calls[name] = prepared(Depth(dual=dual, single=single), width, given, **cache)
     seconds: dict[str, dict[str, list[float]]] = {name: {REUSED: [], COMPUTED: []} for name in SETTINGS}
-    for step in range(4, 4 + rounds):
+    for step in range(WARM_UP, WARM_UP + rounds):
         for name, kinds in calls.items():
             for kind, call in kinds.items():
                 seconds[name][kind].append(timed(call, given, step))
     rows = []
+    table = Table(
+        "setting", "state, kB", "reused step as repeating", "computed step as repeating", "reused as computed"
+    )
     for name, kinds in calls.items():
         stats = {kind: hvcompile.stats(call) for kind, call in kinds.items()}
         hits, misses = stats[REUSED].hits, stats[COMPUTED].misses
-        if (hits, misses) != (rounds + 3, rounds + 4):
-            raise RuntimeError(f"{name}: {hits} steps were reused and {misses} computed; {rounds + 3} and {rounds + 4}")
-        rows.append({"setting": name, "state_bytes": stats[REUSED].bytes, **_ratios(seconds, name)})
+        expected = (rounds + WARM_UP - 1, rounds + WARM_UP)
+        if (hits, misses) != expected:
+            raise RuntimeError(f"{name}: {hits} steps were reused and {misses} computed, of which {expected} were due")
+        ratios = _ratios(seconds, name)
+        table.add_row(name, f"{stats[REUSED].bytes / 1e3:.0f}", *(f"{ratio:.3f}" for ratio in ratios.values()))
+        rows.append({"setting": name, "state_bytes": stats[REUSED].bytes, **ratios})
     record = {
         "command": shlex.join(["python", "benchmarks/forecast.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": f"{dual}+{single} blocks, width {width}, {token_grid(tokens)} tokens, float32",
+        "model": f"{dual}+{single} blocks, width {width}, {math.prod(token_grid(tokens))} tokens, float32",
         "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
         "load_average": os.getloadavg()[0],
         "rounds": rounds,
@@ -105,12 +111,6 @@ def main(
     }
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(record, indent=2) + "\n")
-    table = Table(
-        "setting", "state, kB", "reused step as repeating", "computed step as repeating", "reused as computed"
-    )
-    for row in rows:
-        ratios = [f"{row[key]:.3f}" for key in ("reused_as_repeats", "computed_as_repeats", "reused_as_computed")]
-        table.add_row(str(row["setting"]), f"{int(str(row['state_bytes'])) / 1e3:.0f}", *ratios)
     out.print(table)
     out.print(f"written to {to}", soft_wrap=True)
 

@@ -61,8 +61,8 @@ def test_it_is_the_default() -> None:
     assert next(loaded.pipe.transformer.parameters()).dtype == torch.float32
 
 
-def test_clips_show_what_their_held_out_captions_say(pipe: Any) -> None:
-    """A sample of what ``examples/tiny_model/check.py`` checks on 64."""
+def scored(pipe: Any) -> Any:
+    """What eight held-out clips of a pipeline show, as ``examples/tiny_model/check.py`` sees it."""
     asked = [clips.make(seed, held_out=True) for seed in range(8)]
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     captions = [clip.caption for clip in asked]
@@ -70,6 +70,12 @@ def test_clips_show_what_their_held_out_captions_say(pipe: Any) -> None:
     score = check.Score()
     for clip, frames in zip(asked, videos, strict=True):
         score.add(frames, clip)
+    return score
+
+
+def test_clips_show_what_their_held_out_captions_say(pipe: Any) -> None:
+    """A sample of what ``examples/tiny_model/check.py`` checks on 64."""
+    score = scored(pipe)
     assert (score.num_clips, score.colour, score.background) == (8, 8, 8)
     assert score.direction >= 7
 
@@ -163,13 +169,7 @@ def test_the_vae_keeps_held_out_clips(pipe: Any) -> None:
 
 def test_clips_of_wan_mostly_show_what_their_held_out_captions_say(wan: Any) -> None:
     """Of 64, 55 have the caption's colour and 39 its direction, where guessing would give 9 and 16."""
-    asked = [clips.make(seed, held_out=True) for seed in range(8)]
-    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
-    captions = [clip.caption for clip in asked]
-    videos = wan(captions, generator=generators, output_type="np", **tiny.DEFAULTS).frames
-    score = check.Score()
-    for clip, frames in zip(asked, videos, strict=True):
-        score.add(frames, clip)
+    score = scored(wan)
     assert (score.num_clips, score.background) == (8, 8)
     assert score.colour >= 6
     assert score.direction >= 4

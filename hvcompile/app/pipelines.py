@@ -181,16 +181,16 @@ def transformer_config(model: str) -> dict[str, Any]:
 
 def load_transformer(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load the transformer of a HunyuanVideo pipeline, and its scheduler; raises InputError as ``load`` does."""
-    try:
-        with incomplete.refused(model):
+    with incomplete.refused(model):
+        try:
             transformer = HunyuanVideoTransformer3DModel.from_pretrained(
                 _place(model), subfolder="transformer", dtype=dtype
             )
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_place(model), subfolder="scheduler")
-    except InputError:
-        raise
-    except Exception as error:  # as above
-        raise InputError(f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again") from error
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_place(model), subfolder="scheduler")
+        except Exception as error:  # as above
+            raise InputError(
+                f"model {model!r} can't be loaded: {first_line(error)}; copy or download it again"
+            ) from error
     return transformer, scheduler
 
 

@@ -10,6 +10,8 @@ Every stream that is skipped takes the same two coefficients, and so does block 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +37,7 @@ Products = Mapping[tuple[int, int], Any]
 
 def pairs(order: int) -> list[tuple[int, int]]:
     """The pairs of which ``Products`` holds the inner product, for this many differences."""
-    vectors = range(1, order + 2)
-    return [(0, 0), *((row, column) for row in vectors for column in vectors if row <= column)]
+    return [(0, 0), *itertools.combinations_with_replacement(range(1, order + 2), 2)]
 
 
 def usable(products: Products, enough: Sequence[Any]) -> tuple[Products, list[Any]]:
@@ -55,7 +56,7 @@ def usable(products: Products, enough: Sequence[Any]) -> tuple[Products, list[An
     flags: list[Any] = []
     for vector, has_enough in enumerate(enough, 2):
         own = {pair: product for pair, product in found.items() if vector in pair}
-        flag = has_enough & (found[vector, vector] > 0) & found[1, vector].isfinite()
+        flag = has_enough & (found[vector, vector] > 0)
         for product in own.values():
             flag = flag & product.isfinite()
         flags.append(flag & flags[-1] if flags else flag)
@@ -71,8 +72,8 @@ def along_first_block(products: Products, flags: Sequence[Any]) -> list[Any]:
     nothing to go on along. Where two differences would take more than ``MOST_AHEAD`` of one, the first is taken alone.
 
     Args:
-        products: of block 1, and ``flags`` the differences that may be used: see ``usable``.
-        flags: one or two.
+        products: of block 1; see ``usable``.
+        flags: for each of one or two differences, whether it may be used; see there too.
 
     Returns:
         A float32 scalar for each difference.
@@ -164,8 +165,9 @@ class Ahead:
         """What is compared with the threshold: the change itself, or what block 1's forecasts have missed."""
         if self.made_of.summed_error is None:
             return change
-        return self._missed() + CHANGE_SHARE * change
+        return self._missed + CHANGE_SHARE * change
 
+    @functools.cached_property
     def _missed(self) -> Any:
         return self.made_of.summed_error + error(self.products, self.coefficients)
 
@@ -175,8 +177,7 @@ class Ahead:
         if self.coefficients:
             found["num_computed"] = self.made_of.num_computed + reused.logical_not().to(torch.int64)
         if self.made_of.summed_error is not None:
-            missed = self._missed()
-            found["summed_error"] = torch.where(reused, missed, torch.zeros_like(missed))
+            found["summed_error"] = torch.where(reused, self._missed, torch.zeros_like(self._missed))
         return found
 
 

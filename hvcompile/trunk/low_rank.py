@@ -1,9 +1,8 @@
 """Low-rank branches: two linear layers with nothing between them, whose product is added to a layer's result.
 
-Convolutions are linear layers here too.
-
 That is how an adapter (LoRA) stands beside a layer, ``result + up(down(x)) * scale``. Such a branch is told by what it
 computes, never by a name. It is small, it may be swapped for another at any time, and so may its scale.
+Convolutions are linear layers here too.
 """
 
 from __future__ import annotations
