@@ -11,7 +11,7 @@ from typing import Any
 from hvcompile.app.grid import Grid
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.assignments import assignments
-from hvcompile.app.request.generate import Request
+from hvcompile.app.request.clips import Clips
 from hvcompile.errors import InputError
 
 OPTIONS = {
@@ -34,7 +34,7 @@ RESERVED = ("output_type", "return_dict", "callback_on_step_end", "callback_on_s
 """Arguments that are ours: by them a run is followed, and its frames taken."""
 
 
-def call_arguments(request: Request, loaded: Loaded) -> dict[str, Any]:
+def call_arguments(request: Clips, loaded: Loaded) -> dict[str, Any]:
     """Give the keyword arguments of the pipeline's call, besides the prompt and the seed.
 
     Raises:
@@ -68,7 +68,7 @@ def call_arguments(request: Request, loaded: Loaded) -> dict[str, Any]:
     return {**loaded.defaults, **arguments}
 
 
-def _set(request: Request, loaded: Loaded) -> dict[str, Any]:
+def _set(request: Clips, loaded: Loaded) -> dict[str, Any]:
     """The arguments that ``--set`` gives."""
     found = assignments(request.call_settings, "--set", "max_sequence_length=128")
     hints = _hints(loaded)

@@ -15,6 +15,7 @@ from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.notes import notes, written
 from hvcompile.app.records import record, write_report
+from hvcompile.app.request.clips import Clips
 from hvcompile.app.request.generate import PICTURES, VIDEOS, Request
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.results import Result
@@ -55,7 +56,7 @@ def generate(
 
 @contextlib.contextmanager
 def ready(
-    request: Request, observe: Observer, loaded: pipelines.Loaded | None
+    request: Clips, observe: Observer, loaded: pipelines.Loaded | None
 ) -> Iterator[tuple[pipelines.Loaded, dict[str, Any]]]:
     """Check all that can be checked, load, and join the other ranks; gives the pipeline and its call's arguments."""
     request.check()

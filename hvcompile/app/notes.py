@@ -7,11 +7,11 @@ from pathlib import Path
 
 from hvcompile.app import metrics, tiny
 from hvcompile.app.pipelines import Loaded
-from hvcompile.app.request.generate import Request
+from hvcompile.app.request.clips import Clips
 from hvcompile.errors import OutputError, one_line
 
 
-def notes(request: Request, loaded: Loaded, run: metrics.Run | None, more: Sequence[str]) -> tuple[str, ...]:
+def notes(request: Clips, loaded: Loaded, run: metrics.Run | None, more: Sequence[str]) -> tuple[str, ...]:
     """The notes of a request.
 
     Args:
