@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -351,21 +350,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def weights(model: Model) -> str:
-    """A digest of all weights of a pipeline, by the beginning of each: a model trained again has another."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=8)
-    for name, part in sorted(model.pipe.components.items()):
-        for key, tensor in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else []:
-            digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten()[:256].cpu().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def conditions(job: Job, model: Model) -> dict[str, Any]:
     """What figures must have in common to stand in one table."""
     import torch
+
+    from hvcompile.app import identity
 
     versions = {"python": platform.python_version()}
     for package in ("torch", "diffusers", "cache-dit"):
@@ -374,7 +363,7 @@ def conditions(job: Job, model: Model) -> dict[str, Any]:
     device = model.loaded.device
     return {
         "model": job.model or "embedded",
-        "weights": weights(model),
+        "weights": identity.of_weights(model.pipe),
         "arguments": dict(model.arguments),
         "num_steps": model.num_steps,
         "blocks": len(model.blocks),

@@ -25,6 +25,7 @@ from hvcompile.version import __version__
 if TYPE_CHECKING:
     from hvcompile.explanation.explain import explain
     from hvcompile.float8.weights import Restored
+    from hvcompile.inputs import load_options
     from hvcompile.lowered.lower import Lowered, lower
     from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 
@@ -47,6 +48,7 @@ __all__ = [
     "UntraceableModelError",
     "__version__",
     "explain",
+    "load_options",
     "lower",
     "reset",
     "restore",
@@ -57,6 +59,7 @@ __all__ = [
 _MODULES = {
     "explain": "hvcompile.explanation.explain",
     "Restored": "hvcompile.float8.weights",
+    "load_options": "hvcompile.inputs",
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),
     **dict.fromkeys(("Stats", "Step", "reset", "restore", "stats"), "hvcompile.runtime.state"),
 }

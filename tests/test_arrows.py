@@ -27,7 +27,7 @@ FLOORS = (
     ("trunk",),
     ("graph",),
     ("ranks", "float8"),
-    ("torch_private", "outputs"),
+    ("torch_private", "inputs", "outputs"),
     ("journal", "errors", "version"),
 )
 """From the top down. A room imports from the floors below it and from itself; rooms of one floor don't meet."""

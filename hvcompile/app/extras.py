@@ -60,7 +60,7 @@ def missing(command: str, *extras: str, modules: Collection[str] | None = None) 
     return f"{command} needs {names}, which {are} not installed: pip install 'hvcompile[{','.join(extras)}]'"
 
 
-def require(command: str, *extras: str) -> None:
+def require(command: str, *extras: str, modules: Collection[str] | None = None) -> None:
     """Raise InputError where a package of these extras is not installed; arguments are those of ``missing``."""
-    if (message := missing(command, *extras)) is not None:
+    if (message := missing(command, *extras, modules=modules)) is not None:
         raise InputError(message)

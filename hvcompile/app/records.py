@@ -43,15 +43,15 @@ def device_name(device: torch.device) -> str:
     return f"{device}, {torch.get_num_threads()} threads"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A setting as JSON takes it; a picture by its size."""
     size = getattr(value, "size", None)
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return f"a picture of {size[0]}x{size[1]}" if isinstance(size, tuple) else str(value)
 
 
@@ -81,9 +81,9 @@ def record(
         "model": request.model,
         "pipeline": loaded.kind,
         "denoisers": {name: type(model).__name__ for name, model in denoisers(loaded.pipe).items()},
-        "settings": _plain(arguments),
+        "settings": plain(arguments),
         "adapters": list(request.lora),
-        "backend": _plain(request.compile_arguments()),
+        "backend": plain(request.compile_arguments()),
         "device": device_name(loaded.device),
         "dtype": str(first_denoiser(loaded.pipe).dtype).removeprefix("torch."),
         "ranks": launch.num_ranks(),
@@ -167,11 +167,11 @@ def _facts(request: Request, loaded: Loaded, job: Job, result: Result, arguments
     time = f"{run.seconds:.2f} s in all, {run.compile_seconds:.2f} s compiling"
     if run.step_seconds is not None:
         time += f", {run.step_seconds:.4f} s a step after"
-    compiled = _plain(request.compile_arguments())
+    compiled = plain(request.compile_arguments())
     facts = {
         "prompt": job.prompt,
         "clip": f"{width}x{height}{length}, seed {job.seed}, in {job.output}",
-        "settings": _words({name: value for name, value in _plain(arguments).items() if value is not None}),
+        "settings": _words({name: value for name, value in plain(arguments).items() if value is not None}),
         "hvfast": _words(compiled) if compiled else "its defaults",
         "adapters": ", ".join(request.lora),
         "time": time,

@@ -18,15 +18,31 @@ STRIP = 32
 """Marks in sight; of a longer run, the latest."""
 
 
+class Strip:
+    """The steps of a run in a line: a mark a step, how many were reused, the last difference."""
+
+    def __init__(self) -> None:
+        self._marks = ""
+
+    def after(self, step: Step) -> str:
+        """The line with one more step, which begins a run if it is the first of one."""
+        self._marks = ("" if step.index == 0 else self._marks) + (REUSED if step.reused else COMPUTED)
+        marks = self._marks
+        strip = marks.ljust(step.num_steps)[max(0, len(marks) - STRIP) :][:STRIP]
+        text = f"{step.backend} {strip} {len(marks)}/{step.num_steps}, {marks.count(REUSED)} reused"
+        is_known = step.difference is not None and math.isfinite(step.difference)
+        return f"{text}, last {step.difference:.3f}" if is_known else text
+
+
 class Display:
-    """The progress of a generation: a line a run: a mark a step, how many were reused, the last difference."""
+    """The progress of a generation: a line a run."""
 
     def __init__(self, console: Console = err) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         self.progress = Progress(*columns, console=console)
         self.phase = self.progress.add_task("starting", total=None)
         self.run = self.phase
-        self.marks = ""
+        self.strip = Strip()
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -42,14 +58,8 @@ class Display:
             self.progress.reset(self.phase, description=event, visible=True)
             return
         if event.index == 0:
-            self.marks = ""
             self.run = self.progress.add_task("", total=event.num_steps)
             # its time is that of its first step too, which was shown as a phase
             self.progress.tasks[-1].start_time = self.progress.tasks[0].start_time
             self.progress.update(self.phase, visible=False)
-        self.marks += REUSED if event.reused else COMPUTED
-        strip = self.marks.ljust(event.num_steps)[max(0, len(self.marks) - STRIP) :][:STRIP]
-        text = f"{event.backend} {strip} {len(self.marks)}/{event.num_steps}, {self.marks.count(REUSED)} reused"
-        if event.difference is not None and math.isfinite(event.difference):
-            text += f", last {event.difference:.3f}"
-        self.progress.update(self.run, advance=1, description=text)
+        self.progress.update(self.run, advance=1, description=self.strip.after(event))

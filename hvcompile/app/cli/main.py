@@ -18,6 +18,7 @@ COMMANDS = {
     "lower": "Compile MODEL for a GPU that is not there, and say what the code would do on it; runs nothing.",
     "bisect": "Find the first pass or lowering of a dump after which outputs differ, or a NaN appears.",
     "bench": "Measure hvfast beside eager, torch.compile and other caches, compiled as far as they compile.",
+    "tune": "Find the cache's options that keep a fidelity or reach a speed, on clips of your own PROMPT or prompts.",
     "doctor": "Look at what is here of what compiling needs: torch, devices, compilers, kernels, caches and extras.",
 }
 """The commands in the order of the help, each with the first sentence of its own; each has a file here."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hvcompile.errors import InputError
+from hvcompile.inputs import finite
 
 
 def assignments(texts: Sequence[str], option: str, example: str) -> dict[str, Any]:
@@ -37,16 +36,9 @@ def assignments(texts: Sequence[str], option: str, example: str) -> dict[str, An
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError):  # no JSON, so it is text
         return text
-
-
-def _finite(text: str) -> float:
-    """A number as JSON has it, which knows neither NaN nor Infinity."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return number
 
 
 def nested(flat: Mapping[str, Any], option: str) -> dict[str, Any]:
@@ -91,23 +83,3 @@ def merged(option: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 raise InputError(f"{option} sets {section}, which another option of the command sets: leave one out")
     return result
-
-
-def options_file(path: Path) -> dict[str, Any]:
-    """Read a file of options: a JSON object, as ``torch.compile(options=...)`` takes it.
-
-    Raises:
-        InputError: there is no such file, or it holds something else.
-
-    """
-    try:
-        content = json.loads(path.read_text("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
-    except OSError as error:
-        raise InputError(
-            f"options {str(path)!r} can't be read ({error.strerror or error}): give a JSON file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"options {str(path)!r} is no JSON ({error}): give an object of sections") from error
-    if not isinstance(content, dict):
-        raise InputError(f"options {str(path)!r} holds a {type(content).__name__}: give an object of sections")
-    return content

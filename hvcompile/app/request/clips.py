@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from hvcompile.app.request.assignments import assignments, merged, nested, options_file
+from hvcompile.app.request.assignments import assignments, merged, nested
 from hvcompile.app.request.jobs import read_prompts, read_seeds
 from hvcompile.app.request.parameters import EACH, Device, Dtype, Frames, Height, Mode, RankTimeout, Width
 from hvcompile.errors import InputError
+from hvcompile.inputs import load_options
 from hvcompile.ranks import launch
 
 
@@ -150,7 +151,7 @@ class Clips:
     @functools.cached_property
     def options_in_file(self) -> dict[str, Any]:
         """Options of the backend that a file gives."""
-        return options_file(self.options_file) if self.options_file is not None else {}
+        return load_options(self.options_file) if self.options_file is not None else {}
 
     @functools.cached_property
     def pictures(self) -> Mapping[str, Any]:
@@ -176,10 +177,13 @@ class Clips:
 
     def compile_arguments(self) -> dict[str, Any]:
         """Give the keyword arguments of ``Module.compile`` besides the backend."""
-        options = self.backend_options()
+        return self.as_arguments(self.backend_options())
+
+    def as_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the backend as keyword arguments of ``Module.compile``, beside the mode."""
         arguments: dict[str, Any] = {"dynamic": True} if self.dynamic else {}
         if options:  # torch.compile takes a mode or options, never both
-            return arguments | {"options": options | ({"mode": self.mode} if self.mode is not None else {})}
+            return arguments | {"options": {**options, **({"mode": self.mode} if self.mode is not None else {})}}
         return arguments | ({"mode": self.mode} if self.mode is not None else {})
 
 

@@ -1,0 +1,92 @@
+"""What ``hvcompile tune`` is asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hvcompile import outputs
+from hvcompile.app.request.assignments import merged
+from hvcompile.app.request.clips import Clips
+from hvcompile.app.request.jobs import Job, jobs
+from hvcompile.app.request.parameters import JsonFile
+from hvcompile.errors import InputError
+
+SECTION = "first_block_cache"
+SOUGHT = ("threshold", "forecast", "decide_by")
+"""Fields of the cache that are looked for, and can't be given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Clips):
+    """What to tune, and for what. The fields are the parameters of the command."""
+
+    psnr: Annotated[
+        float | None, typer.Option(help="Goal: this many decibels against plain torch.compile, in the mean.")
+    ] = None
+    worst_psnr: Annotated[float | None, typer.Option(help="Goal: this many decibels in each clip.")] = None
+    speedup: Annotated[
+        float | None, typer.Option(help="Goal: denoising this many times as fast as by plain torch.compile.")
+    ] = None
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The options that meet the goal (.json), for generate --options.")
+    ] = Path("tuned.json")
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Directory of what was measured, to go on with (default: beside the output)."),
+    ] = None
+    json_file: JsonFile = None
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the curves (.png).")] = None
+
+    def check(self) -> None:
+        """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
+        for name in ("psnr", "worst_psnr", "speedup"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name.replace('_', '-')} is {value}: give a finite number above 0")
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            raise InputError("tune has nothing to tune where TORCHDYNAMO_DISABLE=1 switches compiling off")
+        super().check()
+        if self.mode == "exact":
+            raise InputError("mode 'exact' switches the cache off, which tune is for: give another, or leave it out")
+        given = self.backend_options().get(SECTION, {})
+        if not isinstance(given, Mapping) or given.keys() & set(SOUGHT):
+            name = SECTION if not isinstance(given, Mapping) else f"{SECTION}.{min(given.keys() & set(SOUGHT))}"
+            raise InputError(f"{name} is given, which tune looks for: leave it out")
+        self._check_files()
+
+    def _check_files(self) -> None:
+        taken = {os.path.realpath(path): name for name, path in self.files_read().items()}
+        kinds = {"output": ("JSON file", ".json"), "json": ("JSON file", ".json"), "plot": ("PNG picture", ".png")}
+        for name, path in (("output", self.output), ("json", self.json_file), ("plot", self.plot_file)):
+            if path is None:
+                continue
+            kind, suffix = kinds[name]
+            outputs.check(path, name=name, kind=kind, suffixes=(suffix,))
+            place = os.path.realpath(path)
+            if place in taken:
+                raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
+            taken[place] = name
+
+    @property
+    def directory(self) -> Path:
+        """Where what was measured is kept."""
+        return self.store or self.output.with_name(f"{self.output.stem}.store")
+
+    def jobs(self) -> tuple[Job, ...]:
+        """Every prompt with every seed; nothing is written at their outputs."""
+        return jobs(self.prompts, self.all_seeds(), Path("clip.mp4"))
+
+    def options_with(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the backend, with fields of the cache beside those that are given."""
+        return merged("--option", self.backend_options(), {SECTION: section})
+
+    def compile_arguments_with(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of ``Module.compile`` besides the backend, with fields of the cache."""
+        return self.as_arguments(self.options_with(section))

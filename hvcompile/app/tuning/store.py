@@ -1,0 +1,129 @@
+"""The directory that a tuning works in: what was measured so far, and the reference's clips while they are needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvcompile import outputs
+from hvcompile.app.metrics import Frames
+from hvcompile.app.tuning.candidates import Candidate
+from hvcompile.app.tuning.results import Measured, Row
+from hvcompile.errors import InputError, OutputError
+
+RESULTS = "results.json"
+REFERENCE = "reference"
+LEVELS = 65535
+"""Of a pixel's value in the files of the reference: half of a float32's bytes, and an error of 107 dB."""
+
+
+class Store:
+    """What is kept of a tuning, so that it can go on where it was broken off.
+
+    Args:
+        directory: made where it is missing.
+        conditions: what figures must have in common to stand in one table, as JSON.
+
+    Raises:
+        InputError: the directory holds something else, or figures of other conditions.
+
+    """
+
+    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
+        self._directory, self._conditions = directory, json.loads(json.dumps(conditions))
+        self.rows: dict[Candidate, Row] = {}
+        self.reference_seconds: list[float] = []
+        if self.results.exists():
+            self._read()
+        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"store {str(directory)!r} is there and is no earlier tuning: give another directory")
+
+    @property
+    def results(self) -> Path:
+        """The file of the figures."""
+        return self._directory / RESULTS
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self.results.read_text())
+            earlier = content["conditions"]
+            self.reference_seconds = [float(seconds) for seconds in content["reference_seconds"]]
+            for row in content["settings"]:
+                clips = [Measured.read(clip) for clip in row["clips"]]
+                self.rows[Candidate(**row["first_block_cache"])] = Row(clips)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"store {str(self._directory)!r} holds a {RESULTS} that can't be read ({type(error).__name__}: {error})"
+                ": give another directory, or remove it"
+            ) from error
+        for name in sorted({*earlier, *self._conditions}):
+            before, now = earlier.get(name), self._conditions.get(name)
+            if before != now:
+                raise InputError(
+                    f"store {str(self._directory)!r} is of other conditions: {name} was {_short(before)} and is "
+                    f"{_short(now)}: give another directory, or remove it"
+                )
+
+    def record(self) -> dict[str, Any]:
+        """All figures as JSON."""
+        settings = [
+            {"first_block_cache": candidate.section(), "clips": [clip.record() for clip in row.clips]}
+            for candidate, row in self.rows.items()
+        ]
+        return {"conditions": self._conditions, "reference_seconds": self.reference_seconds, "settings": settings}
+
+    def keep(self) -> None:
+        """Write the figures; raises OutputError where they can't be."""
+        self._make(self._directory)
+        outputs.write_json(self.record(), self.results)
+
+    def has_references(self, number: int) -> bool:
+        """Whether the reference's clips are there, this many."""
+        return len(self.reference_seconds) == number and all(self._clip(place).exists() for place in range(number))
+
+    def write_reference(self, place: int, frames: Frames) -> None:
+        """Keep a clip of the reference; raises OutputError where that can't be."""
+        self._make(self._directory / REFERENCE)
+        with outputs.replacing(self._clip(place)) as part, part.open("wb") as file:
+            np.save(file, _levels(frames))
+
+    def reference(self, place: int) -> Frames:
+        """A clip of the reference, its values rounded as ``rounded`` does it."""
+        return _values(np.load(self._clip(place)))
+
+    def drop_references(self) -> None:
+        """Remove the reference's clips: all is measured."""
+        shutil.rmtree(self._directory / REFERENCE, ignore_errors=True)
+
+    def _clip(self, place: int) -> Path:
+        return self._directory / REFERENCE / f"{place}.npy"
+
+    def _make(self, directory: Path) -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{str(directory)!r} can't be made ({error.strerror or error})") from error
+
+
+def rounded(frames: Frames) -> Frames:
+    """A clip as it would come back from a file; an identical clip stays identical to its reference."""
+    return _values(_levels(frames))
+
+
+def _levels(frames: Frames) -> NDArray[np.uint16]:
+    return (frames.clip(0, 1) * LEVELS).round().astype(np.uint16)
+
+
+def _values(levels: NDArray[np.uint16]) -> Frames:
+    return levels.astype(np.float32) / np.float32(LEVELS)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,211 @@
+"""Tries settings of the cache on the clips of a request, and chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hvcompile import outputs
+from hvcompile.app import identity, metrics, pipelines, video
+from hvcompile.app.denoisers import denoisers, first_denoiser
+from hvcompile.app.generate import BACKEND, PLAIN_BACKEND, ready
+from hvcompile.app.notes import written
+from hvcompile.app.records import device_name, plain, versions
+from hvcompile.app.request.tune import Request
+from hvcompile.app.runner import Runner
+from hvcompile.app.tuning.candidates import Candidate, Goal, missing, most_missing
+from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
+from hvcompile.app.tuning.store import Store, rounded
+from hvcompile.errors import InputError
+from hvcompile.ranks import launch
+from hvcompile.ranks.store import take_turn
+
+PATIENCE_SECONDS = 3600.0
+"""How long the other ranks wait while the first one compares clips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a tuning is: clips of the reference and of candidates, of all that may have to be made."""
+
+    what: str
+    done: int
+    most: int
+
+
+Observer = Callable[["str | metrics.Step | Progress"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a tuning found.
+
+    Attributes:
+        rows: what was measured, a row a candidate.
+        goal: what was asked for.
+        chosen: the candidate that meets it best; None where none does, or nothing is asked.
+        options: those of the backend with that candidate; None without one.
+        problems: files that could not be written, a line each.
+
+    """
+
+    rows: Mapping[Candidate, Row]
+    goal: Goal
+    chosen: Candidate | None
+    options: Mapping[str, Any] | None
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def tune(request: Request, observe: Observer = lambda event: None, loaded: pipelines.Loaded | None = None) -> Outcome:
+    """Measure what is missing, and choose.
+
+    Every clip is made by plain torch.compile first. Each candidate then makes all clips again, and is compared with it.
+    What is measured is kept at once; a run that was broken off goes on there.
+
+    Args:
+        request: what to tune.
+        observe: told of phases, steps and progress as they come.
+        loaded: a pipeline to use in place of ``request.model``.
+
+    Raises:
+        InputError: the request can't be met.
+        RunError: the pipeline failed for a reason outside this package.
+        OutputError: what was measured can't be kept.
+
+    """
+    with ready(request, observe, loaded) as (pipeline, arguments):
+        tuning = _Tuning(request, observe, pipeline, arguments)
+        tuning.measure()
+        return tuning.outcome()
+
+
+class _Tuning:
+    """One run of ``tune``; the first rank holds the store, and says to the others what comes next."""
+
+    def __init__(
+        self, request: Request, observe: Observer, loaded: pipelines.Loaded, arguments: Mapping[str, Any]
+    ) -> None:
+        self._request, self._observe, self._loaded, self._arguments = request, observe, loaded, arguments
+        self._jobs = request.jobs()
+        self._goal = Goal(psnr=request.psnr, worst_psnr=request.worst_psnr, speedup=request.speedup)
+        self._store = Store(request.directory, self._conditions()) if launch.rank() == 0 else None
+        self._notes: list[str] = []
+        self._num_done = 0
+
+    def _conditions(self) -> dict[str, Any]:
+        """What figures must have in common to stand in one table."""
+        request, loaded = self._request, self._loaded
+        return {
+            "model": request.model,
+            "pipeline": loaded.kind,
+            "denoisers": sorted(denoisers(loaded.pipe)),
+            "weights": identity.of_weights(loaded.pipe),
+            "adapters": list(request.lora),
+            "prompts": list(request.prompts),
+            "seeds": list(request.all_seeds()),
+            "settings": plain(self._arguments),
+            "backend": plain(request.compile_arguments()),
+            "device": device_name(loaded.device),
+            "dtype": str(first_denoiser(loaded.pipe).dtype).removeprefix("torch."),
+            "ranks": launch.num_ranks(),
+            "versions": versions(),
+        }
+
+    def measure(self) -> None:
+        """Make the clips that are missing, the reference's first: a rewrite may free the weights that it runs on."""
+        store = self._store
+        candidates = missing(store.rows, self._goal) if store is not None else []
+        if self._agreed(bool(candidates) and store is not None and not store.has_references(len(self._jobs))):
+            self._make_reference()
+        while (candidate := self._next()) is not None:
+            row = self._measured(candidate)
+            if store is not None and row is not None:
+                store.rows[candidate] = row
+                store.keep()
+        if store is not None:
+            store.drop_references()
+
+    def _next(self) -> Candidate | None:
+        """The candidate that all ranks make now; None where nothing is missing."""
+        candidates = missing(self._store.rows, self._goal) if self._store is not None else []
+        section = self._agreed(candidates[0].section() if candidates else None)
+        return Candidate(**section) if section is not None else None
+
+    def _agreed(self, item: Any) -> Any:
+        """The first rank's item, on all of them."""
+        if launch.num_ranks() == 1:
+            return item
+        group = dist.group.WORLD
+        assert group is not None
+        return take_turn(group, "hvcompile-tune", item, PATIENCE_SECONDS)[0]
+
+    def _make_reference(self) -> None:
+        arguments = {"dynamic": self._request.dynamic or None}
+        runner = Runner(self._loaded, PLAIN_BACKEND, arguments, self._observe)
+        seconds = []
+        for place, job in enumerate(self._jobs):
+            self._tell("plain torch.compile", place, is_reference=True)
+            run = runner.run(job, self._arguments)
+            video.check_finite(run.frames, "the plain compiled model")
+            if min(run.frames.shape[1:3]) < metrics.SMALLEST:
+                raise InputError(f"the clips are smaller than {metrics.SMALLEST} pixels, which SSIM needs: give more")
+            seconds.append(denoising_seconds(run))
+            if self._store is not None:
+                self._store.write_reference(place, run.frames)
+        self._num_done += len(self._jobs)
+        self._notes += runner.notes
+        if self._store is not None:
+            self._store.reference_seconds = seconds
+            self._store.keep()
+
+    def _measured(self, candidate: Candidate) -> Row | None:
+        """Make all clips with a candidate; its row on the first rank, None on the others."""
+        torch.compiler.reset()  # of the one before it, its state too
+        runner = Runner(self._loaded, BACKEND, self._request.compile_arguments_with(candidate.section()), self._observe)
+        clips = []
+        for place, job in enumerate(self._jobs):
+            self._tell(str(candidate), place)
+            run = runner.run(job, self._arguments)
+            if self._store is not None:
+                video.check_finite(run.frames, str(candidate))
+                quality = metrics.compare(rounded(run.frames), self._store.reference(place))
+                clips.append(Measured.of(run, quality, self._store.reference_seconds[place]))
+        self._num_done += len(self._jobs)
+        self._notes += [note for note in runner.notes if note not in self._notes]
+        return Row(clips) if clips else None
+
+    def _tell(self, what: str, place: int, *, is_reference: bool = False) -> None:
+        """Say what is made now, and how many clips are still to come at most."""
+        if self._store is not None:
+            ahead = most_missing(self._store.rows, self._goal) + is_reference
+            self._observe(
+                Progress(what=what, done=self._num_done + place, most=self._num_done + ahead * len(self._jobs))
+            )
+
+    def outcome(self) -> Outcome:
+        """Choose, and write what is asked for."""
+        if self._store is None:
+            return Outcome(rows={}, goal=self._goal, chosen=None, options=None)
+        rows = self._store.rows
+        chosen = None if self._goal.is_open else self._goal.choose(rows)
+        options = None
+        if chosen is not None:
+            options = self._request.compile_arguments_with(chosen.section())["options"]
+        request, store = self._request, self._store
+        problems = written(
+            (request.output if options is not None else None, lambda path: outputs.write_json(plain(options), path)),
+            (request.json_file, lambda path: outputs.write_json(store.record(), path)),
+        )
+        return Outcome(
+            rows=rows,
+            goal=self._goal,
+            chosen=chosen,
+            options=options,
+            notes=tuple(self._notes),
+            problems=problems,
+        )

@@ -1,0 +1,307 @@
+"""``hvcompile tune``: which settings are tried, what is chosen, what is kept, and a tuning of the tiny pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from slow import SLOW
+from typer.testing import CliRunner
+
+import hvcompile
+from hvcompile.app import metrics, pipelines
+from hvcompile.app.cli import app
+from hvcompile.app.request.tune import Request
+from hvcompile.app.runner import Runner
+from hvcompile.app.tuning import candidates, plot, tune
+from hvcompile.app.tuning.candidates import Candidate, Goal
+from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
+from hvcompile.app.tuning.store import Store, rounded
+from hvcompile.errors import InputError
+from hvcompile.options import parse
+from hvcompile.passes import PASSES
+
+LADDERS = candidates.LADDERS
+
+
+def row_of(*, reused: float = 0.5, seconds: float = 1.0, psnr: float = 40.0, worst: float | None = None) -> Row:
+    """A setting's row of two clips, of which the second is the worse one."""
+    common = {"seconds": seconds, "reference_seconds": 2.0, "worst_frame_psnr": 20.0, "ssim": 0.9}
+    worst = psnr if worst is None else worst
+    return Row(
+        [
+            Measured(reused=reused, psnr=2 * psnr - worst, temporal_psnr=30.0, **common),
+            Measured(reused=reused, psnr=worst, temporal_psnr=None, **common),
+        ]
+    )
+
+
+def law(candidate: Candidate) -> Row:
+    """A world in which a larger threshold reuses more, and loses decibels that a forecast wins back in part."""
+    reused = min(0.9, 2 * candidate.threshold)
+    return row_of(reused=reused, seconds=2 * (1 - reused), psnr=60 - 50 * reused + 4 * candidate.forecast)
+
+
+def run_of(frames: Any, *, seconds: float = 1.0, num_reused: int = 1, num_steps: int = 4) -> metrics.Run:
+    steps = [
+        metrics.Step(
+            backend="hvfast",
+            index=place,
+            num_steps=num_steps,
+            seconds=seconds,
+            reused=place > num_steps - 1 - num_reused,
+        )
+        for place in range(num_steps)
+    ]
+    return metrics.Run(frames=np.asarray(frames, dtype=np.float32), seconds=9.0, steps=tuple(steps))
+
+
+def searched(goal: Goal) -> dict[Candidate, Row]:
+    """All that is measured until nothing is missing; what may be missing at most never grows."""
+    rows: dict[Candidate, Row] = {}
+    most = candidates.most_missing(rows, goal)
+    while wanted := candidates.missing(rows, goal):
+        assert wanted[0] not in rows
+        rows[wanted[0]] = law(wanted[0])
+        assert candidates.most_missing(rows, goal) < most
+        most = candidates.most_missing(rows, goal)
+    assert most == 0
+    return rows
+
+
+GOALS = (Goal(psnr=45.0), Goal(worst_psnr=50.0), Goal(speedup=1.7), Goal(psnr=45.0, speedup=1.3), Goal(psnr=200.0))
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=str)
+def test_by_few_measurements_the_best_of_all_is_found(goal: Goal) -> None:
+    rows = searched(goal)
+    assert len(rows) <= 4 * len(LADDERS)
+    every = {candidate: law(candidate) for ladder in LADDERS for candidate in ladder}
+    chosen, best = goal.choose(rows), goal.choose(every)
+    assert (chosen is None) == (best is None)
+    if chosen is not None and best is not None:
+        assert (every[chosen].reused, every[chosen].psnr) == (every[best].reused, every[best].psnr)
+        assert goal.is_met(rows[chosen])
+
+
+def test_without_a_goal_each_rule_draws_a_curve_until_it_shows_something_else() -> None:
+    rows = searched(Goal())
+    for ladder in LADDERS:
+        measured = [candidate for candidate in ladder if candidate in rows]
+        assert [candidate.threshold for candidate in measured] == list(candidates.COARSE)
+    assert candidates.missing(rows, Goal()) == []
+    runaway = {Candidate(threshold=0.06): row_of(psnr=19.0)}
+    assert candidates.missing(runaway, Goal())[0] == Candidate(threshold=0.03), "what a goal left out is drawn"
+    runaway[Candidate(threshold=0.03)] = row_of(psnr=30.0)
+    assert all(item.forecast for item in candidates.missing(runaway, Goal())), "beyond it nothing is worth it"
+
+
+def test_every_candidate_is_an_option_of_the_cache_and_comes_back_from_json() -> None:
+    every = [candidate for ladder in LADDERS for candidate in ladder]
+    assert len(set(map(str, every))) == len(every)
+    for candidate in every:
+        parse(PASSES, {"first_block_cache": candidate.section()}, None)
+        assert Candidate(**json.loads(json.dumps(candidate.section()))) == candidate
+
+
+def test_the_front_is_what_no_other_beats_each_once() -> None:
+    ladder = LADDERS[0]
+    places = [(0.1, 50.0), (0.1, 50.0), (0.2, 51.0), (0.3, 40.0), (0.25, 39.0), (0.4, math.inf)]
+    rows = {
+        candidate: row_of(reused=reused, psnr=psnr) for candidate, (reused, psnr) in zip(ladder, places, strict=False)
+    }
+    assert candidates.front(rows) == [ladder[5]]
+    del rows[ladder[5]]
+    assert candidates.front(rows) == [ladder[2], ladder[3]]
+    assert candidates.front({ladder[0]: rows[ladder[0]], ladder[1]: rows[ladder[1]]}) == [ladder[0]]
+
+
+def test_a_row_sums_up_its_clips() -> None:
+    row = row_of(reused=0.25, seconds=0.5, psnr=40.0, worst=30.0)
+    assert (row.reused, row.speedup, row.psnr, row.worst_psnr, row.temporal_psnr) == (0.25, 4.0, 40.0, 30.0, 30.0)
+    identical = dataclasses.replace(row.clips[0], psnr=math.inf, worst_frame_psnr=math.inf)
+    assert Row([identical, row.clips[1]]).psnr == 30.0
+    assert Row([identical]).psnr == math.inf
+    assert [Measured.read(json.loads(json.dumps(clip.record()))) for clip in (identical, *row.clips)] == [
+        identical,
+        *row.clips,
+    ]
+    compiled = run_of(np.zeros((1, 4, 4, 3)), seconds=1.0)
+    first = dataclasses.replace(compiled.steps[0], seconds=60.0, compiled=True)
+    run = dataclasses.replace(compiled, steps=(first, *compiled.steps[1:]))
+    assert denoising_seconds(run) == pytest.approx(4.0), "a step that compiles counts as a computed one"
+
+
+def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", {"model": "a", "prompts": ["x"]})
+    candidate, clip = Candidate(threshold=0.1, forecast=1), np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
+    store.rows[candidate], store.reference_seconds = row_of(), [2.0]
+    store.write_reference(0, clip)
+    store.keep()
+    again = Store(tmp_path / "store", {"prompts": ["x"], "model": "a"})
+    assert again.rows[candidate].clips == row_of().clips
+    assert again.has_references(1)
+    assert not again.has_references(2)
+    assert np.array_equal(again.reference(0), rounded(clip))
+    assert np.abs(rounded(clip) - clip).max() < 1e-5
+    with pytest.raises(InputError, match=r"other conditions: prompts was \[\"x\"\] and is \[\"y\"\]: give another"):
+        Store(tmp_path / "store", {"model": "a", "prompts": ["y"]})
+    (tmp_path / "store" / "results.json").write_text('{"conditions": {}}')
+    with pytest.raises(InputError, match=r"results\.json that can't be read \(KeyError"):
+        Store(tmp_path / "store", {})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "holiday.jpg").touch()
+    with pytest.raises(InputError, match="is no earlier tuning: give another directory"):
+        Store(tmp_path / "other", {})
+
+
+@pytest.fixture(scope="module")
+def loaded() -> pipelines.Loaded:
+    return pipelines.load()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs cost nothing: their clips are noise that grows with the threshold. Gives the settings in their order."""
+    made: list[str] = []
+
+    def begin(self: Any, _: Any, backend: str, arguments: Any, *__: Any) -> None:
+        section = arguments.get("options", {}).get("first_block_cache")
+        self.cache = (
+            Candidate(**{name: value for name, value in section.items() if name != "warmup_steps"}) if section else None
+        )
+        self.notes = []
+        made.append(backend if self.cache is None else str(self.cache))
+
+    def run(self: Any, job: Any, _: Any) -> metrics.Run:
+        clip = np.random.default_rng(job.seed).random((3, 8, 8, 3), np.float32)
+        if self.cache is None:
+            return run_of(clip, num_reused=0)
+        noise = 10 ** (-law(self.cache).psnr / 20) * (-1) ** np.indices(clip.shape).sum(0)
+        return run_of(0.1 + 0.8 * clip + noise - (0.1 - 0.2 * clip), num_reused=round(4 * law(self.cache).reused))
+
+    monkeypatch.setattr(Runner, "__init__", begin)
+    monkeypatch.setattr(Runner, "run", run)
+    return made
+
+
+def test_a_tuning_ends_in_a_file_that_generate_takes(
+    loaded: pipelines.Loaded, world: list[str], tmp_path: Path
+) -> None:
+    request = Request(
+        prompt="a red circle",
+        seeds="0-1",
+        psnr=45.0,
+        backend_settings=("first_block_cache.warmup_steps=1",),
+        output=tmp_path / "tuned.json",
+        json_file=tmp_path / "all.json",
+    )
+    seen: list[Any] = []
+    outcome = tune.tune(request, seen.append, loaded)
+    assert world[0] == "inductor"
+    assert len(world) == len(set(world)) == len(outcome.rows) + 1
+    assert outcome.chosen is not None
+    options = hvcompile.load_options(tmp_path / "tuned.json")
+    assert options == {"first_block_cache": {"warmup_steps": 1, **outcome.chosen.section()}}
+    parse(PASSES, options, None)
+    assert len(json.loads((tmp_path / "all.json").read_text())["settings"]) == len(outcome.rows)
+    assert not (tmp_path / "tuned.store" / "reference").exists()
+    progress = [event for event in seen if isinstance(event, tune.Progress)]
+    assert [event.done for event in progress] == list(range(2 * len(world)))
+    assert all(later.most <= earlier.most for earlier, later in itertools.pairwise(progress))
+    assert progress[-1].most == 2 * len(world)
+
+    world.clear()
+    again = tune.tune(request, loaded=loaded)
+    assert (again.chosen, world) == (outcome.chosen, []), "nothing is missing"
+    other = tune.tune(dataclasses.replace(request, psnr=52.0), loaded=loaded)
+    assert other.chosen is not None
+    assert world[0] == "inductor", "its clips were gone"
+    assert set(world[1:]).isdisjoint(map(str, outcome.rows))
+    plot.plot(other, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tuning_that_is_broken_off_goes_on(
+    loaded: pipelines.Loaded, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(prompt="a red circle", worst_psnr=45.0, output=tmp_path / "tuned.json")
+    whole = tune.tune(dataclasses.replace(request, store=tmp_path / "whole"), loaded=loaded)
+    world.clear()
+    make = Runner.run
+
+    def until(self: Any, job: Any, arguments: Any) -> Any:
+        if len(world) == 4:
+            raise KeyboardInterrupt
+        return make(self, job, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", until)
+        with pytest.raises(KeyboardInterrupt):
+            tune.tune(request, loaded=loaded)
+    first = list(world)
+    world.clear()
+    outcome = tune.tune(request, loaded=loaded)
+    assert outcome.chosen == whole.chosen
+    assert [*first[:-1], *world] == ["inductor", *map(str, whole.rows)], "nothing twice but what was broken off"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"psnr": -1.0}, "psnr is -1.0: give a finite number above 0"),
+        ({"worst_psnr": math.nan}, "worst-psnr is nan"),
+        ({"speedup": 0.0}, "speedup is 0.0"),
+        ({"mode": "exact"}, "mode 'exact' switches the cache off"),
+        (
+            {"backend_settings": ("first_block_cache.threshold=0.1",)},
+            "first_block_cache.threshold is given, which tune",
+        ),
+        ({"backend_settings": ("first_block_cache=false",)}, "first_block_cache is given, which tune looks for"),
+        ({"output": Path("tuned.txt")}, "is no JSON file"),
+        ({"json_file": Path("tuned.json")}, "is the file of output too"),
+        ({"prompt": None}, "there is no prompt"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_loading(
+    given: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        Request(**{"prompt": "x", **given}).check()
+
+
+def test_the_command_says_what_no_setting_reaches(
+    loaded: pipelines.Loaded, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "load", lambda *_: loaded)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["tune", "a red circle", "--psnr", "90"])
+    assert result.exit_code == 1
+    assert "no setting meets the goal: the table has what each reaches" in result.output
+    assert not Path("tuned.json").exists()
+    result = CliRunner().invoke(app, ["tune", "a red circle", "--store", "curve"])
+    assert result.exit_code == 0, result.output
+    assert "no goal was given" in result.output
+    assert "forecast 2, by error at 0.3" in result.output
+
+
+@pytest.mark.skipif(not SLOW, reason="compiles a dozen times; set HVCOMPILE_SLOW=1")
+@pytest.mark.parametrize("settings", [("lower=eager",), ("lower=eager", "fp8=true")], ids=["plain", "fp8"])
+def test_a_tuning_of_the_tiny_pipeline_keeps_what_it_promises(
+    settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "LADDERS", [ladder[5:8] for ladder in LADDERS[1:3]])
+    monkeypatch.chdir(tmp_path)
+    prompt = "a red circle moves to the left over a blue background"
+    outcome = tune.tune(Request(prompt=prompt, steps=10, psnr=30.0, backend_settings=settings), loaded=pipelines.load())
+    assert outcome.chosen is not None
+    row = outcome.rows[outcome.chosen]
+    assert row.psnr >= 30.0
+    assert row.reused > 0
