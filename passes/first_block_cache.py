@@ -18,7 +18,7 @@ from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting.following import clock_of, contents_of, is_ours
 from hvcompile.rewriting.forecast import NO_FORECAST, SMALL_STATE, Forecasting, restored
-from hvcompile.rewriting.reuse import near_end, new_generation, relative_change
+from hvcompile.rewriting.reuse import is_one_of, near_end, new_generation, relative_change
 from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
 from hvcompile.runtime.left_state import LEAVE
 from hvcompile.torch_private.fakes import value
@@ -56,6 +56,8 @@ class FirstBlockCache(Pass):
         last_steps_computed: how many timesteps at the end of a generation are always computed, 0 or more. Several calls
             at one timestep (second-order schedulers) count as one. The end is extrapolated from the last three
             timesteps, so a generation's first two are computed too.
+        computed_steps: further steps of a generation that are always computed, each a number from 0; they are counted
+            in calls. With a large threshold they are the only ones: a fixed schedule, as cache-dit's masks of steps.
         forecast: along how many differences between the last computed steps a reused step goes on, in the combination
             that comes closest to block 1's own change. 0 repeats what was computed last; 1 or 2 extrapolate it. Each
             keeps one more tensor of every stream, and of block 1.
@@ -130,6 +132,7 @@ class FirstBlockCache(Pass):
     warmup_steps: int = 0
     max_consecutive_hits: int | None = None
     last_steps_computed: int = 0
+    computed_steps: tuple[int, ...] = ()
     forecast: int = 0
     decide_by: str = "change"
 
@@ -144,6 +147,10 @@ class FirstBlockCache(Pass):
             if number is not None and not least <= number <= MOST:
                 allowed = f"a whole number, {least} or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.{name} is {number}; allowed is {allowed}")
+        for number in self.computed_steps:
+            if isinstance(number, bool) or not 0 <= number <= MOST:
+                allowed = f"a list of whole numbers, 0 or more, up to {MOST:g}"
+                raise OptionError(f"first_block_cache.computed_steps has {number!r}; allowed is {allowed}")
         for name, choices in (("forecast", ORDERS), ("decide_by", DECISIONS)):
             choice = getattr(self, name)
             if choice not in choices:
@@ -212,9 +219,7 @@ class FirstBlockCache(Pass):
         residual = after - before
         is_new, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
         steps = torch.where(is_new, torch.zeros_like(steps), steps)
-        allowed = is_new.logical_not() & (steps >= self.warmup_steps)
-        if self.max_consecutive_hits is not None:
-            allowed = allowed & (streak < self.max_consecutive_hits)
+        allowed = is_new.logical_not() & self._may_reuse(steps, streak)
         if past_clocks is not None:
             is_known, is_near_end, kept_clocks = near_end(
                 self.last_steps_computed, is_new, past_clocks=past_clocks, last_clock=last_clock, clock=clock
@@ -232,6 +237,15 @@ class FirstBlockCache(Pass):
         follow |= ahead.follow(reused)
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
+
+    def _may_reuse(self, steps: torch.Tensor, streak: torch.Tensor) -> torch.Tensor:
+        """Whether a step may reuse by its number and by how many before it did, as graph code."""
+        allowed = steps >= self.warmup_steps
+        if self.max_consecutive_hits is not None:
+            allowed = allowed & (streak < self.max_consecutive_hits)
+        if self.computed_steps:
+            allowed = allowed & is_one_of(steps, self.computed_steps).logical_not()
+        return allowed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

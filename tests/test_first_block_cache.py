@@ -19,6 +19,7 @@ from trunks import recovered
 
 import hvcompile
 from hvcompile import journal, pipeline
+from hvcompile.errors import OptionError
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.pipeline import Context
 from hvcompile.rewriting.reuse import steps_left
@@ -127,6 +128,24 @@ def test_threshold_zero_reuses_only_repeats() -> None:
 
 def test_warmup() -> None:
     assert run(compiled(Toy(), threshold=1e9, warmup_steps=3), DOWN) == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_a_schedule_of_computed_steps(lower: str) -> None:
+    numbers = (0, 3, 4, 61, 62, 64, 130)
+    cache = {"threshold": 1e9, "computed_steps": numbers}
+    model = hvfast(Toy(), fullgraph=True, options={"lower": lower, "first_block_cache": cache})
+    for _ in range(2):  # the numbers begin anew with a generation
+        decisions = run(model, [900.0 - place for place in range(140)])
+        assert tuple(step for step, reused in enumerate(decisions) if not reused) == numbers
+    few = compiled(Toy(), threshold=0.0, computed_steps=[1])
+    assert run(few, [900.0] * 4) == [False, False, True, True], "the others are decided as ever"
+
+
+@pytest.mark.parametrize("wrong", [[-1], [True], [1.5], "1", [10**10]])
+def test_a_schedule_has_numbers_of_steps(wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"first_block_cache\.computed_steps"):
+        FirstBlockCache(computed_steps=wrong)
 
 
 def test_max_consecutive_hits() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,29 @@ def contents(*, weights: Any, fakes: Mapping[str, torch.Tensor], **conditions: A
     device = fakes["weights"].device
     hashes = [hash_of(tensor, fakes[name]).to(device) for name, tensor in conditions.items()]
     return {"contents": torch.stack([weights, *hashes])}
+
+
+BITS = 62
+"""Of a word: those of an int64, less its sign and one to spare."""
+
+
+def is_one_of(number: Any, numbers: Sequence[int]) -> Any:
+    """Whether a number is one of those given, as a bool scalar: a bit of a constant, not a comparison with each.
+
+    Args:
+        number: int64 scalar, 0 or more.
+        numbers: 0 or more each.
+
+    """
+    words: dict[int, int] = {}
+    for item in numbers:
+        words[item // BITS] = words.get(item // BITS, 0) | 1 << item % BITS
+    found = torch.zeros_like(number, dtype=torch.bool)
+    for place, word in words.items():
+        bit = number - place * BITS
+        is_within = (bit >= 0) & (bit < BITS)
+        found = found | (is_within & ((torch.full_like(number, word) >> bit.clamp(0, BITS - 1)) % 2 == 1))
+    return found
 
 
 def near_end(last_steps: int, is_new: Any, *, past_clocks: Any, last_clock: Any, clock: Any) -> tuple[Any, Any, Any]:
