@@ -158,7 +158,7 @@ def one_frame(name: str) -> dict[str, Any]:
     [
         ("latte", "aot"),
         ("wan_t2v", "aot"),
-        ("wan_t2v", "inductor"),
+        pytest.param("wan_t2v", "inductor", marks=SLOW),
         pytest.param("latte", "inductor", marks=SLOW),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 import zoo
 from diffusers.models.attention_dispatch import attention_backend
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from toy import Toy, toy_inputs
@@ -110,7 +111,7 @@ def far_inputs(seed: int, step: int = 0) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=SLOW)])
 def test_a_causal_video_model(lower: str) -> None:
     """Its blocks share one body; a computed step is eager's, and later steps are reused."""
     chunks: dict[str, Any] = {"full_chunk_limit": 2, "chunk_partition": (1, 1, 1)}

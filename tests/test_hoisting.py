@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from test_unmasked_attention import NO_CACHE, check
 from torch import nn
 from toy import WIDTH, Toy, toy_inputs
@@ -287,6 +288,7 @@ def test_switched_off() -> None:
     assert not any("once a step" in line for line in attention_row(fast).report.matched)
 
 
+@SLOW
 def test_compiled() -> None:
     """By Inductor, with the cache and symbolic sizes: one graph a size kind, equal to eager, other prompts in turn."""
     family = zoo.FAMILIES["hunyuan_video"]

@@ -292,7 +292,7 @@ def test_the_command_says_what_no_setting_reaches(
     assert "forecast 2, by error at 0.3" in result.output
 
 
-@pytest.mark.skipif(not SLOW, reason="compiles a dozen times; set HVCOMPILE_SLOW=1")
+@SLOW
 @pytest.mark.parametrize("settings", [("lower=eager",), ("lower=eager", "fp8=true")], ids=["plain", "fp8"])
 def test_a_tuning_of_the_tiny_pipeline_keeps_what_it_promises(
     settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
