@@ -108,7 +108,7 @@ def own_device(device: torch.device) -> torch.device:
     return now
 
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 20.0
 """How long the other ranks leave it to rank 0 to report an error that all have."""
 
 
