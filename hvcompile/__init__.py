@@ -23,12 +23,14 @@ from hvcompile.errors import (
 from hvcompile.version import __version__
 
 if TYPE_CHECKING:
+    from hvcompile.artifacts import Artifacts, load_artifacts, save_artifacts
     from hvcompile.explanation.explain import explain
     from hvcompile.float8.weights import Restored
     from hvcompile.lowered.lower import Lowered, lower
     from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 
 __all__ = [
+    "Artifacts",
     "DisagreementError",
     "HvcompileError",
     "InputError",
@@ -47,15 +49,18 @@ __all__ = [
     "UntraceableModelError",
     "__version__",
     "explain",
+    "load_artifacts",
     "lower",
     "reset",
     "restore",
+    "save_artifacts",
     "stats",
 ]
 
 # Imported when they are first asked for: they import torch, which takes seconds, and the command line's help must not.
 _MODULES = {
     "explain": "hvcompile.explanation.explain",
+    **dict.fromkeys(("Artifacts", "load_artifacts", "save_artifacts"), "hvcompile.artifacts"),
     "Restored": "hvcompile.float8.weights",
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),
     **dict.fromkeys(("Stats", "Step", "reset", "restore", "stats"), "hvcompile.runtime.state"),

@@ -110,6 +110,7 @@ def record(
         "seconds_compiling": run.compile_seconds,
         "seconds_a_step": run.step_seconds,
         "peak_bytes": run.peak_bytes,
+        "compiled_code": run.graphs._asdict(),
         "graphs": None if stats is None else stats.graphs,
         "recompiles": None if stats is None else stats.recompiles,
     }

@@ -6,6 +6,7 @@ from hvcompile.app.tables.diagnosis import diagnosis_table
 from hvcompile.app.tables.explanation import explanation_tables
 from hvcompile.app.tables.generation import batch_tables, comparison_summary, each_frame, summary
 from hvcompile.app.tables.lowering import lowering_tables
+from hvcompile.app.tables.warm import warm_tables
 
 __all__ = [
     "batch_tables",
@@ -17,4 +18,5 @@ __all__ = [
     "explanation_tables",
     "lowering_tables",
     "summary",
+    "warm_tables",
 ]
