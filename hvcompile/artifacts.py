@@ -210,7 +210,8 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         return ""
     for name in {**known, **wanted}:
         if known.get(name) != wanted.get(name):
-            return f"they were made with {known.get(name) or f'{name} off'}, and wanted is {wanted.get(name) or 'none'}"
+            made, asked = (item.get(name, f"{name} off") for item in (known, wanted))
+            return f"they were made with {made}, and wanted is {asked}"
     return ""
 
 

@@ -93,7 +93,7 @@ def record(result: Warmed) -> dict[str, object]:
     """What was compiled, as JSON."""
     artifacts = result.artifacts
     return {
-        "sizes": [dataclasses.asdict(size) | {"graphs": size.graphs._asdict()} for size in result.sizes],
+        "sizes": [dataclasses.asdict(size) for size in result.sizes],
         "missed": list(result.missed),
         "artifacts": None
         if artifacts is None

@@ -18,12 +18,13 @@ All names were checked on torch 2.11.0 and 2.13.0.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
@@ -36,7 +37,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 _COND = f"{torch.ops.higher_order.cond.__module__}.{torch.ops.higher_order.cond.__name__}"
 
 
-class Lookups(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Lookups:
     """How many graphs this process found compiled in AOTAutograd's cache, put there, and could do neither with."""
 
     found: int = 0
@@ -45,7 +47,8 @@ class Lookups(NamedTuple):
 
     def since(self, before: Lookups) -> Lookups:
         """What came after ``before``."""
-        return Lookups(*(max(0, now - then) for now, then in zip(self, before, strict=True)))
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)
+        return Lookups(*(max(0, now - then) for now, then in pairs))
 
 
 NO_LOOKUPS = Lookups()
