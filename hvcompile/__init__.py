@@ -23,6 +23,7 @@ from hvcompile.errors import (
 from hvcompile.version import __version__
 
 if TYPE_CHECKING:
+    from hvcompile.artifacts import Artifacts, load_artifacts, save_artifacts
     from hvcompile.explanation.explain import explain
     from hvcompile.float8.weights import Restored
     from hvcompile.inputs import load_options
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 
 __all__ = [
+    "Artifacts",
     "DisagreementError",
     "HvcompileError",
     "InputError",
@@ -48,16 +50,19 @@ __all__ = [
     "UntraceableModelError",
     "__version__",
     "explain",
+    "load_artifacts",
     "load_options",
     "lower",
     "reset",
     "restore",
+    "save_artifacts",
     "stats",
 ]
 
 # Imported when they are first asked for: they import torch, which takes seconds, and the command line's help must not.
 _MODULES = {
     "explain": "hvcompile.explanation.explain",
+    **dict.fromkeys(("Artifacts", "load_artifacts", "save_artifacts"), "hvcompile.artifacts"),
     "Restored": "hvcompile.float8.weights",
     "load_options": "hvcompile.inputs",
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),

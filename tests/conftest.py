@@ -7,7 +7,9 @@ is raised, so that it fails the test.
 from __future__ import annotations
 
 import gc
+import getpass
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ["HVCOMPILE_STRICT"] = "1"
+# Where torch puts it by itself: else the commands would keep what tests compile in the user's own store.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")))
 # Read when triton is first imported, which torch does at its own time.
 if not list(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -17,7 +17,7 @@ FLOORS = (
     ("app",),
     ("__init__", "report"),
     ("lowered",),
-    ("explanation",),
+    ("explanation", "artifacts"),
     ("backend",),
     ("sealing", "as_captured"),
     ("dump", "passes"),

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from hvcompile.torch_private.caching import NO_LOOKUPS, Lookups
+
 Frames = NDArray[np.float32]
 """A clip: ``(frames, height, width, 3)``, values from 0 to 1."""
 
@@ -115,6 +117,7 @@ class Run:
         steps: in order.
         peak_bytes: the most memory held at a time: on a GPU in this run, else by the process since it began; None where
             it was not measured.
+        graphs: how many were found in torch's cache of compiled code, and how many compiled.
 
     """
 
@@ -122,6 +125,7 @@ class Run:
     seconds: float
     steps: tuple[Step, ...]
     peak_bytes: int | None = None
+    graphs: Lookups = NO_LOOKUPS
 
     @property
     def size(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -110,6 +111,7 @@ def record(
         "seconds_compiling": run.compile_seconds,
         "seconds_a_step": run.step_seconds,
         "peak_bytes": run.peak_bytes,
+        "compiled_code": dataclasses.asdict(run.graphs),
         "graphs": None if stats is None else stats.graphs,
         "recompiles": None if stats is None else stats.recompiles,
     }

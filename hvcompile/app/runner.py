@@ -17,6 +17,7 @@ from hvcompile.app.request.jobs import Job
 from hvcompile.app.steps import Observer, Watch
 from hvcompile.errors import InputError, RunError, ours_below
 from hvcompile.torch_private import dynamo
+from hvcompile.torch_private.caching import lookups
 
 
 class Runner:
@@ -88,6 +89,7 @@ class Runner:
         watch = Watch(self._backend, num_steps, device, self._decide, self._observe)
         self._observe(f"{self._backend}: compiling")
         _reset_peak(device)
+        looked_up = lookups()
         with watch.beginning_after(others(pipe)), watch.following(pipe, self._loaded.accepts) as told:
             start = time.perf_counter()
             output = _called(
@@ -105,7 +107,11 @@ class Runner:
         if not watch.steps:
             raise RunError(f"{type(pipe).__name__} ended without a step: give it one at least, and check what was set")
         return metrics.Run(
-            frames=_frames(output), seconds=seconds, steps=tuple(watch.steps), peak_bytes=_peak_bytes(device)
+            frames=_frames(output),
+            seconds=seconds,
+            steps=tuple(watch.steps),
+            peak_bytes=_peak_bytes(device),
+            graphs=lookups().since(looked_up),
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,13 +47,33 @@ _SETTABLE = frozenset({"requires_grad", "grad"})
 _VALUES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Joined:
-    """Weights that are one matrix: float8 data ``[N, K]``, and scales in float32, ``[N, 1]`` or ``[]``."""
+    """Weights that are one matrix: float8 data ``[N, K]``, and scales in float32, ``[N, 1]`` or ``[]``.
+
+    It stays the same object when the weights move to another device, so that whoever holds it follows them and keeps
+    no memory on the device that they left.
+    """
 
     data: torch.Tensor
     scale: torch.Tensor
     granularity: Granularity
+    _copied: weakref.ref[Joined] | None = None
+
+    def copied_to(self, device: torch.device) -> Joined:
+        """The same on a device; one copy for all of its weights that ask for it, as long as one of them lives."""
+        known = self._copied() if self._copied is not None else None
+        if known is None or known.data.device != device:
+            known = Joined(self.data.to(device, copy=True), self.scale.to(device, copy=True), self.granularity)
+            self._copied = weakref.ref(known)
+        return known
+
+    def take(self, other: Joined) -> bool:
+        """Move to where a copy of it lies, whose memory it takes; False where ``other`` is no copy of it."""
+        if other is not self and (self._copied is None or self._copied() is not other):
+            return False
+        self.data, self.scale = other.data, other.scale
+        return True
 
     @property
     def num_bytes(self) -> int:
@@ -110,15 +131,19 @@ class QuantizedWeight(torch.nn.Parameter):
         name = getattr(func, "__name__", "")
         if name in _METHODS or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):  # type: ignore[attr-defined]
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if name in _MOVES and args and _is_no_move(*_MOVES[name](*args), **(kwargs or {})):
-            return args[0]
+        if name in _MOVES and args:
+            device = _asked_device(*_MOVES[name](*args), **(kwargs or {}))
+            if device is not None:
+                is_there = device == args[0].device and not (kwargs or {}).get("copy", False)
+                return args[0] if is_there else _moved(args[0], device)
         if name == "type" and len(args) == 1 and not kwargs:
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if name == "__set__" and getattr(func.__self__, "__name__", "") in _SETTABLE:  # type: ignore[attr-defined]
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if name == "detach" and _is_asked_by_an_adapters_loader():
             return args[0]
-        if name == "__set__" and args[0] is args[1]:  # as Module.to does with what has not moved
+        # As Module.to does with what has moved, and with what has not.
+        if name == "__set__" and (args[0] is args[1] or _take_place(args[0], args[1])):
             return None
         what = getattr(getattr(func, "__self__", None), "__name__", name) if name in {"__get__", "__set__"} else name
         raise _refusal(what, (args, kwargs or {}))
@@ -148,7 +173,7 @@ class QuantizedWeight(torch.nn.Parameter):
 
 
 _CURE = (
-    "call hvcompile.restore(model) before you save, move, change or copy the model or run it uncompiled (a call beyond "
+    "call hvcompile.restore(model) before you save, cast, change or copy the model or run it uncompiled (a call beyond "
     "Dynamo's recompile limit runs uncompiled as well), or compile with options={'fp8': False}"
 )
 _ELSEWHERE = (
@@ -202,18 +227,50 @@ def _is_asked_by_an_adapters_loader() -> bool:
     return False
 
 
-def _is_no_move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether ``tensor.to(...)`` asks for nothing that the tensor is not already."""
-    if kwargs.pop("copy", False):
-        return False
+def _asked_device(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.device | None:
+    """The device that ``tensor.to(...)`` asks for; None where it asks for more than that, such as another dtype."""
+    kwargs.pop("copy", None)
     try:
         device, dtype, memory_format = storages.target_of_to(*args, **kwargs)
     except (TypeError, RuntimeError):
-        return False
+        return None
     if device is not None and device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    same_device = device is None or device == tensor.device
-    return same_device and dtype in {None, tensor.dtype} and memory_format is None
+    if dtype not in {None, tensor.dtype} or memory_format is not None or (device is not None and device.type == "meta"):
+        return None
+    return tensor.device if device is None else device
+
+
+@torch.no_grad()
+def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    """A weight of the same float8 data on a device, as ``Tensor.to`` gives a tensor of the same values."""
+    joined = weight.joined
+    # One that is there came with those that are multiplied with this weight, and have moved before it.
+    if joined.data.device != device or weight.device == device:
+        joined = joined.copied_to(device)
+    moved: Any = torch.nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
+    moved.data = _hollow(weight, device)
+    _refuse_values(moved, weight.path)
+    moved.joined, moved.start, moved.original = joined, weight.start, weight.original
+    return moved  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _take_place(weight: QuantizedWeight, moved: Any) -> bool:
+    """Move a weight, which stays the object that it is, to where ``_moved`` has it; False for any other tensor."""
+    if not isinstance(moved, QuantizedWeight) or (moved.path, moved.start) != (weight.path, weight.start):
+        return False
+    if moved.shape != weight.shape or moved.dtype != weight.dtype or not weight.joined.take(moved.joined):
+        return False
+    plain, hollow, own = weight.requires_grad, _hollow(weight, moved.device), weight.own
+    weight.__class__ = torch.nn.Parameter  # type: ignore[assignment]
+    if own is None:
+        weight.data = hollow
+    else:
+        storages.allow_operators(weight, own, hollow)
+    _refuse_values(weight, weight.path)
+    weight.requires_grad_(plain)
+    return True
 
 
 _MOVES: dict[str, Callable[..., tuple[Any, ...]]] = {
@@ -294,19 +351,29 @@ def _quantized(weight: torch.Tensor, granularity: Granularity) -> tuple[torch.Te
 
 def _free(weight: torch.Tensor, path: str, *, keep_original: bool) -> None:
     """Make a parameter a ``QuantizedWeight``. Whoever else holds its memory keeps it."""
-    original = weight.detach().to("cpu", copy=True) if keep_original else None
-    shape, stride = weight.shape, weight.stride()
-    weight.data = weight.data.new_empty(0)
-    hollow = torch.empty_strided(shape, stride, dtype=weight.dtype, device=weight.device)
+    weight.original = weight.detach().to("cpu", copy=True) if keep_original else None  # type: ignore[attr-defined]
+    like = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
+    weight.data = weight.data.new_empty(0)  # before another is made
+    weight.data = _hollow(like, weight.device)
+    _refuse_values(weight, path)
+
+
+def _hollow(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of such a shape, strides and dtype without memory."""
+    hollow = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     hollow.untyped_storage().resize_(0)
-    weight.data = hollow
+    return hollow
+
+
+def _refuse_values(weight: torch.Tensor, path: str) -> None:
+    """Make a parameter without memory a ``QuantizedWeight``."""
     # For what reaches it past __torch_function__: torch.tensor(weight), torch.Tensor(weight), compiled code.
     is_refusing = storages.forbid_address(weight, f"{path} is kept in float8 alone and has no values: {_CURE}")
     own = None if is_refusing else storages.refuse_operators(weight, _refuse)
     storage = weight.untyped_storage()
     storage.__class__ = _Hollow
     weight.__class__ = QuantizedWeight
-    weight.path, weight.original, weight.hollow, weight.own = path, original, storage, own  # type: ignore[attr-defined]
+    weight.path, weight.hollow, weight.own = path, storage, own  # type: ignore[attr-defined]
 
 
 class Restored(NamedTuple):

@@ -112,8 +112,9 @@ class StoredFloat8:
         self._sources = picker([position for layout in layouts for position in layout.positions])
         self.revision = 0
         self._seen: list[weakref.ref[torch.Tensor]] = []
+        # Of each source, and each once. Their tensors are not held: weights that move leave no memory behind.
         self._joined: list[Joined] = []
-        self._tensors: list[torch.Tensor] = []
+        self._matrices: list[Joined] = []
 
     def tensors_for(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """The matrices and scales to pass in a call, in the order of the layouts; weights may be freed for it.
@@ -125,15 +126,15 @@ class StoredFloat8:
         sources = self._sources(args)
         if not self._is_as_before(sources):
             joined = [(layout, layout.quantise_and_free(args)) for layout in self._layouts]
-            self._tensors = [tensor for _, item in joined for tensor in (item.data, item.scale)]
+            self._matrices = [item for _, item in joined]
             self._joined = [item for layout, item in joined for _ in layout.positions]
             self._seen = [weakref.ref(source) for source in sources]
             self.revision += 1
-        return self._tensors
+        return [tensor for item in self._matrices for tensor in (item.data, item.scale)]
 
     def forget(self) -> None:
-        """Release the tensors; the next call makes or looks up its own."""
-        self._seen, self._joined, self._tensors = [], [], []
+        """Release the matrices; the next call makes or looks up its own."""
+        self._seen, self._joined, self._matrices = [], [], []
 
     def _is_as_before(self, sources: Sequence[torch.Tensor]) -> bool:
         """Whether these are the weights of the last call, neither restored since then nor quantised anew."""

@@ -7,8 +7,7 @@ All names were checked on torch 2.11.0 and 2.13.0; where they differ, that is sa
   whether they are channels-last, also where a size depends on data.
 - ``torch._inductor.exc.InductorError``: what it raises, and
   ``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``: the cause that its text names in such a case.
-- ``torch._inductor.decomposition.select_decomp_table`` and
-  ``torch._higher_order_ops.invoke_subgraph.NestedCompileRegionOptions``: an ``invoke_subgraph`` inside a ``cond``
+- ``torch._higher_order_ops.invoke_subgraph.NestedCompileRegionOptions``: an ``invoke_subgraph`` inside a ``cond``
   branch is retraced without Inductor's decompositions and then fails with "both a fallback and a decomp for same op";
   handing the table to the body cures it.
 - ``GraphLowering.save_output_code``: told of Inductor's generated code, also where that comes from a cache.
@@ -29,12 +28,12 @@ import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hvcompile.errors import LoweringError
 from hvcompile.torch_private.branches import operands_as_traced
+from hvcompile.torch_private.caching import inductors_decompositions, marked_for_caches, no_unseen_content
 from hvcompile.torch_private.compilers import why_no_compiling
 from hvcompile.torch_private.distributed import is_left_running
 from hvcompile.torch_private.floats import unread_floats_stay_inputs
@@ -65,19 +64,22 @@ def to_inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
 
     """
     # Private: without them an outlined body inside a branch fails to lower (2.11.0, 2.13.0).
-    table = select_decomp_table()
+    table = inductors_decompositions()
     for body in _outlined_bodies(module):
         body.meta["nested_region_config"] = NestedCompileRegionOptions(decompositions=table)
     # Dynamo's guards hold every input's strides already. To check them again, one by one in Python, takes a tenth of a
     # small step on a CPU and nothing where the host runs ahead of its device; so there, what kernels return is checked.
     is_ahead = any(isinstance(item, torch.Tensor) and item.device.type != "cpu" for item in inputs)
-    config: dict[str, Any] = {"size_asserts": is_ahead}
+    config: dict[str, Any] = {
+        "size_asserts": is_ahead,
+        "unsafe_marked_cacheable_functions": marked_for_caches(module),
+    }
     if any(is_left_running(node.target) for child in _graphs(module) for node in child.graph.nodes):
         # To lower the peak of memory, Inductor would move the start of a transfer to its wait (2.13.0: on by default).
         config["reorder_for_peak_memory"] = False
     try:
         # Private: no public entry takes a Dynamo graph with added placeholders (2.11.0, 2.13.0).
-        with operands_as_traced(), unread_floats_stay_inputs(module):
+        with operands_as_traced(), unread_floats_stay_inputs(module), no_unseen_content(module):
             compiled: Any = compile_fx(module, list(inputs), config_patches=config)
     except InductorError as error:
         _, separator, question = str(error).partition(f"{GuardOnDataDependentSymNode.__name__}: ")

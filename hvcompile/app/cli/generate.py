@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.text import Text
 
-from hvcompile.app import extras, quiet, tables
+from hvcompile.app import extras, quiet, store, tables
 from hvcompile.app.cli.console import err, leaving_in_turn, let_first_rank_speak, out
 from hvcompile.app.cli.display import Display
 from hvcompile.app.cli.signature import taking
@@ -22,6 +22,7 @@ def generate(request: Request) -> None:
     Under torchrun all ranks share the work on one video, and the first one writes it.
     """
     let_first_rank_speak()
+    store.use_own()
     with leaving_in_turn():
         extras.require("hvcompile generate", "cli", "diffusers")
         with quiet.importing("diffusers", "transformers"):

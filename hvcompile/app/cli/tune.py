@@ -8,7 +8,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hvcompile.app import extras, quiet, tables
+from hvcompile.app import extras, quiet, store, tables
 from hvcompile.app.cli.console import err, leaving_in_turn, let_first_rank_speak, out
 from hvcompile.app.cli.display import Strip
 from hvcompile.app.cli.signature import taking
@@ -29,6 +29,7 @@ def tune(request: Request) -> None:
     Leaves with 1 where no setting meets the goal.
     """
     let_first_rank_speak()
+    store.use_own()
     with leaving_in_turn():
         extras.require("hvcompile tune", "cli", "diffusers")
         if request.plot_file is not None:

@@ -7,6 +7,7 @@ from hvcompile.app.tables.explanation import explanation_tables
 from hvcompile.app.tables.generation import batch_tables, comparison_summary, each_frame, summary
 from hvcompile.app.tables.lowering import lowering_tables
 from hvcompile.app.tables.tuning import tuning_tables
+from hvcompile.app.tables.warm import warm_tables
 
 __all__ = [
     "batch_tables",
@@ -19,4 +20,5 @@ __all__ = [
     "lowering_tables",
     "summary",
     "tuning_tables",
+    "warm_tables",
 ]

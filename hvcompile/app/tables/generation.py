@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hvcompile.app.metrics import Comparison, Quality, Run
     from hvcompile.app.results import Batch, Result
     from hvcompile.runtime.state import Stats
+    from hvcompile.torch_private.caching import Lookups
 
 
 def summary(result: Result) -> Table:
@@ -26,6 +27,7 @@ def summary(result: Result) -> Table:
         table.add_column(run.steps[0].backend, justify="right")
     table.add_row("seconds in all", *(f"{run.seconds:.2f}" for run in runs))
     table.add_row("seconds compiling", *(f"{run.compile_seconds:.2f}" for run in runs))
+    table.add_row("compiled code", *(compiled_code(run.graphs) for run in runs))
     table.add_row("seconds a step after", *(figures.number(run.step_seconds, ".4f") for run in runs))
     table.add_row("steps computed", *(str(len(run.steps) - run.num_reused) for run in runs))
     table.add_row("steps reused", *(str(run.num_reused) for run in runs))
@@ -41,6 +43,12 @@ def summary(result: Result) -> Table:
     if result.report is not None:
         table.add_row("report", Text(str(result.report), overflow="fold"))
     return table
+
+
+def compiled_code(graphs: Lookups) -> str:
+    """Whether graphs were compiled, or found where earlier processes have put them."""
+    counts = {"found": graphs.found, "compiled": graphs.compiled, "compiled and not kept": graphs.refused}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "-"
 
 
 def batch_tables(batch: Batch) -> list[Table]:
