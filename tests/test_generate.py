@@ -43,10 +43,9 @@ from hvcompile.errors import HvcompileError, InputError, OptionError, OutputErro
 SMALL: dict[str, Any] = {"prompt": "a red ball", "steps": 4, "frames": 5, "height": 32, "width": 48}
 
 
-@pytest.fixture(scope="module")
-def loaded() -> pipelines.Loaded:
+def shallow_pipeline(*, is_offloaded: bool = False) -> pipelines.Loaded:
     """The tiny pipeline with a shallow transformer, which is traced in each test."""
-    whole = pipelines.load()
+    whole = pipelines.load(is_offloaded=is_offloaded)
     model = whole.pipe.transformer
     torch.manual_seed(0)
     shallow = type(model).from_config(
@@ -54,6 +53,11 @@ def loaded() -> pipelines.Loaded:
     )
     whole.pipe.transformer = shallow.eval()
     return whole
+
+
+@pytest.fixture(scope="module")
+def loaded() -> pipelines.Loaded:
+    return shallow_pipeline()
 
 
 @pytest.fixture
@@ -203,6 +207,20 @@ def test_the_seed_and_the_prompt_make_the_clip(loaded: pipelines.Loaded, backend
     assert not np.array_equal(clip(), clip(prompt="a blue box"))
 
 
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_an_offloaded_pipeline_makes_the_same_clip(how: str, loaded: pipelines.Loaded, tmp_path: Path) -> None:
+    """From memory to memory: no GPU is needed, and all moves are made."""
+    request = Request(**SMALL, mode="exact", backend_settings=("lower=eager",), output=tmp_path / "a.mp4")
+    offloaded = shallow_pipeline(is_offloaded=True)
+    pipelines.offload(offloaded, how)
+    assert offloaded.device == torch.device("cpu")
+    expected = generate.generate(request, loaded=loaded)
+    made = generate.generate(request, loaded=offloaded)
+    assert np.allclose(made.run.frames, expected.run.frames, atol=1e-4)
+    assert not any("compiled in pieces" in note for note in expected.notes)
+    assert any("compiled in pieces" in note for note in made.notes)
+
+
 def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path: Path) -> None:
     def arguments(**given: Any) -> dict[str, Any]:
         return Request(prompt="x", output=tmp_path / "a.mp4", **given).compile_arguments()
@@ -218,6 +236,8 @@ def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path
     [
         ({"steps": 0}, "steps is 0: give 1 or more"),
         ({"frames": -3}, "frames is -3: give 1 or more"),
+        ({"offload": "disk"}, "offload 'disk' is unknown: give model or group or none"),
+        ({"offload": "model"}, "offload 'model' has nothing to offload from: the device is the CPU"),
         ({"fps": 0}, "fps is 0"),
         ({"fps": 3_000_000_000}, "fps is 3000000000: give 1000 or less"),
         (

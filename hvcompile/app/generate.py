@@ -67,8 +67,10 @@ def ready(
     if loaded is None:
         observe("loading")
         with quiet.loading():
-            loaded = pipelines.load(request.model, request.dtype, device)
+            is_offloaded = request.offload not in (None, "none")
+            loaded = pipelines.load(request.model, request.dtype, device, is_offloaded=is_offloaded)
             adapters.fuse(loaded.pipe, request.lora)
+            pipelines.offload(loaded, request.offload)
     pipelines.tile(loaded, request.vae_tiling)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):

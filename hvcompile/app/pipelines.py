@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import textwrap
@@ -16,10 +15,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Hunyua
 from safetensors import safe_open
 
 from hvcompile.app import incomplete
-from hvcompile.app.denoisers import denoisers, first_denoiser
+from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+OFFLOADS = ("model", "group", "none")
+"""Ways to keep on the host what the device does not need now; see docs/memory.md."""
 
 # What a pipeline's call must take for a generation to be asked for, and followed step by step.
 _NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
@@ -27,26 +29,23 @@ _NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A pipeline on its device, and what to call it with where the user gives nothing.
+    """A pipeline that runs on a device, and what to call it with where the user gives nothing.
 
     Attributes:
         pipe: a diffusers pipeline with one or more denoisers, in evaluation mode.
         defaults: keyword arguments of the call; only those in which we differ from the pipeline's own defaults.
+        device: where it computes. What is offloaded is elsewhere in between.
 
     """
 
     pipe: Any
     defaults: Mapping[str, Any]
+    device: torch.device
 
     @property
     def kind(self) -> str:
         """The name of the pipeline's class."""
         return type(self.pipe).__name__
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first denoiser."""
-        return next(first_denoiser(self.pipe).parameters()).device
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -72,13 +71,16 @@ class Loaded:
         return self.defaults.get(argument, self.parameters[argument].default)
 
 
-def load(model: str | None = None, dtype: str | None = None, device: str | None = None) -> Loaded:
+def load(
+    model: str | None = None, dtype: str | None = None, device: str | None = None, *, is_offloaded: bool = False
+) -> Loaded:
     """Load a pipeline.
 
     Args:
         model: a directory in the layout of diffusers, or a hub id; None for the embedded tiny HunyuanVideo.
         dtype: a key of ``DTYPES``; None for bfloat16 on a GPU and float32 on the CPU.
         device: as torch writes it ("cpu", "cuda:1"); None for a GPU where there is one.
+        is_offloaded: leave it on the host, for ``offload``: it may be larger than the device.
 
     Raises:
         InputError: no such directory, not a pipeline, a hub id that can't be fetched, a pipeline without a transformer
@@ -89,10 +91,27 @@ def load(model: str | None = None, dtype: str | None = None, device: str | None 
     precision = resolve_dtype(dtype, place)
     if model is not None:
         check_model(model)
-        return _loaded(_from_pretrained(model, precision), model, place, {})
+        return _loaded(_from_pretrained(model, precision), model, place, {}, is_offloaded)
     from hvcompile.app import tiny
 
-    return _loaded(_from_pretrained(str(tiny.DIRECTORY), precision), "the tiny pipeline", place, tiny.DEFAULTS)
+    pipe = _from_pretrained(str(tiny.DIRECTORY), precision)
+    return _loaded(pipe, "the tiny pipeline", place, tiny.DEFAULTS, is_offloaded)
+
+
+def offload(loaded: Loaded, how: str | None) -> None:
+    """Keep on the host what the device does not need now.
+
+    Args:
+        loaded: a pipeline that lies on the host.
+        how: one of ``OFFLOADS``: whole models, which leaves each of them one graph, or layers, which does not. None for
+            neither.
+
+    """
+    if how == "model":
+        loaded.pipe.enable_model_cpu_offload(device=loaded.device)
+    elif how == "group":
+        has_streams = loaded.device.type == "cuda"
+        loaded.pipe.enable_group_offload(loaded.device, offload_type="leaf_level", use_stream=has_streams)
 
 
 def tile(loaded: Loaded, is_tiled: bool) -> None:
@@ -232,11 +251,11 @@ def _check_weights(model: str) -> None:
             ) from error
 
 
-def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any]) -> Loaded:
+def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any], is_offloaded: bool) -> Loaded:
     kind = type(pipe).__name__
     if not denoisers(pipe):
         raise InputError(f"model {name!r} is a {kind}, which has no transformer to compile: give one that has")
-    loaded = Loaded(pipe=pipe, defaults=defaults)
+    loaded = Loaded(pipe=pipe, defaults=defaults, device=device)
     missing = [key for key in _NEEDED if not loaded.accepts(key)]
     if missing:
         raise InputError(
@@ -251,7 +270,8 @@ def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, A
                 f"model {name!r}: the weights of {part} lack {lacking[0]} and {len(lacking) - 1} more of what its "
                 "configuration asks for: copy or download it again"
             )
-    loaded = dataclasses.replace(loaded, pipe=pipe.to(device))
+    if not is_offloaded:
+        pipe.to(device)
     tile(loaded, True)
     return loaded
 

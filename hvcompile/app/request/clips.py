@@ -80,6 +80,10 @@ class Clips:
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
     ] = False
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Keep on the host what the GPU does not need now: 'model', 'group' or 'none'."),
+    ] = None
     device: Device = None
     dtype: Dtype = None
     rank_timeout: RankTimeout = launch.TIMEOUT_SECONDS
@@ -98,7 +102,14 @@ class Clips:
             adapters.parse(place)
         if self.model is not None:
             pipelines.check_model(self.model)
-        pipelines.resolve_dtype(self.dtype, pipelines.resolve_device(self.device))
+        device = pipelines.resolve_device(self.device)
+        pipelines.resolve_dtype(self.dtype, device)
+        if self.offload is not None and self.offload not in pipelines.OFFLOADS:
+            raise InputError(f"offload {self.offload!r} is unknown: give {' or '.join(pipelines.OFFLOADS)}")
+        if self.offload not in (None, "none") and device.type == "cpu":
+            raise InputError(
+                f"offload {self.offload!r} has nothing to offload from: the device is the CPU; leave it out"
+            )
         if self.mode is not None and self.mode not in MODES:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         parse(PASSES, self.backend_options(), self.mode)  # what the backend would say after loading
