@@ -273,7 +273,7 @@ def test_what_is_wrong_whatever_the_model_is_refused_before_loading(
     given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("nothing may be loaded"))
+    monkeypatch.setattr(pipelines, "load", lambda *_, **__: pytest.fail("nothing may be loaded"))
     with pytest.raises((InputError, OptionError), match=message) as caught:
         generate.generate(Request(**{"prompt": "x", "output": Path("out.mp4"), **given}))
     assert "\n" not in str(caught.value)
@@ -638,7 +638,7 @@ def test_an_interrupt_among_the_steps_is_one_line_and_loses_nothing_that_was_fin
             signal.raise_signal(signal.SIGINT)
         return step(*arguments, **more)
 
-    monkeypatch.setattr(pipelines, "load", lambda *_: loaded)
+    monkeypatch.setattr(pipelines, "load", lambda *_, **__: loaded)
     monkeypatch.setattr(loaded.pipe.scheduler, "step", stepped, raising=False)
     before = tmp_path / "a.mp4"
     before.write_bytes(b"old")
@@ -659,7 +659,7 @@ def test_a_full_disk_is_one_line_and_the_frames_and_the_record_are_kept(
     def full(path: Path, content: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(pipelines, "load", lambda *_: loaded)
+    monkeypatch.setattr(pipelines, "load", lambda *_, **__: loaded)
     monkeypatch.setattr(Path, "write_bytes", full)
     output = tmp_path / "a.mp4"
     done = CliRunner().invoke(cli.app, [*COMMAND, "-o", str(output), "--json", str(tmp_path / "a.json")])

@@ -280,7 +280,7 @@ def test_what_is_wrong_is_refused_before_loading(
 def test_the_command_says_what_no_setting_reaches(
     loaded: pipelines.Loaded, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipelines, "load", lambda *_: loaded)
+    monkeypatch.setattr(pipelines, "load", lambda *_, **__: loaded)
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["tune", "a red circle", "--psnr", "90"])
     assert result.exit_code == 1
