@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hvcompile.errors import QuantizedWeightError, RequestedPassError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options
-from hvcompile.runtime.hooks import describe, foreign_hooks, had_hooks
+from hvcompile.runtime.hooks import describe, foreign_hooks, had_hooks, hooks_between_layers
 from hvcompile.runtime.state import state_while_compiling
 from hvcompile.trunk.observer import Observer
 
@@ -59,6 +59,25 @@ def leave_as_captured(
     warn_of_plain(settings.lower, reason)
     journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
     observer.on_rewritten(None, journal, None)
+
+
+def refuse_hooks(asked: Collection[str]) -> None:
+    """Raise where hooks cut a model between its layers, so that no piece of it can have what options ask for by name.
+
+    Args:
+        asked: sections of passes that were asked for by name.
+
+    Raises:
+        RequestedPassError: names the hooks, and what to use instead.
+
+    """
+    found = state_while_compiling()
+    hooks = hooks_between_layers(found[0]) if found is not None else []
+    if found is not None and hooks:
+        raise RequestedPassError(
+            f"options ask for {', '.join(map(repr, sorted(asked)))}, but hooks cut this {type(found[0]).__name__} "
+            f"between its layers: {describe(hooks)}"
+        )
 
 
 def warn_of_plain(lower: str, reason: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from hvcompile import pipeline
-from hvcompile.as_captured import OUTLINE, leave_as_captured
+from hvcompile.as_captured import OUTLINE, leave_as_captured, refuse_hooks
 from hvcompile.dump.runs import own_run
 from hvcompile.dump.write import Dump
 from hvcompile.errors import InvalidRewriteError, QuantizedWeightError
@@ -143,7 +143,8 @@ def compile_graph(
     """
     args = example_inputs if args is None else args
     asked = {item.section for item, requested in settings.passes if requested}
-    if asked and ends_early(captured):  # what comes after may have what this piece has not
+    if asked and ends_early(captured):  # what comes after may have what this piece has not, but for hooks
+        refuse_hooks(asked)
         settings = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
     compile_id = dynamo.compile_id() if compile_id is None else compile_id
     rows = list(journal)

@@ -37,7 +37,7 @@ def _build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(storages, "forbid_address", lambda *_: False)
 
 
-def move(model: torch.nn.Module) -> None:
+def move(model: Any) -> None:
     model._apply(lambda tensor: tensor.to("cpu", copy=True))
 
 
@@ -144,7 +144,7 @@ def test_model_offload_between_calls() -> None:
     assert any("float8 products" in line for row in stats.journal[0] for line in row.report.matched)
 
 
-@pytest.mark.parametrize(
+BY_LAYER = pytest.mark.parametrize(
     "put",
     [
         lambda model: cpu_offload(model, execution_device=CPU),
@@ -153,6 +153,21 @@ def test_model_offload_between_calls() -> None:
     ],
     ids=["sequential", "group", "layerwise casting"],
 )
+
+
+@BY_LAYER
+@pytest.mark.parametrize("asked", ["fp8", "first_block_cache"])
+@torch.no_grad()
+def test_what_moves_layer_by_layer_is_an_error_where_a_pass_is_asked_for(put: Any, asked: str) -> None:
+    model = Wide()
+    put(model)
+    model.compile(backend="hvfast", options={"lower": "eager", asked: True})
+    with pytest.raises(Exception, match=rf"options ask for '{asked}', but hooks cut this Wide.*Instead, use") as raised:
+        model(**wide_inputs())
+    assert isinstance(raised.value.__cause__, hvcompile.RequestedPassError) or "RequestedPassError" in str(raised.value)
+
+
+@BY_LAYER
 @torch.no_grad()
 def test_what_moves_layer_by_layer_is_an_error_on_float8_weights(put: Any) -> None:
     model = Wide()

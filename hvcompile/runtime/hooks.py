@@ -24,12 +24,14 @@ LESS_MEMORY = (
 )
 OWN_CACHE = "hvfast's own first-block cache, which is on by default (model.disable_cache() takes the other off)"
 OWN_FLOAT8 = "options={'fp8': True}, which keeps and multiplies weights in float8 inside the graph"
+GROUP_OFFLOAD, LAYERWISE_CASTING = "group offload", "layerwise casting"
+SEQUENTIAL_OFFLOAD = "sequential offload or a device map"
 
 KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("group_offload", "GroupOffload", "LayerExecutionTracker"), "group offload", LESS_MEMORY),
-    (("LayerwiseCasting", "PeftInputAutocastDisable"), "layerwise casting", OWN_FLOAT8),
+    (("group_offload", "GroupOffload", "LayerExecutionTracker"), GROUP_OFFLOAD, LESS_MEMORY),
+    (("LayerwiseCasting", "PeftInputAutocastDisable"), LAYERWISE_CASTING, OWN_FLOAT8),
     (("_cache", "Cache", "pyramid_attention_broadcast"), "another cache", OWN_CACHE),
-    (("AlignDevices",), "sequential offload or a device map", LESS_MEMORY),
+    (("AlignDevices",), SEQUENTIAL_OFFLOAD, LESS_MEMORY),
     (("context_parallel",), "context parallelism", "hvfast's own, which an initialised process group turns on"),
 )
 """Parts of the name of a hook's class or file, what it is for, and what to use instead."""
@@ -73,6 +75,13 @@ def foreign_hooks(model: nn.Module) -> list[ForeignHook]:
             found[type(hook).__name__] = (hook, count + 1)
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
     return [ForeignHook(name, _kind(hook)[0], count, _kind(hook)[1]) for name, (hook, count) in ordered]
+
+
+def hooks_between_layers(model: nn.Module) -> list[ForeignHook]:
+    """The kinds of hooks that move or cast each layer by itself, so that no graph holds two blocks."""
+    below = [hook for child in model.children() for hook in foreign_hooks(child)]
+    names = {hook.name for hook in below if hook.purpose in {GROUP_OFFLOAD, SEQUENTIAL_OFFLOAD, LAYERWISE_CASTING}}
+    return [hook for hook in foreign_hooks(model) if hook.name in names]
 
 
 def describe(hooks: Sequence[ForeignHook]) -> str:

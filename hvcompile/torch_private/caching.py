@@ -3,7 +3,8 @@
 AOTAutograd's cache and Inductor's keep what they made of a graph, for other processes too. Their keys hold the graph's
 code, the layout of its inputs, the settings and torch's own source; of a function that the graph calls they hold the
 name alone. So they refuse functions from outside torch, and ``cond``, which nobody has marked as fit yet. Here both are
-marked, under a digest of all of hvcompile's source: what such a name stands for changes with that alone.
+marked, under a digest of all of hvcompile's source: what such a name stands for changes with that alone. The settings
+that choose a kernel of attention go with it. torch's keys lack them, though the choice is made as a graph is traced.
 
 All names were checked on torch 2.11.0 and 2.13.0.
 
@@ -12,6 +13,7 @@ All names were checked on torch 2.11.0 and 2.13.0.
 - ``torch._functorch.config.enable_autograd_cache``: of a tensor that is an attribute of the graph, AOTAutograd's cache
   knows the layout and not what it holds. Inductor's knows both.
 - ``torch._inductor.decomposition.select_decomp_table``: see ``lowering``.
+- ``torch._C._get_sdp_priority_order``: which kernel of attention comes first, which ``sdpa_kernel`` sets.
 - ``torch._dynamo.utils.counters``: how often a cache had a graph, had none, or refused it.
 """
 
@@ -23,6 +25,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def lookups() -> Lookups:
 
 @functools.cache
 def source_digest() -> str:
-    """What differs where any line of hvcompile's source does."""
+    """What differs where any line of hvcompile's source does, or a version of what its functions call."""
     digest = hashlib.sha256()
     for directory, folders, files in os.walk(PACKAGE, followlinks=True):
         folders.sort()
@@ -72,7 +75,24 @@ def source_digest() -> str:
                 content = place.read_bytes()
                 digest.update(f"{place.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode())
                 digest.update(content)
+    for package in ("torchao", "triton"):  # of which functions of ours are made
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(f"{package} {version(package)}\n".encode())
     return digest.hexdigest()
+
+
+def settings_around() -> str:
+    """What tracing a graph depends on that no key of torch's holds, or not of every version: see ``sdpa_kernel``."""
+    cuda = torch.backends.cuda
+    kernels: Any = (
+        cuda.flash_sdp_enabled,
+        cuda.mem_efficient_sdp_enabled,
+        cuda.math_sdp_enabled,
+        cuda.cudnn_sdp_enabled,
+    )
+    order: Any = getattr(torch._C, "_get_sdp_priority_order", list)
+    casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return repr(([is_enabled() for is_enabled in kernels], list(order()), casts))
 
 
 def marked_for_caches(module: fx.GraphModule) -> dict[str, str]:
@@ -84,7 +104,7 @@ def marked_for_caches(module: fx.GraphModule) -> dict[str, str]:
         if node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("hvcompile.")
     }
     users: dict[str, str] = inductor_config.unsafe_marked_cacheable_functions
-    return {**users, **dict.fromkeys(sorted({_COND, *own}), source_digest())}
+    return {**users, **dict.fromkeys(sorted({_COND, *own}), f"{source_digest()} {settings_around()}")}
 
 
 @contextlib.contextmanager
