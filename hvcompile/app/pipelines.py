@@ -251,7 +251,9 @@ def _check_weights(model: str) -> None:
             ) from error
 
 
-def _loaded(pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any], is_offloaded: bool = False) -> Loaded:
+def _loaded(
+    pipe: Any, name: str, device: torch.device, defaults: Mapping[str, Any], is_offloaded: bool = False
+) -> Loaded:
     kind = type(pipe).__name__
     if not denoisers(pipe):
         raise InputError(f"model {name!r} is a {kind}, which has no transformer to compile: give one that has")
