@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import av
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +19,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env=environment)
 
 
+@pytest.mark.xdist_group("tiny_by_inductor")  # what is compiled first, the others find
 def test_one_line_makes_a_clip_and_says_what_was_reused(tmp_path: Path) -> None:
     ran = run(cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
