@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 import hvcompile
 from hvcompile import outputs
-from hvcompile.app import batch, cli, generate, metrics, pipelines, runner, sheet, tiny, video
+from hvcompile.app import batch, cli, generate, metrics, pipelines, reference, runner, sheet, tiny, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.generate import Request
 from hvcompile.app.grid import Grid
@@ -81,7 +81,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     for module in (generate, batch):
         monkeypatch.setattr(module, "BACKEND", eager)
-    monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
+    monkeypatch.setattr(reference, "PLAIN", "eager")
     monkeypatch.setattr(hvcompile, "stats", stats)
     return calls
 
@@ -141,6 +141,34 @@ def test_a_comparison_leaves_its_sheet_and_its_figures_where_they_were_asked_for
     assert record["psnr_db"] == {"mean": None, "worst": None, "each": [None] * 5}
     with Image.open(tmp_path / "b.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_where_plain_torch_compile_does_not_fit_hvfast_makes_the_reference(
+    loaded: pipelines.Loaded, backends: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    clip = np.random.default_rng(0).random((5, 32, 48, 3), np.float32)
+
+    def run(self: Any, *_: Any) -> metrics.Run:
+        asked.append((self._name, self._compile_arguments))
+        if self._name == reference.PLAIN:
+            raise InputError("there is not enough memory") from torch.OutOfMemoryError("CUDA out of memory")
+        steps = [metrics.Step(backend=str(self._name), index=place, num_steps=4, seconds=1.0) for place in range(4)]
+        return metrics.Run(frames=clip, seconds=9.0, steps=tuple(steps))
+
+    monkeypatch.setattr(runner.Runner, "run", run)
+    request = Request(**SMALL, compare=True, output=tmp_path / "a.mp4", json_file=tmp_path / "a.json", mode="max")
+    result = generate.generate(request, loaded=loaded)
+    assert [arguments for _, arguments in asked] == [{}, {"mode": "exact"}, {"mode": "max"}]
+    assert any("plain torch.compile does not fit in the memory" in note for note in result.notes)
+    assert json.loads((tmp_path / "a.json").read_text())["reference"]["backend"] == reference.EXACT
+
+    def fails(self: Any, *_: Any) -> metrics.Run:
+        raise InputError("another reason") from ValueError("no")
+
+    monkeypatch.setattr(runner.Runner, "run", fails)
+    with pytest.raises(InputError, match="another reason"):
+        generate.generate(request, loaded=loaded)
 
 
 def test_a_plain_run_that_is_not_finite_is_told_before_the_fast_one_is_made(

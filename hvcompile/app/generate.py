@@ -15,6 +15,7 @@ from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.notes import notes, written
 from hvcompile.app.records import record, write_report
+from hvcompile.app.reference import Reference
 from hvcompile.app.request.clips import Clips
 from hvcompile.app.request.generate import PICTURES, VIDEOS, Request
 from hvcompile.app.request.jobs import Job
@@ -28,7 +29,6 @@ from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.compilers import why_no_compiling
 
 BACKEND = "hvfast"
-PLAIN_BACKEND = "inductor"
 
 __all__ = ["Observer", "Request", "Result", "generate", "output_of", "ready", "write_frames"]
 
@@ -93,9 +93,10 @@ def _generate(
     request: Request, job: Job, observe: Observer, loaded: pipelines.Loaded, arguments: dict[str, Any]
 ) -> Result:
     # The plain model goes first: a rewrite may free the weights that it runs on (FP8 does).
-    plain = None
+    plain, plain_notes = None, []
     if request.compare:
-        plain = Runner(loaded, PLAIN_BACKEND, {"dynamic": request.dynamic or None}, observe).run(job, arguments)
+        reference = Reference(loaded, is_dynamic=request.dynamic, observe=observe)
+        plain, plain_notes = reference.run(job, arguments), reference.notes
         with _failure_told(request, record(request, loaded, job, None, None, arguments)):
             video.check_finite(plain.frames, "the plain compiled model")
     models = denoisers(loaded.pipe)
@@ -105,7 +106,7 @@ def _generate(
     run = runner.run(job, arguments)
     # Where ranks disagree it raises, and no video is written: what they made is not one video.
     stats = stats_of_all(models)
-    told = notes(request, loaded, run, runner.notes)
+    told = notes(request, loaded, run, [*plain_notes, *runner.notes])
     result = Result(output=job.output, run=run, stats=stats, notes=told)
     if launch.rank() > 0:
         return result  # all ranks have the same frames; the first one writes them
@@ -166,5 +167,6 @@ def _since(stats: Stats, num_calls: int) -> Stats:
 def _draw(comparison: metrics.Comparison, place: Path) -> None:
     """Write the contact sheet of a comparison."""
     run, plain = comparison.run, comparison.plain
-    names = {"clip_name": f"hvfast ({run.num_reused} of {len(run.steps)} steps reused)", "reference_name": "inductor"}
+    name = f"hvfast ({run.num_reused} of {len(run.steps)} steps reused)"
+    names = {"clip_name": name, "reference_name": plain.steps[0].backend}
     sheet.write(sheet.draw(run.frames, plain.frames, comparison.quality, **names), place)

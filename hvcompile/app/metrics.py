@@ -183,7 +183,7 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """The comparison as JSON, beside what is recorded of the run itself."""
         plain = {"seconds": self.plain.seconds, "seconds_a_step": self.plain.step_seconds}
-        return {"reference": {"backend": "inductor", **plain}, **self.quality.record()}
+        return {"reference": {"backend": self.plain.steps[0].backend, **plain}, **self.quality.record()}
 
 
 def compare(clip: Frames, reference: Frames) -> Quality:

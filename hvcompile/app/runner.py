@@ -32,6 +32,7 @@ class Runner:
         compile_arguments: keyword arguments of ``Module.compile`` besides the backend.
         observe: told of phases and steps as they come.
         calls: gains the arguments of the first denoiser's first call; None where nobody asks.
+        name: of the backend in what is told of steps; its own where None.
 
     """
 
@@ -42,9 +43,10 @@ class Runner:
         compile_arguments: Mapping[str, Any],
         observe: Observer,
         calls: list[dynamo.Call] | None = None,
+        name: str | None = None,
     ) -> None:
         self._loaded, self._backend, self._compile_arguments = loaded, backend, compile_arguments
-        self._observe, self._calls = observe, calls
+        self._observe, self._calls, self._name = observe, calls, name or backend
         self.notes: list[str] = []
         self._denoisers = denoisers(loaded.pipe)
         self._decide = Decisions(self._denoisers).new
@@ -77,17 +79,15 @@ class Runner:
             if not (self._is_whole and dynamo.is_graph_break(error)):
                 raise
             reason = pipelines.first_line(error)
-        self.notes.append(
-            f"{self._backend} compiled in pieces, since Dynamo can't keep the model in one graph: {reason}"
-        )
+        self.notes.append(f"{self._name} compiled in pieces, since Dynamo can't keep the model in one graph: {reason}")
         self._compile(fullgraph=False)
         return self._run(job, arguments)
 
     def _run(self, job: Job, arguments: Mapping[str, Any]) -> metrics.Run:
         pipe, device = self._loaded.pipe, self._loaded.device
         num_steps = int(arguments.get("num_inference_steps") or self._loaded.default("num_inference_steps"))
-        watch = Watch(self._backend, num_steps, device, self._decide, self._observe)
-        self._observe(f"{self._backend}: compiling")
+        watch = Watch(self._name, num_steps, device, self._decide, self._observe)
+        self._observe(f"{self._name}: compiling")
         _reset_peak(device)
         looked_up = lookups()
         with watch.beginning_after(others(pipe)), watch.following(pipe, self._loaded.accepts) as told:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from hvcompile import outputs
 from hvcompile.app import identity, metrics, pipelines, video
 from hvcompile.app.denoisers import denoisers, first_denoiser
-from hvcompile.app.generate import BACKEND, PLAIN_BACKEND, ready
+from hvcompile.app.generate import BACKEND, ready
 from hvcompile.app.notes import written
 from hvcompile.app.records import device_name, plain, versions
+from hvcompile.app.reference import Reference
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
 from hvcompile.app.tuning.candidates import Candidate, Goal, missing, most_missing
@@ -145,12 +146,11 @@ class _Tuning:
         return take_turn(group, "hvcompile-tune", item, PATIENCE_SECONDS)[0]
 
     def _make_reference(self) -> None:
-        arguments = {"dynamic": self._request.dynamic or None}
-        runner = Runner(self._loaded, PLAIN_BACKEND, arguments, self._observe)
+        reference = Reference(self._loaded, is_dynamic=self._request.dynamic, observe=self._observe)
         seconds = []
         for place, job in enumerate(self._jobs):
-            self._tell("plain torch.compile", place, is_reference=True)
-            run = runner.run(job, self._arguments)
+            self._tell(reference.name, place, is_reference=True)
+            run = reference.run(job, self._arguments)
             video.check_finite(run.frames, "the plain compiled model")
             if min(run.frames.shape[1:3]) < metrics.SMALLEST:
                 raise InputError(f"the clips are smaller than {metrics.SMALLEST} pixels, which SSIM needs: give more")
@@ -158,7 +158,7 @@ class _Tuning:
             if self._store is not None:
                 self._store.write_reference(place, run.frames)
         self._num_done += len(self._jobs)
-        self._notes += runner.notes
+        self._notes += reference.notes
         if self._store is not None:
             self._store.reference_seconds = seconds
             self._store.keep()
