@@ -91,6 +91,10 @@ class Request:
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
     ] = False
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="A directory of compiled code that hvcompile warm made. It is code: give only your own."),
+    ] = None
     output: Annotated[
         Path | None,
         typer.Option(
@@ -189,6 +193,8 @@ class Request:
         self._check_apart(places, sheet)
         if self.html_file is not None:
             report.check(self.html_file)
+        if self.artifacts is not None and not self.artifacts.is_dir():
+            raise InputError(f"artifacts {str(self.artifacts)!r} are not there: give a directory hvcompile warm made")
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
 
