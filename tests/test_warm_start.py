@@ -19,7 +19,7 @@ from torch import fx
 
 import hvcompile
 from hvcompile import artifacts
-from hvcompile.app import store, warm
+from hvcompile.app import generate, pipelines, store, warm
 from hvcompile.app.request.warm import Request
 from hvcompile.app.tables.warm import warm_tables
 from hvcompile.artifacts import MANIFEST, load_artifacts, save_artifacts
@@ -288,6 +288,41 @@ def test_sizes_are_asked_for_as_generate_is() -> None:
     assert (first.width, first.height, first.frames, first.mode, first.dynamic) == (48, 32, 17, "exact", True)
     assert (second.width, second.height, second.frames) == (64, 48, None)
     assert Request().generations()[0].width is None
+
+
+@pytest.fixture(scope="module")
+def loaded() -> pipelines.Loaded:
+    """The tiny pipeline with a shallow transformer."""
+    whole = pipelines.load()
+    config = whole.pipe.transformer.config
+    shallow = {**config, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    whole.pipe.transformer = type(whole.pipe.transformer).from_config(shallow).eval()
+    return whole
+
+
+def test_a_pipeline_is_run_at_each_size(loaded: pipelines.Loaded, tmp_path: Path) -> None:
+    sizes, lower = ("48x32x5", "32x32x5"), ("lower=eager",)
+    request = Request(sizes=sizes, backend_settings=lower, steps=1, json_file=tmp_path / "warm.json")
+    made = warm.warm(request, loaded=loaded)
+    assert [(size.width, size.height, size.num_frames) for size in made.sizes] == [(48, 32, 5), (32, 32, 5)]
+    assert (made.missed, made.artifacts) == ((), None)
+    assert json.loads((tmp_path / "warm.json").read_text())["sizes"][1]["width"] == 32
+    assert hvcompile.stats(loaded.pipe.transformer).graphs >= 1
+    with pytest.raises(InputError, match="nothing has been compiled"):
+        warm.warm(Request(sizes=sizes[:1], backend_settings=lower, steps=1, output=tmp_path / "ship"), loaded=loaded)
+    assert not (tmp_path / "ship").exists()
+
+
+def test_generate_says_why_artifacts_are_refused(
+    saved: Path, loaded: pipelines.Loaded, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = generate.Request(prompt="a red ball", artifacts=saved, threshold=0.3)
+    with caplog.at_level("WARNING", logger="hvcompile"), generate.ready(request, lambda _: None, loaded):
+        pass
+    (record,) = [item for item in caplog.records if "refused" in item.getMessage()]
+    assert "threshold=0.3" in record.getMessage()
+    with pytest.raises(InputError, match="are not there"):
+        generate.Request(prompt="a red ball", artifacts=saved / "nowhere").check()
 
 
 def test_what_was_compiled_as_a_table(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hvcompile.app.request.jobs import Job
 from hvcompile.app.results import Result
 from hvcompile.app.runner import Runner
 from hvcompile.app.steps import Observer
+from hvcompile.artifacts import load_artifacts
 from hvcompile.errors import InputError, OutputError, one_line
 from hvcompile.ranks import launch
 from hvcompile.runtime.state import Stats
@@ -64,6 +65,8 @@ def ready(
     lacking = why_no_compiling(loaded.device if loaded is not None else pipelines.resolve_device(device))
     if lacking and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
         raise InputError(lacking)
+    if request.artifacts is not None:
+        load_artifacts(request.artifacts, options=request.backend_options(), mode=request.mode)
     if loaded is None:
         observe("loading")
         with quiet.loading():

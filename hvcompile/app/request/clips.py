@@ -80,6 +80,10 @@ class Clips:
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
     ] = False
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(help="A directory of compiled code that hvcompile warm made. It is code: give only your own."),
+    ] = None
     offload: Annotated[
         str | None,
         typer.Option(help="Keep on the host what the GPU does not need now: 'model', 'group' or 'none'."),
@@ -110,6 +114,8 @@ class Clips:
             raise InputError(
                 f"offload {self.offload!r} has nothing to offload from: the device is the CPU; leave it out"
             )
+        if self.artifacts is not None and not self.artifacts.is_dir():
+            raise InputError(f"artifacts {str(self.artifacts)!r} are not there: give a directory hvcompile warm made")
         if self.mode is not None and self.mode not in MODES:
             raise InputError(f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}, or leave it out")
         parse(PASSES, self.backend_options(), self.mode)  # what the backend would say after loading
