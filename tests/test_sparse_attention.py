@@ -1,0 +1,283 @@
+"""The pass that skips blocks of keys: against a dense computation under the same mask, written as loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import golden
+import pytest
+import torch
+import zoo
+from grids import GridToy, dense_under, grid_inputs, is_in_window, mask_by
+from oracle import first, hvfast, relative_error
+from torch import nn
+from trunks import recovered
+
+import hvcompile
+from hvcompile import journal, pipeline
+from hvcompile.errors import OptionError
+from hvcompile.graph import tiles
+from hvcompile.graph.block_sparse import attend_in_blocks
+from hvcompile.graph.nodes import op_name
+from hvcompile.journal import JournalRow
+from hvcompile.passes.sparse_attention import SparseAttention
+from hvcompile.passes.unmasked_attention import UnmaskedAttention
+from hvcompile.pipeline import Context
+from hvcompile.trunk.trunk import Trunk
+
+NO_CACHE = {"first_block_cache": False}
+ALL = {"rule": "window", "window": (99, 99, 99)}
+GRIDS: list[tuple[tuple[int, int, int], tuple[int, int, int]]] = [
+    ((4, 4, 4), (2, 2, 2)),  # tiles divide it
+    ((5, 3, 7), (2, 2, 3)),  # along no axis
+    ((1, 5, 6), (2, 2, 3)),  # a single frame
+    ((7, 1, 5), (2, 1, 2)),
+]
+
+
+def compiled(model: nn.Module, options: Any, **others: Any) -> Any:
+    return hvfast(model, fullgraph=True, options={"lower": "eager", **NO_CACHE, "sparse_attention": options, **others})
+
+
+def row_of(fast: Any, graph: int = 0) -> JournalRow:
+    return next(row for row in hvcompile.stats(fast).journal[graph] if row.name == "SparseAttention")
+
+
+def applied(trunk: Trunk, **fields: Any) -> JournalRow:
+    rows: list[journal.JournalRow] = []
+    passes = [(UnmaskedAttention(hoist=False), False), (SparseAttention(**fields), False)]
+    pipeline.run(trunk, passes, lambda *_: None, rows)
+    return rows[-1]
+
+
+def is_in_band(grid: tuple[int, ...], tile: tuple[int, ...], width: float) -> Any:
+    """The radial rule, tile by tile: half the width at twice the distance, then one tile of fewer and fewer frames."""
+    counts = [-(-size // step) for size, step in zip(grid, tile, strict=True)]
+
+    def reads(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+        apart = abs(first[0] - second[0])
+        halvings = int(math.log2(apart)) if apart else 0
+        places = [at[1] * counts[2] + at[2] for at in (first, second)]
+        band = width * counts[1] * counts[2] / 2**halvings
+        every = math.ceil(1 / band) if band < 1 else 1
+        return second[0] == 0 or (abs(places[0] - places[1]) < max(band, 1) and apart % every == 0)
+
+    return reads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [64, 61, 5])
+def test_the_operator(tokens: int, dtype: torch.dtype) -> None:
+    """Against a plain softmax in float64, lists that differ by sample and head, blocks of queries that read nothing."""
+    torch.manual_seed(tokens)
+    block, heads, batch = 16, 3, 2
+    query, key, value = (torch.randn(batch, heads, tokens, 8, dtype=dtype) for _ in range(3))
+    count = -(-tokens // block)
+    mask = torch.rand(batch, heads, count, count) < 0.5
+    mask[0, 0, 0] = False
+    indices, counts = tiles.lists_of(mask)
+    out, lse = attend_in_blocks(query, key, value, indices, counts, block, 0.3, 0)
+    fine = mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :tokens, :tokens]
+    scores = (query.double() @ key.double().mT * 0.3).masked_fill(~fine, -math.inf)
+    expected = scores.softmax(-1).nan_to_num(0.0) @ value.double()
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() < bound
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=bound, rtol=bound)
+    assert lse.isinf().sum() == (~fine).all(-1).sum()
+
+
+def test_the_operator_as_torch_checks_it() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 37, 8) for _ in range(3))
+    indices, counts = tiles.lists_of(torch.rand(1, 1, 3, 3) < 0.7)
+    torch.library.opcheck(attend_in_blocks, (query, key, value, indices, counts, 16, 0.3, 100))
+    gathered = attend_in_blocks(query, key, value, indices, counts, 16, 0.3, 100)[0]
+    turned: Any = [item.transpose(1, 2).contiguous().transpose(1, 2) for item in (query, key, value)]
+    assert torch.equal(attend_in_blocks(*turned, indices, counts, 16, 0.3, 100)[0], gathered)
+
+
+@pytest.mark.parametrize(("grid", "tile"), [*GRIDS, ((9, 4, 6), (1, 2, 2)), ((33, 2, 2), (1, 1, 1))])
+def test_masks_of_the_rules(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> None:
+    """Token by token what loops over tiles say; and the number of pairs."""
+    order = tiles.tile_order(grid, tile)
+    assert order.sort().values.equal(torch.arange(math.prod(grid)))
+    block = math.prod(tile)
+    for mask, reads in (
+        (tiles.window_mask(grid, tile, (3, 1, 3)), is_in_window(grid, tile, (3, 1, 3))),
+        (tiles.radial_mask(grid, tile, 1.0), is_in_band(grid, tile, 1.0)),
+        (tiles.radial_mask(grid, tile, 0.3), is_in_band(grid, tile, 0.3)),
+    ):
+        fine = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)[: len(order), : len(order)]
+        back = order.argsort()
+        expected = mask_by(grid, tile, reads)
+        assert fine[back][:, back].equal(expected)
+        assert tiles.num_reads(mask, block, len(order)) == expected.sum()
+        assert mask.diagonal().all()
+
+
+@pytest.mark.parametrize("order", ["video|text", "text|video", "video"])
+@pytest.mark.parametrize(("grid", "tile"), GRIDS)
+def test_against_the_same_mask(grid: Any, tile: Any, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any density, a batch of two: within 1e-5 of a plain softmax under the mask in float64."""
+    model, inputs = GridToy(order), grid_inputs(grid, seed=3, batch=2)
+    fast = compiled(model, {"rule": "window", "tile": tile, "window": (1, 3, 1)})
+    mask = mask_by(grid, tile, is_in_window(grid, tile, (1, 3, 1)))
+    expected = dense_under(model, inputs, mask, order, monkeypatch)
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), expected) < 1e-5
+        assert mask.all() or relative_error(model(**inputs), expected) > 1e-3
+    assert f"{mask.float().mean():.1%} of the sample's pairs" in row_of(fast).line()
+
+
+@pytest.mark.parametrize("order", ["video|text", "text|video", "video"])
+def test_density_one_is_dense(order: str) -> None:
+    model = GridToy(order)
+    for grid, tile in GRIDS[1:]:
+        torch._dynamo.reset()
+        fast = compiled(model, {**ALL, "tile": tile})
+        for seed in range(2):
+            inputs = grid_inputs(grid, seed, batch=1 + seed)
+            with torch.no_grad():
+                assert relative_error(fast(**inputs), model(**inputs)) < 1e-5
+
+
+def test_radial(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, tile = (9, 4, 6), (1, 2, 2)
+    model, inputs = GridToy(), grid_inputs(grid, seed=5)
+    fast = compiled(model, {"rule": "radial", "tile": tile, "width": 0.5})
+    mask = mask_by(grid, tile, is_in_band(grid, tile, 0.5))
+    assert mask.float().mean() < 0.6
+    with torch.no_grad():
+        found = fast(**inputs)
+    assert relative_error(found, dense_under(model, inputs, mask, "video|text", monkeypatch)) < 1e-5
+
+
+@pytest.mark.parametrize("valid", [2, 5])
+def test_padding_that_became_shorter_keys(valid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, tile = (3, 3, 5), (2, 2, 2)
+    model, inputs = GridToy(), grid_inputs(grid, seed=valid, batch=2)
+    count = math.prod(grid)
+    keep = torch.arange(count + 5) < torch.tensor([count + valid, count + 3])[:, None]
+    fast = compiled(model, {"rule": "window", "tile": tile, "window": (1, 1, 1)})
+    mask = mask_by(grid, tile, is_in_window(grid, tile, (1, 1, 1)))
+    expected = dense_under(model, inputs | {"keep": keep}, mask, "video|text", monkeypatch)
+    with torch.no_grad():
+        assert relative_error(fast(**inputs, keep=keep), expected) < 1e-5
+    assert len(hvcompile.stats(fast).journal) == 1
+
+
+def masks_to_decline(count: int) -> dict[str, torch.Tensor]:
+    hole = torch.ones(1, count + 5, dtype=torch.bool)
+    hole[0, count + 1] = False
+    hidden = torch.arange(count + 5)[None] < count - 4
+    one = torch.arange(count + 5)[None] < count + 1
+    return {"a hole": hole, "one valid text token": one, "tokens of the sample hidden": hidden}
+
+
+@pytest.mark.parametrize("kind", ["a hole", "one valid text token", "tokens of the sample hidden"])
+def test_masks_that_run_densely(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a call runs the graph with its mask, reads everything, and the journal says why."""
+    grid = (3, 2, 4)
+    model, inputs = GridToy(), grid_inputs(grid)
+    keep = torch.ones(1, math.prod(grid) + 5, dtype=torch.bool)
+    fast = compiled(model, {"rule": "window", "tile": (2, 2, 2), "window": (1, 1, 1)})
+    with torch.no_grad():
+        fast(**inputs, keep=keep)
+        keep = masks_to_decline(math.prod(grid))[kind]
+        assert relative_error(fast(**inputs, keep=keep), model(**inputs, keep=keep)) < 1e-5
+    reasons = [why for row in hvcompile.stats(fast).journal[1] for _, why in row.report.declined]
+    assert any("valid keys" in why for why in reasons)
+    assert any("it has a mask" in why for why in reasons)
+
+
+@pytest.mark.parametrize("place", ["sample", "text"])
+def test_nan_goes_where_it_does_in_a_dense_computation(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, tile = (4, 4, 4), (2, 2, 2)
+    model, inputs = GridToy(blocks=2), grid_inputs(grid, seed=1)
+    inputs[place].view(-1)[3] = torch.nan
+    fast = compiled(model, {"rule": "window", "tile": tile, "window": (1, 1, 1)})
+    mask = mask_by(grid, tile, is_in_window(grid, tile, (1, 1, 1)))
+    with torch.no_grad():
+        found = fast(**inputs)
+    expected = dense_under(model, inputs, mask, "video|text", monkeypatch)
+    assert expected.isnan().any()
+    assert found.isnan().equal(expected.isnan())
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "wan_t2v", "cogvideox"])
+def test_models(name: str) -> None:
+    """Density 1 is the model, token by token; the grid is that of its patches."""
+    family = zoo.FAMILIES[name]
+    model, inputs = family.build(), family.inputs(seed=2)
+    fast = compiled(model, {**ALL, "tile": (2, 1, 2)})
+    with torch.no_grad():
+        error = relative_error(first(fast(**inputs, return_dict=False)), first(model(**inputs, return_dict=False)))
+    assert error < 1e-5
+    assert "3x2x3 (frames x height x width)" in row_of(fast).line()
+
+
+REASONS = {
+    "flux": "the tokens' grid can't be found from the graph",
+    "mochi": "a length, u0, depends on data",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons(name: str) -> None:
+    """Where it declines the graph is untouched."""
+    family = zoo.FAMILIES[name]
+    trunk = recovered(family.build(), **family.inputs(), return_dict=False)
+    UnmaskedAttention(hoist=False).apply(trunk, Context())
+    before = golden.text_of(trunk)
+    assert "sparse_attention.rule is None" in applied(trunk).line()
+    row = applied(trunk, rule="window")
+    assert REASONS[name] in row.line(), row.line()
+    assert not row.report.applied
+    assert golden.text_of(trunk) == before
+
+
+def test_applied_twice() -> None:
+    trunk = recovered(GridToy(), **grid_inputs((2, 2, 4)))
+    assert applied(trunk, rule="window", tile=(2, 2, 2)).report.applied
+    before = golden.text_of(trunk)
+    assert not applied(trunk, rule="window", tile=(2, 2, 2)).report.applied
+    assert golden.text_of(trunk) == before
+
+
+def test_golden_text() -> None:
+    """What the class's docstring shows."""
+    trunk = recovered(GridToy(), **grid_inputs((2, 2, 4)))
+    before = golden.text_of(trunk)
+    SparseAttention(rule="window", tile=(2, 2, 2)).apply(trunk, Context())
+    golden.check(SparseAttention, before, golden.text_of(trunk))
+
+
+def test_some_blocks_read_everything() -> None:
+    trunk = recovered(GridToy(blocks=4), **grid_inputs((2, 2, 4)))
+    row = applied(trunk, rule="window", tile=(2, 2, 2), keep_blocks=1)
+    assert [what for what, _ in row.report.declined] == ["blocks.0", "blocks.3"]
+    sparse = [
+        any(op_name(node) == "block_sparse_attention" for node in block.body.module.graph.nodes)
+        for block in trunk.blocks
+    ]
+    assert sparse == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rule": "windows"},
+        {"tile": (2, 2)},
+        {"tile": (2, 0, 2)},
+        {"window": (3, 2, 3)},
+        {"width": 0.0},
+        {"width": math.nan},
+        {"keep_blocks": -1},
+        {"tile": (2, 2, True)},
+    ],
+)
+def test_options_that_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"sparse_attention.{next(iter(fields))}"):
+        SparseAttention(**fields)
