@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
 import torch
 
 from hvcompile.errors import OptionError
-from hvcompile.graph import tiles
+from hvcompile.graph import block_lists, tiles
 from hvcompile.graph.tiles import Sizes
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
@@ -17,7 +18,7 @@ from hvcompile.rewriting import regrouping, sparse
 from hvcompile.rewriting.regrouping import Regrouped, add_of_numbers
 from hvcompile.trunk.trunk import Derived, Trunk
 
-RULES = ("window", "radial")
+RULES = ("window", "radial", "mass", "profile")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,20 @@ class SparseAttention(Pass):
 
     Args:
         rule: which tiles a tile reads. "window" takes those in a window around it. "radial" takes bands that thin out
-            with distance in time. None switches the pass off.
+            with distance in time. "mass" takes the heaviest by the mean query and key of each, in every step. "profile"
+            takes for each head, in every step, frames near in time or places near in space, by sampled queries. None
+            switches the pass off.
         tile: frames, height and width of a tile, in tokens, each 1 or more. Together they are a block of keys.
-        window: frames, height and width of the window, in tiles, each odd.
+        window: frames, height and width of the window, in tiles, each odd. "mass" reads it in any case; "profile" takes
+            its frames, or its height and width.
         width: how much of a frame a tile reads of its own and the next frames with "radial"; above 0.
+        share: of the weight that "mass" takes tiles up to, above 0; 1 reads everything.
+        floor: of the tiles that "mass" takes at least, from 0 to 1.
+        rows: how many queries "profile" samples, 1 or more.
         keep_blocks: how many blocks at either end keep reading everything, 0 or more.
 
-    Source: sliding tile attention (arXiv:2502.04507) and radial attention (arXiv:2506.19852).
+    Source: sliding tile attention (arXiv:2502.04507), radial attention (arXiv:2506.19852), Sparse VideoGen
+    (arXiv:2502.01776); the mean of a block for its tokens as in MInference (arXiv:2407.02490).
 
     Given::
 
@@ -88,6 +96,9 @@ class SparseAttention(Pass):
     tile: tuple[int, ...] = (4, 4, 8)
     window: tuple[int, ...] = (3, 3, 3)
     width: float = 1.0
+    share: float = 0.9
+    floor: float = 0.05
+    rows: int = 64
     keep_blocks: int = 0
 
     def __post_init__(self) -> None:
@@ -106,6 +117,12 @@ class SparseAttention(Pass):
                 )
         if not self.width > 0:
             raise OptionError(f"sparse_attention.width is {self.width}; allowed is a number above 0")
+        if not 0 < self.share <= 1:
+            raise OptionError(f"sparse_attention.share is {self.share}; allowed is a number above 0, up to 1")
+        if not 0 <= self.floor <= 1:
+            raise OptionError(f"sparse_attention.floor is {self.floor}; allowed is a number from 0 to 1")
+        if self.rows < 1:
+            raise OptionError(f"sparse_attention.rows is {self.rows}; allowed is a whole number, 1 or more")
         if self.keep_blocks < 0:
             raise OptionError(f"sparse_attention.keep_blocks is {self.keep_blocks}; allowed is 0 or more")
 
@@ -140,27 +157,42 @@ class SparseAttention(Pass):
         return frames, height, width
 
     def _rewrite(self, trunk: Trunk, done: Regrouped) -> PassReport:
-        tag, tile = type(self).__name__, self._sizes(self.tile)
-        block, tokens = math.prod(tile), math.prod(done.grid)
-        assert self.rule is not None
-        numbers = (self.rule, done.grid, tile, self._sizes(self.window), self.width)
-        mask = tiles.static_mask(*numbers)
-        count = len(mask)
-        derived = add_of_numbers(
-            trunk,
-            ["block_lists", "block_counts"],
-            tiles.static_lists,
-            numbers,
-            [(1, 1, count, count), (1, 1, count)],
-            torch.int32,
-            tag,
-        )
+        plan = self._plan(trunk, done.grid)
         sparse.require_tokens(trunk)
-        matched = [regrouping.describe(done.grid, tile)]
-        reads = tiles.num_reads(mask, block, tokens)
-        matched += self._rewrite_bodies(trunk, derived, block, reads)
-        matched.append(f"rule {self.rule!r}: {reads / tokens**2:.1%} of the sample's pairs are computed")
-        return PassReport(matched=tuple(matched), declined=(*done.declined, *self._kept(trunk)))
+        tokens = math.prod(done.grid)
+        share = f"{plan.reads / tokens**2:.1%} of the video's pairs of tokens are computed"
+        matched = (
+            regrouping.describe(done.grid, self._sizes(self.tile)),
+            *self._rewrite_bodies(trunk, plan),
+            f"rule {self.rule!r}: " + (f"at most {share}; how many is known at run time" if plan.is_bound else share),
+        )
+        return PassReport(matched=matched, declined=(*done.declined, *self._kept(trunk)))
+
+    def _plan(self, trunk: Trunk, grid: Sizes) -> _Plan:
+        """Add what the lists are made of to the trunk's inputs, and say how they are made."""
+        assert self.rule is not None
+        tile, window, block, tokens = *map(self._sizes, (self.tile, self.window)), math.prod(self.tile), math.prod(grid)
+        size, tag = -(-tokens // block), type(self).__name__
+        if self.rule in {"window", "radial"}:
+            numbers = (self.rule, grid, tile, window, self.width)
+            mask = tiles.static_mask(*numbers)
+            added = add_of_numbers(
+                trunk,
+                {"block_lists": (1, 1, size, size), "block_counts": (1, 1, size)},
+                (tiles.static_lists, numbers),
+                torch.int32,
+                tag,
+            )
+            return _Plan(added, _given_lists, block, tiles.num_reads(mask, block, tokens))
+        shape, where = (size, size), (grid, tile, window)
+        if self.rule == "mass":
+            added = add_of_numbers(trunk, {"neighbours": shape}, (block_lists.neighbours, where), torch.bool, tag)
+            return _Plan(added, functools.partial(_mass, block, self.share, self.floor), block, tokens**2, True)
+        added = add_of_numbers(
+            trunk, {"spatial": shape, "temporal": shape}, (block_lists.profiles, where), torch.bool, tag
+        )
+        reads = max(tiles.num_reads(mask, block, tokens) for mask in tiles.profile_masks(*where))
+        return _Plan(added, functools.partial(_profile, block, self.rows), block, reads, True)
 
     def _is_kept(self, trunk: Trunk, place: int) -> bool:
         return min(place, len(trunk.blocks) - 1 - place) < self.keep_blocks
@@ -169,7 +201,7 @@ class SparseAttention(Pass):
         reason = f"sparse_attention.keep_blocks is {self.keep_blocks}"
         return tuple((block.path, reason) for place, block in enumerate(trunk.blocks) if self._is_kept(trunk, place))
 
-    def _rewrite_bodies(self, trunk: Trunk, derived: Derived, block: int, reads: int) -> list[str]:
+    def _rewrite_bodies(self, trunk: Trunk, plan: _Plan) -> list[str]:
         tag, said = type(self).__name__, []
         chosen = [item for place, item in enumerate(trunk.blocks) if not self._is_kept(trunk, place)]
         for body in trunk.bodies:
@@ -178,14 +210,37 @@ class SparseAttention(Pass):
             if not blocks or not tokens:
                 continue
             own = trunk.split_body(body, blocks, "sparse_attention", tag)
-            operands = sparse.derived_operands(trunk, own, derived, ["indices", "counts"])
+            operands = sparse.derived_operands(trunk, own, plan.derived)
             said.append(f"{', '.join(tokens)} of {own.name} in {len(blocks)} blocks")
             for node in sparse.named(own, tokens):
-                sparse.skip_blocks(node, tokens[node.name], operands, _given_lists, block=block, reads=reads, tag=tag)
+                sparse.skip_blocks(
+                    node, tokens[node.name], operands, plan.lists, block=plan.block, reads=plan.reads, tag=tag
+                )
         sparse.unmark(trunk)
         return said
 
 
-def _given_lists(query: Any, key: Any, scale: float, *, indices: Any, counts: Any) -> tuple[Any, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How lists are made, and of what; tokens a block; and the pairs that are computed, or a bound of them."""
+
+    derived: Derived
+    lists: sparse.Lists
+    block: int
+    reads: int
+    is_bound: bool = False
+
+
+def _given_lists(query: Any, key: Any, scale: float, indices: Any, counts: Any) -> tuple[Any, Any]:
     del query, key, scale
     return indices, counts
+
+
+def _mass(block: int, share: float, floor: float, query: Any, key: Any, scale: float, always: Any) -> tuple[Any, Any]:
+    lists = block_lists.mass_lists(query, key, always, block, scale, share, floor)
+    return lists[0], lists[1]
+
+
+def _profile(block: int, rows: int, query: Any, key: Any, scale: float, spatial: Any, temporal: Any) -> tuple[Any, Any]:
+    lists = block_lists.profile_lists(query, key, spatial, temporal, block, scale, rows)
+    return lists[0], lists[1]

@@ -89,32 +89,40 @@ def grid_inputs(
     }
 
 
-def blocks_of(grid: Sequence[int], tile: Sequence[int]) -> tuple[list[int], dict[int, set[tuple[int, ...]]]]:
-    """For each token, in the model's order, the block that it is in; and each block's tiles.
+def in_line(grid: Sequence[int], tile: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """The tokens in the order of tiles, each with its tile.
 
     Tiles follow each other to and fro along height and width; their tokens row by row.
     """
     counts = [-(-size // step) for size, step in zip(grid, tile, strict=True)]
     line: list[tuple[int, tuple[int, ...]]] = []
-    columns = 0
+    lines = 0
     for frame in range(counts[0]):
         heights = range(counts[1]) if frame % 2 == 0 else reversed(range(counts[1]))
         for height in heights:
-            widths = range(counts[2]) if columns % 2 == 0 else reversed(range(counts[2]))
-            columns += 1
+            widths = range(counts[2]) if lines % 2 == 0 else reversed(range(counts[2]))
+            lines += 1
             for width in widths:
                 place: tuple[int, ...] = (frame, height, width)
-                inside = [
-                    range(at * step, min((at + 1) * step, size))
-                    for at, step, size in zip(place, tile, grid, strict=True)
-                ]
+                sizes = zip(place, tile, grid, strict=True)
+                inside = [range(at * step, min((at + 1) * step, size)) for at, step, size in sizes]
                 for f, h, w in itertools.product(*inside):
                     line.append(((f * grid[1] + h) * grid[2] + w, place))
-    block_of, tiles_of = [0] * math.prod(grid), dict[int, set[tuple[int, ...]]]()
-    for at, (token, place) in enumerate(line):
-        block_of[token] = at // math.prod(tile)
+    return line
+
+
+def line_of(grid: Sequence[int], tile: Sequence[int]) -> list[int]:
+    """For each token, in the model's order, its place in the order of tiles."""
+    places = {token: place for place, (token, _) in enumerate(in_line(grid, tile))}
+    return [places[token] for token in range(len(places))]
+
+
+def blocks_of(grid: Sequence[int], tile: Sequence[int]) -> tuple[list[int], dict[int, set[tuple[int, ...]]]]:
+    """For each token, in the model's order, the block that it is in; and each block's tiles."""
+    tiles_of: dict[int, set[tuple[int, ...]]] = {}
+    for at, (_, place) in enumerate(in_line(grid, tile)):
         tiles_of.setdefault(at // math.prod(tile), set()).add(place)
-    return block_of, tiles_of
+    return [at // math.prod(tile) for at in line_of(grid, tile)], tiles_of
 
 
 def mask_by(
@@ -146,17 +154,26 @@ def is_in_window(
 
 
 def dense_under(
-    model: nn.Module, inputs: dict[str, torch.Tensor], mask: Mask, order: str, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    mask: Mask | Callable[[torch.Tensor, torch.Tensor], Mask],
+    order: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> torch.Tensor:
-    """The model run eagerly, its attention a plain softmax in float64 under a mask of the sample's tokens."""
-    tokens = mask.shape[-1]
+    """The model run eagerly, its attention a plain softmax in float64 under a mask of the sample's tokens.
+
+    The mask may be a function of their queries and keys, in the model's order.
+    """
+    sample = inputs["sample"]
+    tokens = sample[0, 0].numel() // 4
 
     def attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **_: Any
     ) -> torch.Tensor:
         allowed = torch.ones(*query.shape[:3], key.shape[2], dtype=torch.bool)
         start = query.shape[2] - tokens if order == "text|video" else 0
-        allowed[..., start : start + tokens, start : start + tokens] = mask
+        ours = slice(start, start + tokens)
+        allowed[..., ours, ours] = mask if isinstance(mask, torch.Tensor) else mask(query[:, :, ours], key[:, :, ours])
         if attn_mask is not None:
             allowed &= attn_mask
         scores = query.double() @ key.double().mT * query.shape[-1] ** -0.5

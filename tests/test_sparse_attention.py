@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import golden
 import pytest
 import torch
 import zoo
-from grids import GridToy, dense_under, grid_inputs, is_in_window, mask_by
+from grids import GridToy, blocks_of, dense_under, grid_inputs, is_in_window, line_of, mask_by
 from oracle import first, hvfast, relative_error
 from torch import nn
 from trunks import recovered
@@ -17,7 +18,7 @@ from trunks import recovered
 import hvcompile
 from hvcompile import journal, pipeline
 from hvcompile.errors import OptionError
-from hvcompile.graph import tiles
+from hvcompile.graph import block_lists, tiles
 from hvcompile.graph.block_sparse import attend_in_blocks
 from hvcompile.graph.nodes import op_name
 from hvcompile.journal import JournalRow
@@ -128,7 +129,7 @@ def test_against_the_same_mask(grid: Any, tile: Any, order: str, monkeypatch: py
     with torch.no_grad():
         assert relative_error(fast(**inputs), expected) < 1e-5
         assert mask.all() or relative_error(model(**inputs), expected) > 1e-3
-    assert f"{mask.float().mean():.1%} of the sample's pairs" in row_of(fast).line()
+    assert f"{mask.float().mean():.1%} of the video's pairs" in row_of(fast).line()
 
 
 @pytest.mark.parametrize("order", ["video|text", "text|video", "video"])
@@ -275,9 +276,121 @@ def test_some_blocks_read_everything() -> None:
         {"width": 0.0},
         {"width": math.nan},
         {"keep_blocks": -1},
+        {"share": 0.0},
+        {"share": 1.1},
+        {"floor": -0.1},
+        {"floor": math.nan},
+        {"rows": 0},
         {"tile": (2, 2, True)},
     ],
 )
 def test_options_that_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"sparse_attention.{next(iter(fields))}"):
         SparseAttention(**fields)
+
+
+def heaviest(grid: Any, tile: Any, window: Any, share: float, floor: float, seen: list[float]) -> Any:
+    """The rule "mass" as loops: blocks by the softmax of their mean queries and keys, heaviest first."""
+    block_of, _ = blocks_of(grid, tile)
+    near = mask_by(grid, tile, is_in_window(grid, tile, window))
+    members = [[at for at, block in enumerate(block_of) if block == place] for place in range(max(block_of) + 1)]
+
+    def mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        result = near.repeat(*query.shape[:2], 1, 1)
+        for sample, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
+            means = [[held[sample, head, at].double().mean(0) for at in members] for held in (query, key)]
+            for place, mean in enumerate(means[0]):
+                scores = torch.stack([mean @ other * query.shape[-1] ** -0.5 for other in means[1]])
+                weights = (scores.exp() * torch.tensor([len(at) for at in members])).tolist()
+                taken, held = 0, 0.0
+                for other in sorted(range(len(members)), key=lambda at: -weights[at]):
+                    if held < share * sum(weights) or taken < floor * len(members):
+                        for first, second in itertools.product(members[place], members[other]):
+                            result[sample, head, first, second] = True
+                    taken, held = taken + 1, held + weights[other]
+        seen.append(float(result.float().mean()))
+        return result
+
+    return mask
+
+
+@pytest.mark.parametrize(("share", "floor"), [(0.5, 0.0), (0.1, 0.4)])
+def test_mass(share: float, floor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, tile, window = (5, 3, 7), (2, 2, 3), (1, 1, 1)
+    model, inputs, seen = GridToy(), grid_inputs(grid, seed=4, batch=2), list[float]()
+    options = {"rule": "mass", "tile": tile, "window": window, "share": share, "floor": floor}
+    expected = dense_under(model, inputs, heaviest(grid, tile, window, share, floor, seen), "video|text", monkeypatch)
+    with torch.no_grad():
+        assert relative_error(compiled(model, options)(**inputs), expected) < 1e-5
+    assert all(0.2 < density < 0.9 for density in seen), seen
+
+
+def test_mass_of_all_is_dense() -> None:
+    model, inputs = GridToy("video"), grid_inputs((5, 3, 7), seed=4)
+    fast = compiled(model, {"rule": "mass", "tile": (2, 2, 3), "share": 1.0})
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), model(**inputs)) < 1e-5
+        inputs["sample"][0, 0, 0, 0, 0] = torch.nan  # everything is read where a weight is not a number
+        assert fast(**inputs).isnan().equal(model(**inputs).isnan())
+
+
+def test_what_is_not_a_number_is_read() -> None:
+    query = torch.randn(1, 2, 40, 8)
+    query[0, 1, 3, 2] = torch.nan
+    never = torch.zeros(5, 5, dtype=torch.bool)
+    _, counts = block_lists.mass_lists(query, torch.randn(1, 2, 40, 8), never, 8, 0.3, 0.1, 0.0)
+    assert counts[0, 1].tolist() == [5, 1, 1, 1, 1]
+    _, counts = block_lists.mass_lists(torch.randn(1, 2, 40, 8), query, never, 8, 0.3, 0.1, 0.0)
+    assert counts[0].tolist() == [[1] * 5, [5] * 5]
+
+
+def test_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each head takes the mask that keeps more of the sampled queries' weights, found by loops."""
+    grid, tile, window, rows = (8, 4, 2), (2, 2, 1), (1, 1, 1), 7
+    spatial = mask_by(grid, tile, lambda a, b: a[0] == b[0] or b[0] == 0)
+    temporal = mask_by(grid, tile, lambda a, b: a[1:] == b[1:] or b[0] == 0)
+    order = [at for _, at in sorted((line, at) for at, line in enumerate(line_of(grid, tile)))]
+    chosen: list[bool] = []
+
+    def mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros(*query.shape[:2], *spatial.shape, dtype=torch.bool)
+        for sample, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
+            kept = [0.0, 0.0]
+            for row in range(rows):
+                at = order[row * len(order) // rows]
+                weights = (query[sample, head, at] @ key[sample, head].T * query.shape[-1] ** -0.5).softmax(-1)
+                both = zip(kept, (spatial, temporal), strict=True)
+                kept = [before + float(weights[held[at]].sum()) for before, held in both]
+            chosen.append(kept[0] > kept[1])
+            result[sample, head] = spatial if chosen[-1] else temporal
+        return result
+
+    model, inputs = GridToy(blocks=4), grid_inputs(grid, seed=2, batch=2)
+    expected = dense_under(model, inputs, mask, "video|text", monkeypatch)
+    fast = compiled(model, {"rule": "profile", "tile": tile, "window": window, "rows": rows})
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), expected) < 1e-5
+    assert set(chosen) == {False, True}
+
+
+CACHE = {"first_block_cache": {"threshold": 1e9}}
+
+
+@pytest.mark.parametrize("order", ["video|text", "video"])
+def test_compiled_with_the_cache(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph by Inductor: a computed step is the dense one under the mask, and the next is reused."""
+    grid, tile = (3, 3, 5), (2, 2, 2)
+    model, inputs = GridToy(order), grid_inputs(grid, seed=7, batch=2)
+    if order != "video":
+        count = math.prod(grid)
+        inputs["keep"] = torch.arange(count + 5) < torch.tensor([count + 2, count + 4])[:, None]
+    options = {"rule": "window", "tile": tile, "window": (1, 1, 3)}
+    fast = hvfast(model, fullgraph=True, options={"sparse_attention": options, **CACHE})
+    mask = mask_by(grid, tile, is_in_window(grid, tile, (1, 1, 3)))
+    expected = dense_under(model, inputs, mask, order, monkeypatch)
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), expected) < 1e-5
+        assert relative_error(fast(**inputs), expected) < 1e-5
+    stats = hvcompile.stats(fast)
+    assert [step.reused for step in stats.steps] == [False, True]
+    assert stats.graphs == 1

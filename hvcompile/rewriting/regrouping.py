@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -268,26 +268,23 @@ def orders(grid: Sizes, tile: Sizes, device: torch.device) -> tuple[torch.Tensor
 
 def _add_order(trunk: Trunk, parts: Sequence[Part], tile: Sizes, tag: str) -> Derived:
     grid = _grid_of(parts)
-    return add_of_numbers(trunk, ["order", "back"], orders, (grid, tile), [(math.prod(grid),)] * 2, torch.int64, tag)
+    shape = (math.prod(grid),)
+    return add_of_numbers(trunk, {"order": shape, "back": shape}, (orders, (grid, tile)), torch.int64, tag)
 
 
 def add_of_numbers(
     trunk: Trunk,
-    names: Sequence[str],
-    function: Any,
-    numbers: tuple[Any, ...],
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    made_by: tuple[Callable[..., Any], tuple[Any, ...]],
     dtype: torch.dtype,
     tag: str,
 ) -> Derived:
-    """Add inputs that a function makes of numbers and a device, which the runtime does once.
+    """Add inputs that a function makes of numbers, which the runtime does once.
 
     Args:
         trunk: gains the inputs.
-        names: of the placeholders.
-        function: takes ``numbers`` and the device of the blocks, and returns a tuple.
-        numbers: as they are written into the graph that computes the inputs.
-        shapes: of each.
+        shapes: of each, by the name of its placeholder.
+        made_by: a function, which returns a tuple, and the numbers that it takes before the device of the blocks.
         dtype: of all.
         tag: the pass's name.
 
@@ -295,12 +292,13 @@ def add_of_numbers(
     device = next(value(node).device for node in trunk.blocks[0].outputs.values())
     graph, mode = fx.Graph(), fakes.fake_mode(trunk.graph)
     assert mode is not None  # the blocks take tensors
+    function, numbers = made_by
     made = graph.call_function(function, (*numbers, device))
     made.meta = {fakes.TAG: tag}
-    results = [graph.call_function(operator.getitem, (made, place)) for place in range(len(names))]
-    graph.output(tuple(results))
-    examples = [fakes.fake_like(mode, shape, dtype, device) for shape in shapes]
-    return trunk.add_derived(names, examples, made_by=tag, module=fx.GraphModule(trunk.module, graph), sources=[])
+    graph.output(tuple(graph.call_function(operator.getitem, (made, place)) for place in range(len(shapes))))
+    examples = [fakes.fake_like(mode, shape, dtype, device) for shape in shapes.values()]
+    module = fx.GraphModule(trunk.module, graph)
+    return trunk.add_derived(list(shapes), examples, made_by=tag, module=module, sources=[])
 
 
 def _drop(trunk: Trunk, added: Derived) -> None:

@@ -61,7 +61,7 @@ def skip_blocks(
     Args:
         node: the attention.
         tokens: what lies along its queries and keys.
-        operands: what ``lists`` takes beside query, key and scale.
+        operands: what ``lists`` takes beside query, key and scale, in order.
         lists: see ``Lists``.
         block: tokens a block.
         reads: pairs of a query and a key that a head of a sample computes at most.
@@ -86,7 +86,7 @@ def skip_blocks(
             if not item.is_split:
                 results.append(dense(part, key, value))
                 continue
-            indices, counts = lists(part, ours, scale, **own)
+            indices, counts = lists(part, ours, scale, *own.values())
             out = block_sparse_attention(part, ours, our_values, indices, counts, block=block, scale=scale, reads=reads)
             parts = [(out[0], out[1])]
             if others:
@@ -174,9 +174,6 @@ def _read_enough(
     )
 
 
-def derived_operands(trunk: Trunk, body: Body, derived: Derived, names: Sequence[str]) -> dict[str, fx.Node]:
-    """Pass derived inputs to every call of a body; their placeholders inside, by name."""
-    return {
-        name: trunk.add_operand(body, placeholder)
-        for name, placeholder in zip(names, derived.placeholders, strict=True)
-    }
+def derived_operands(trunk: Trunk, body: Body, derived: Derived) -> dict[str, fx.Node]:
+    """Pass derived inputs to every call of a body; their placeholders inside, by name, in order."""
+    return {f"own_{place}": trunk.add_operand(body, node) for place, node in enumerate(derived.placeholders)}
