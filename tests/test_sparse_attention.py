@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 import golden
+import grids
 import pytest
 import torch
 import zoo
 from grids import GridToy, blocks_of, dense_under, grid_inputs, is_in_window, line_of, mask_by
 from oracle import first, hvfast, relative_error
+from test_faults import second_of_two
 from torch import nn
 from trunks import recovered
 
@@ -20,6 +22,7 @@ from hvcompile import journal, pipeline
 from hvcompile.errors import OptionError
 from hvcompile.graph import block_lists, tiles
 from hvcompile.graph.block_sparse import attend_in_blocks
+from hvcompile.graph.flops import ATTENTION, FlopCounter
 from hvcompile.graph.nodes import op_name
 from hvcompile.journal import JournalRow
 from hvcompile.passes.sparse_attention import SparseAttention
@@ -394,3 +397,72 @@ def test_compiled_with_the_cache(order: str, monkeypatch: pytest.MonkeyPatch) ->
     stats = hvcompile.stats(fast)
     assert [step.reused for step in stats.steps] == [False, True]
     assert stats.graphs == 1
+
+
+def test_float8_linears_read_tokens_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a scale a row the same, whatever the order of the rows."""
+    monkeypatch.setattr(grids, "WIDTH", 64)
+    model, inputs = GridToy(blocks=3), grid_inputs((3, 2, 4), seed=1)
+    float8 = {"fp8": {"keep_last_blocks": 0, "keep_original": "cpu"}}
+    with torch.no_grad():
+        expected = hvfast(model, fullgraph=True, options={"lower": "eager", **NO_CACHE, **float8})(**inputs)
+        torch._dynamo.reset()
+        hvcompile.restore(model)
+        fast = compiled(model, {**ALL, "tile": (2, 2, 2)}, **float8)
+        assert relative_error(fast(**inputs), expected) < 1e-5
+        torch._dynamo.reset()
+        hvcompile.restore(model)
+        assert relative_error(expected, model(**inputs)) > 1e-4
+    assert next(row for row in hvcompile.stats(fast).journal[0] if row.name == "Float8Linears").report.applied
+
+
+def test_float8_attention_leaves_it_alone() -> None:
+    """The text's own queries are in float8 then, and the journal says why the others are not."""
+    model, inputs = GridToy(), grid_inputs((3, 2, 4))
+    fast = compiled(model, {**ALL, "tile": (2, 2, 2)}, attention={"fp8": True})
+    with torch.no_grad():
+        assert relative_error(fast(**inputs), model(**inputs)) < 0.1
+    (row,) = [row for row in hvcompile.stats(fast).journal[0] if row.name == "Float8Attention"]
+    assert "block_sparse_attention of block_0: it reads listed blocks" in row.line()
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="the float8 kernel takes no lists"):
+        compiled(GridToy("video"), {**ALL, "tile": (2, 2, 2)}, attention={"fp8": True})(**inputs)
+
+
+def test_sizes_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each grid has a graph of its own, and lists of its own, also where sizes are symbols."""
+    model, tile, window = GridToy(), (2, 2, 2), (1, 3, 1)
+    fast = hvfast(
+        model,
+        fullgraph=True,
+        dynamic=True,
+        options={
+            "lower": "eager",
+            "sparse_attention": {"rule": "window", "tile": tile, "window": window},
+            **NO_CACHE,
+        },
+    )
+    for grid, text in (((3, 2, 4), 5), ((4, 3, 5), 5), ((4, 3, 5), 8), ((3, 2, 4), 5)):
+        inputs = grid_inputs(grid, text=text)
+        mask = mask_by(grid, tile, is_in_window(grid, tile, window))
+        with torch.no_grad():
+            found = fast(**inputs)
+        assert relative_error(found, dense_under(model, inputs, mask, "video|text", monkeypatch)) < 1e-5
+
+
+def test_ranks_decline() -> None:
+    model, inputs = GridToy(), grid_inputs((3, 2, 4))
+    with second_of_two(), torch.no_grad(), pytest.raises(Exception, match="the blocks are split over ranks"):
+        compiled(model, {**ALL, "tile": (2, 2, 2)}, context_parallel={"ulysses": 2})(**inputs)
+
+
+def test_operations_are_counted() -> None:
+    """Of the video's part by the pairs that are computed, of the text's part and queries by all of theirs."""
+    grid, tile, heads, size = (4, 4, 4), (2, 2, 2), 2, 16
+    trunk = recovered(GridToy(), **grid_inputs(grid))
+    applied(trunk, rule="window", tile=tile, window=(1, 1, 1))
+    counter = FlopCounter()
+    (body,) = trunk.bodies
+    counted = sum(counter.by_kind(node).get(ATTENTION, 0) for node in body.module.graph.nodes)
+    pairs = 8 * 64 + 64 * grids.TEXT + grids.TEXT * (64 + grids.TEXT)
+    assert counted == 4 * heads * size * pairs

@@ -49,8 +49,9 @@ def _of_attention(query: Any, key: Any, values: Any, *_: Any, **__: Any) -> Any:
     return 2 * math.prod(query[:-1]) * int(key[-2]) * int(query[-1] + values[-1])
 
 
-def _of_blocks(query: Any, key: Any, values: Any, *_: Any, reads: int = 0, **__: Any) -> Any:
+def _of_blocks(query: Any, key: Any, values: Any, *others: Any, **_: Any) -> Any:
     del key
+    reads = others[-1]
     return 2 * math.prod(query[:2]) * reads * int(query[-1] + values[-1])
 
 
