@@ -15,8 +15,10 @@ from torch import fx
 
 from hvcompile.graph.attention_kernels import scaled_dot_product_attention_with_lse
 
-GATHERED = 2**25
-"""Elements of keys that are gathered at a time, which bounds the memory."""
+GATHERED = 2**19
+"""Elements of keys that are gathered at a time for each thread of a CPU, whose caches hold them."""
+GATHERED_ELSEWHERE = 2**27
+"""... and on another device, where that bounds the memory."""
 
 
 def _rows(indices: torch.Tensor, counts: torch.Tensor, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -35,6 +37,10 @@ def _rows(indices: torch.Tensor, counts: torch.Tensor, last: int) -> Iterator[tu
         rows = (kinds == kind).nonzero()[:, 0]
         blocks = indices[rows, : kind // 2]
         yield rows, blocks.sort(1).values if kind % 2 else blocks
+
+
+def _most_gathered(device: torch.device) -> int:
+    return GATHERED * torch.get_num_threads() if device.type == "cpu" else GATHERED_ELSEWHERE
 
 
 def _blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
@@ -88,10 +94,14 @@ def attend_in_blocks(
         length = all_blocks.shape[1] * block
         if short and bool(all_blocks[0, -1] == last):
             length += short - block
-        size = max(1, GATHERED // (length * key.shape[3]))
+        size = max(1, _most_gathered(query.device) // (length * key.shape[3]))
         for rows, blocks in zip(torch.split(all_rows, size), torch.split(all_blocks, size), strict=True):
             head = rows // num_blocks
-            near = [item[head[:, None], blocks].flatten(1, 2)[:, None, :length] for item in (keys, values)]
+            places = (head[:, None] * keys.shape[1] + blocks).flatten()
+            near = [
+                item.flatten(0, 1).index_select(0, places).view(len(rows), 1, -1, item.shape[3])[:, :, :length]
+                for item in (keys, values)
+            ]
             part = queries[head, rows % num_blocks][:, None]
             attended, sums = scaled_dot_product_attention_with_lse(part, *near, scale=scale)
             out[rows], lse[rows] = attended[:, 0], sums[:, 0]
