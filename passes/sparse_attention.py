@@ -14,7 +14,7 @@ from hvcompile.graph import block_lists, tiles
 from hvcompile.graph.tiles import Sizes
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
-from hvcompile.rewriting import regrouping, sparse
+from hvcompile.rewriting import regrouping, sparse, sparse_audit
 from hvcompile.rewriting.regrouping import Regrouped, add_of_numbers
 from hvcompile.trunk.trunk import Derived, Trunk
 
@@ -44,6 +44,8 @@ class SparseAttention(Pass):
         share: of the weight that "mass" takes tiles up to, above 0; 1 reads everything.
         floor: of the tiles that "mass" takes at least, from 0 to 1.
         rows: how many queries "profile" samples, 1 or more.
+        audit: whether what each layer and head leaves out, on the inputs of the call that is compiled, is put into the
+            journal. This runs one step uncompiled, with dense attention beside the sparse.
         keep_blocks: how many blocks at either end keep reading everything, 0 or more.
 
     Source: sliding tile attention (arXiv:2502.04507), radial attention (arXiv:2506.19852), Sparse VideoGen
@@ -99,6 +101,7 @@ class SparseAttention(Pass):
     share: float = 0.9
     floor: float = 0.05
     rows: int = 64
+    audit: bool = False
     keep_blocks: int = 0
 
     def __post_init__(self) -> None:
@@ -128,14 +131,14 @@ class SparseAttention(Pass):
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Regroup the tokens and rewrite the attention of every body; see the class."""
-        del context
         declined = self._check(trunk)
         if declined is not None:
             return declined.report(declined.what or trunk.lists)
+        inputs = trunk.inputs
         done = regrouping.regroup(trunk, self._sizes(self.tile), type(self).__name__)
         if isinstance(done, Declined):
             return done.report(trunk.lists)
-        return self._rewrite(trunk, done)
+        return self._rewrite(trunk, done, context.moved(inputs, trunk.inputs))
 
     def _check(self, trunk: Trunk) -> Declined | None:
         if self.rule is None:
@@ -156,7 +159,7 @@ class SparseAttention(Pass):
         frames, height, width = held
         return frames, height, width
 
-    def _rewrite(self, trunk: Trunk, done: Regrouped) -> PassReport:
+    def _rewrite(self, trunk: Trunk, done: Regrouped, context: Context) -> PassReport:
         plan = self._plan(trunk, done.grid)
         sparse.require_tokens(trunk)
         tokens = math.prod(done.grid)
@@ -166,7 +169,9 @@ class SparseAttention(Pass):
             *self._rewrite_bodies(trunk, plan),
             f"rule {self.rule!r}: " + (f"at most {share}; how many is known at run time" if plan.is_bound else share),
         )
-        return PassReport(matched=matched, declined=(*done.declined, *self._kept(trunk)))
+        table = sparse_audit.measure(trunk, context) if self.audit else ()
+        noted = (sparse_audit.summary(table),) if table else ()
+        return PassReport(matched=matched, declined=(*done.declined, *self._kept(trunk)), noted=noted, table=table)
 
     def _plan(self, trunk: Trunk, grid: Sizes) -> _Plan:
         """Add what the lists are made of to the trunk's inputs, and say how they are made."""

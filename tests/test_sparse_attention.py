@@ -410,8 +410,10 @@ def test_float8_linears_read_tokens_in_any_order(monkeypatch: pytest.MonkeyPatch
         hvcompile.restore(model)
         fast = compiled(model, {**ALL, "tile": (2, 2, 2)}, **float8)
         assert relative_error(fast(**inputs), expected) < 1e-5
+        other = fast(**grid_inputs((3, 3, 4)))  # another graph, for weights that are in float8 by now
         torch._dynamo.reset()
         hvcompile.restore(model)
+        assert relative_error(other, model(**grid_inputs((3, 3, 4)))) < 0.1
         assert relative_error(expected, model(**inputs)) > 1e-4
     assert next(row for row in hvcompile.stats(fast).journal[0] if row.name == "Float8Linears").report.applied
 
@@ -466,3 +468,50 @@ def test_operations_are_counted() -> None:
     counted = sum(counter.by_kind(node).get(ATTENTION, 0) for node in body.module.graph.nodes)
     pairs = 8 * 64 + 64 * grids.TEXT + grids.TEXT * (64 + grids.TEXT)
     assert counted == 4 * heads * size * pairs
+
+
+def test_audit() -> None:
+    """A row a layer and head; the first layer's are what a dense computation says."""
+    grid, tile, window = (4, 4, 4), (2, 2, 2), (1, 1, 1)
+    model, inputs = GridToy("video"), grid_inputs(grid, seed=6, batch=2)
+    seen: list[tuple[torch.Tensor, ...]] = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+        seen.append((query, key, value))
+        return attend(query, key, value, **how)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nn.functional, "scaled_dot_product_attention", spy)
+        model(**inputs)
+    fast = compiled(model, {"rule": "window", "tile": tile, "window": window, "audit": True})
+    with torch.no_grad():
+        fast(**inputs)
+    report = row_of(fast).report
+    assert [(row["block"], row["head"]) for row in report.table] == list(
+        itertools.product(("blocks.0", "blocks.1"), range(grids.HEADS))
+    )
+    query, key, value = (item.double() for item in seen[0])
+    mask = mask_by(grid, tile, is_in_window(grid, tile, window))
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    dense, near = scores.softmax(-1), scores.masked_fill(~mask, -math.inf).softmax(-1)
+    for head, row in enumerate(report.table[: grids.HEADS]):
+        kept = (dense * mask).sum(-1)[:, head]
+        exact, found = (dense @ value)[:, head], (near @ value)[:, head]
+        assert row["mass"] == pytest.approx(float(kept.mean()), abs=1e-5)
+        assert row["least_mass"] == pytest.approx(float(kept.min()), abs=1e-5)
+        assert row["error"] == pytest.approx(float((found - exact).norm() / exact.norm()), abs=1e-5)
+        assert row["blocks"] == pytest.approx(1 / 8)
+    assert "12.5% of the blocks hold" in report.noted[0]
+
+
+def test_audit_with_padding_and_lists_of_each_step() -> None:
+    grid = (3, 3, 5)
+    model, inputs = GridToy(), grid_inputs(grid, batch=2)
+    keep = torch.arange(50) < torch.tensor([47, 49])[:, None]
+    fast = compiled(model, {"rule": "mass", "tile": (2, 2, 2), "window": (1, 1, 1), "share": 0.5, "audit": True})
+    with torch.no_grad():
+        fast(**inputs, keep=keep)
+    (row, *_) = table = row_of(fast).report.table
+    assert len(table) == 8  # two blocks, an attention for each sample, two heads
+    assert 0.3 < row["mass"] < 1
