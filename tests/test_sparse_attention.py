@@ -13,6 +13,7 @@ import torch
 import zoo
 from grids import GridToy, blocks_of, dense_under, grid_inputs, is_in_window, line_of, mask_by
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from test_faults import second_of_two
 from torch import nn
 from trunks import recovered
@@ -121,8 +122,10 @@ def test_masks_of_the_rules(grid: tuple[int, int, int], tile: tuple[int, int, in
         assert mask.diagonal().all()
 
 
-@pytest.mark.parametrize("order", ["video|text", "text|video", "video"])
-@pytest.mark.parametrize(("grid", "tile"), GRIDS)
+@pytest.mark.parametrize(
+    ("grid", "tile", "order"),
+    [*((*sizes, "video|text") for sizes in GRIDS), (*GRIDS[1], "text|video"), (*GRIDS[2], "video")],
+)
 def test_against_the_same_mask(grid: Any, tile: Any, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any density, a batch of two: within 1e-5 of a plain softmax under the mask in float64."""
     model, inputs = GridToy(order), grid_inputs(grid, seed=3, batch=2)
@@ -138,13 +141,12 @@ def test_against_the_same_mask(grid: Any, tile: Any, order: str, monkeypatch: py
 @pytest.mark.parametrize("order", ["video|text", "text|video", "video"])
 def test_density_one_is_dense(order: str) -> None:
     model = GridToy(order)
-    for grid, tile in GRIDS[1:]:
-        torch._dynamo.reset()
-        fast = compiled(model, {**ALL, "tile": tile})
-        for seed in range(2):
-            inputs = grid_inputs(grid, seed, batch=1 + seed)
-            with torch.no_grad():
-                assert relative_error(fast(**inputs), model(**inputs)) < 1e-5
+    grid, tile = GRIDS[1]
+    fast = compiled(model, {**ALL, "tile": tile})
+    for seed in range(2):
+        inputs = grid_inputs(grid, seed)
+        with torch.no_grad():
+            assert relative_error(fast(**inputs), model(**inputs)) < 1e-5
 
 
 def test_radial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +212,16 @@ def test_nan_goes_where_it_does_in_a_dense_computation(place: str, monkeypatch: 
     assert found.isnan().equal(expected.isnan())
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video", "wan_t2v", "cogvideox"])
+OTHERS = (
+    *("wan_ti2v", "wan_i2v", "wan_vace", "wan_animate", "hunyuan_video_i2v_replace", "hunyuan_video_i2v_concat"),
+    *("helios", "anyflow", "kandinsky5", "kandinsky6", "motif_video", "easyanimate", "consisid", "allegro"),
+    *("cogvideox_i2v", "chronoedit"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["hunyuan_video", "wan_t2v", "cogvideox", *(pytest.param(name, marks=SLOW) for name in OTHERS)]
+)
 def test_models(name: str) -> None:
     """Density 1 is the model, token by token; the grid is that of its patches."""
     family = zoo.FAMILIES[name]
@@ -219,7 +230,7 @@ def test_models(name: str) -> None:
     with torch.no_grad():
         error = relative_error(first(fast(**inputs, return_dict=False)), first(model(**inputs, return_dict=False)))
     assert error < 1e-5
-    assert "3x2x3 (frames x height x width)" in row_of(fast).line()
+    assert ("2x2x3" if name == "cogvideox_i2v" else "3x2x3") + " (frames x height x width)" in row_of(fast).line()
 
 
 REASONS = {
@@ -379,7 +390,7 @@ def test_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 CACHE = {"first_block_cache": {"threshold": 1e9}}
 
 
-@pytest.mark.parametrize("order", ["video|text", "video"])
+@pytest.mark.parametrize("order", ["video|text", pytest.param("video", marks=SLOW)])
 def test_compiled_with_the_cache(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph by Inductor: a computed step is the dense one under the mask, and the next is reused."""
     grid, tile = (3, 3, 5), (2, 2, 2)
@@ -444,7 +455,7 @@ def test_sizes_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
             **NO_CACHE,
         },
     )
-    for grid, text in (((3, 2, 4), 5), ((4, 3, 5), 5), ((4, 3, 5), 8), ((3, 2, 4), 5)):
+    for grid, text in (((3, 2, 4), 5), ((4, 3, 5), 8), ((3, 2, 4), 5)):
         inputs = grid_inputs(grid, text=text)
         mask = mask_by(grid, tile, is_in_window(grid, tile, window))
         with torch.no_grad():

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,32 +65,32 @@ class _Regrouper(Resharder):
 
     Args:
         args: as of ``Resharder``.
-        order: placeholders of the order and of its inverse, in the graph around the blocks.
+        orders: placeholders of the order, one in each graph.
+        back: placeholder of its inverse, in the graph around the blocks.
 
     """
 
-    cuts_in_blocks = False
-
-    def __init__(self, *args: Any, order: Sequence[fx.Node]) -> None:
+    def __init__(self, *args: Any, orders: Collection[fx.Node], back: fx.Node) -> None:
         super().__init__(*args)
-        self._order = order
+        self._orders, self._back = orders, back
 
     def take(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Put a value that is in the model's order into that of tiles."""
-        return self._reordered(node, layout, 0)
+        return self._reordered(node, layout, self._order())
 
     def join(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Put a value back into the model's order."""
-        return self._reordered(node, layout, 1)
+        return self._reordered(node, layout, self.env[self._back])
 
     def position(self, like: fx.Node) -> fx.Node:
         """The place of each token in the model's order."""
-        raise self.refuse(like, "it joins slices of the tokens")
+        del like
+        return self._order()
 
-    def _reordered(self, node: fx.Node, layout: Layout, which: int) -> fx.Node:
-        order = self.env.get(self._order[which])
-        if order is None:
-            raise self.refuse(node, "it has a row a token, and is made inside the blocks")
+    def _order(self) -> fx.Node:
+        return next(self.env[node] for node in self._orders if node in self.env)
+
+    def _reordered(self, node: fx.Node, layout: Layout, order: fx.Node) -> fx.Node:
         if not layout.is_complete(self.split):
             raise self.refuse(node, "it has a row for some of the tokens")
         offsets = layout.offsets(self.split)
@@ -230,13 +230,23 @@ def regroup(trunk: Trunk, tile: Sizes, tag: str) -> Regrouped | Declined:
             continue
         added = _add_order(trunk, parts, tile, tag)
         split = _Tiled(group="", rank=0, ranks=1, length=math.prod(_grid_of(parts)))
-        kind = functools.partial(_Regrouper, order=added.placeholders)
+        order, back = added.placeholders
+        inside = {body: trunk.add_operand(body, order) for body in trunk.bodies}
+        kind = functools.partial(_Regrouper, orders=(order, *inside.values()), back=back)
         rewrite = Rewrite(trunk, split, _TiledAttention(split), tag, kind, _RULES)
         try:
-            return _commit(rewrite, place, dim, parts)
+            done = _commit(rewrite, place, dim, parts)
         except CannotShard as verdict:
+            for body, node in inside.items():
+                trunk.drop_operand(body, node)
             _drop(trunk, added)
             failures.append((rewrite.num_nodes, f"the tokens can't be put into another order: {verdict}"))
+            continue
+        for body, node in inside.items():
+            own = rewrite.bodies[body][1].env[node]
+            if not own.users:
+                trunk.drop_operand(body, own)
+        return done
     return Declined(max(failures, key=lambda item: item[0], default=(0, "the stream has one dimension"))[1])
 
 

@@ -72,9 +72,6 @@ class Resharder:
 
     """
 
-    cuts_in_blocks = True
-    """Whether a whole operand can be cut where a block reads it, not before the block alone."""
-
     def __init__(
         self,
         source: fx.Graph,

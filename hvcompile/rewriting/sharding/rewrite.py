@@ -106,7 +106,7 @@ class Rewrite:
                 layouts[placeholders.index(wants.placeholder)] = wants.layout
             except CannotShard:
                 hoisted = set(layouts) - set(known)
-                if not hoisted or not resharder.cuts_in_blocks:
+                if not hoisted:
                     raise
                 # An operand that is a table for each token here and something else there is split where it is read.
                 splittable -= {placeholders[place] for place in hoisted}
