@@ -15,9 +15,12 @@ from hvcompile.graph.tiles import Sizes
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting import regrouping, sparse, sparse_audit
+from hvcompile.rewriting.float8_device import device_of
 from hvcompile.rewriting.regrouping import Regrouped, add_of_numbers
 from hvcompile.trunk.trunk import Derived, Trunk
 
+DEVICE_TYPES = ("cpu", "meta")
+"""On meta nothing runs, and operations are counted."""
 RULES = ("window", "radial", "mass", "profile")
 
 
@@ -29,8 +32,9 @@ class SparseAttention(Pass):
     leave them. Rotary tables and all else that is a row a token follow. The grid is found from how the graph made the
     tokens. Where it can't be, or where something depends on the tokens' order, the pass declines.
 
-    It is off by default, also with ``mode="max"``: what it leaves out is lost, and how much that matters differs from
-    model to model. Text reads and is read by all. Attention between the sample and text alone is left as it is.
+    It runs on CPUs alone so far. It is off by default, also with ``mode="max"``: what it leaves out is lost, and how
+    much that matters differs from model to model. Text reads and is read by all. Attention between the sample and text
+    alone is left as it is.
 
     Args:
         rule: which tiles a tile reads. "window" takes those in a window around it. "radial" takes bands that thin out
@@ -149,6 +153,12 @@ class SparseAttention(Pass):
             return Declined(
                 "the blocks are split over ranks, whose parts can't be regrouped yet; drop sparse_attention, or "
                 "context_parallel by options={'context_parallel': False}"
+            )
+        device = device_of(trunk)
+        if isinstance(device, Declined) or device.type not in DEVICE_TYPES:
+            return Declined(
+                f"the blocks are on {device}, and what computes listed blocks is made for CPUs: elsewhere it would "
+                "wait for the device in every attention"
             )
         if 2 * self.keep_blocks >= len(trunk.blocks):
             return Declined(f"sparse_attention.keep_blocks is {self.keep_blocks}, which keeps all blocks")

@@ -26,6 +26,7 @@ from hvcompile.graph.block_sparse import attend_in_blocks
 from hvcompile.graph.flops import ATTENTION, FlopCounter
 from hvcompile.graph.nodes import op_name
 from hvcompile.journal import JournalRow
+from hvcompile.passes import sparse_attention
 from hvcompile.passes.sparse_attention import SparseAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
 from hvcompile.pipeline import Context
@@ -526,3 +527,18 @@ def test_audit_with_padding_and_lists_of_each_step() -> None:
     (row, *_) = table = row_of(fast).report.table
     assert len(table) == 8  # two blocks, an attention for each sample, two heads
     assert 0.3 < row["mass"] < 1
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = recovered(GridToy(), **grid_inputs((2, 2, 4)))
+    with monkeypatch.context() as patched:
+        patched.setattr(sparse_attention, "device_of", lambda _: torch.device("cuda", 0))
+        row = applied(trunk, rule="window", tile=(2, 2, 2))
+    assert "the blocks are on cuda:0, and what computes listed blocks is made for CPUs" in row.line()
+    assert not row.report.applied
+    with torch.device("meta"):
+        model = GridToy()
+        inputs: dict[str, Any] = {name: held.to("meta") for name, held in grid_inputs((2, 2, 4)).items()}
+    options = {"sparse_attention": {"rule": "window", "tile": (2, 2, 2)}}
+    (planned,) = [row for row in hvcompile.explain(model, **inputs, options=options).journal if "Sparse" in row.name]
+    assert planned.report.applied

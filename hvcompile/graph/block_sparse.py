@@ -18,7 +18,7 @@ from hvcompile.graph.attention_kernels import scaled_dot_product_attention_with_
 GATHERED = 2**19
 """Elements of keys that are gathered at a time for each thread of a CPU, whose caches hold them."""
 GATHERED_ELSEWHERE = 2**27
-"""... and on another device, where that bounds the memory."""
+"""... and on another device, where that bounds the memory; no pass puts it there so far."""
 
 
 def _rows(indices: torch.Tensor, counts: torch.Tensor, last: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
