@@ -209,11 +209,12 @@ def rewrite(
         trunk.earlier, trunk.untold = earlier_graphs(trunk, captured, known_args, observer)
         journal[:] = [_outline_row(trunk), *pipeline.off_rows(settings.switched_off), *given_rows]
         observer.on_stage(OUTLINED, trunk.module, trunk)
-        by_node = {node: known_args[place] for place, node in enumerate(trunk.inputs) if place in known_args}
+        placeholders = trunk.inputs
+        by_node = {node: known_args[place] for place, node in enumerate(placeholders) if place in known_args}
         context = pipeline.Context(given=by_node, planned_for=planned_for)
         try:
             pipeline.run(trunk, settings.passes, _tell(observer), journal, context, faults)
-            require_values(trunk, context)
+            require_values(trunk, context.moved(placeholders, trunk.inputs))
         except pipeline.PassFault as fault:
             # What it left half done is thrown away. The ranks that it found still compare what they did.
             faults[fault.name], group = fault.declined, fault.trunk.group

@@ -52,6 +52,13 @@ class Context:
     planned_for: Device | None = None
     is_first_block_compared: bool = False
 
+    def moved(self, before: Sequence[fx.Node], after: Sequence[fx.Node]) -> Context:
+        """The same for a trunk whose graph is a copy, with other placeholders in the place of these."""
+        if list(before) == list(after):
+            return self
+        place = dict(zip(before, after, strict=True))
+        return dataclasses.replace(self, given={place[node]: held for node, held in self.given.items()})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -224,15 +231,15 @@ def run(
         PassFault: another pass failed in a way that nobody foresaw.
 
     """
-    faults = faults or {}
+    faults, context = faults or {}, context or Context()
     running = [item for item, _ in passes if type(item).__name__ not in faults]
     for item, requested in passes:
-        name = type(item).__name__
+        name, inputs = type(item).__name__, trunk.inputs
         if name in faults:
             _add_row(journal, item, faults[name].report(trunk.lists), {})
             continue
         compared = any(later.compares_first_block for later in running[running.index(item) + 1 :])
-        known = dataclasses.replace(context or Context(), requested=requested, is_first_block_compared=compared)
+        known = dataclasses.replace(context, requested=requested, is_first_block_compared=compared)
         try:
             report, changes = _apply(item, trunk, known)
         except Exception as error:
@@ -242,6 +249,7 @@ def run(
                 raise _refusal(item, f"{declined.reason}; its traceback is this error's cause") from error
             raise PassFault(name, declined, trunk) from error
         _add_row(journal, item, report, changes)
+        context = context.moved(inputs, trunk.inputs)
         if report.applied:
             observe(name, trunk)
         if requested and (report.unmet or not report.applied):

@@ -4,6 +4,7 @@ from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_attention import Float8Attention
 from hvcompile.passes.float8_linears import Float8Linears
 from hvcompile.passes.sharded_attention import ShardedAttention
+from hvcompile.passes.sparse_attention import SparseAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
 from hvcompile.pipeline import Pass
 
@@ -13,6 +14,7 @@ __all__ = [
     "Float8Attention",
     "Float8Linears",
     "ShardedAttention",
+    "SparseAttention",
     "UnmaskedAttention",
 ]
 
@@ -24,7 +26,9 @@ PASSES: tuple[type[Pass], ...] = (
     ShardedAttention,
     # Looks for attention in the bodies, and at the mask where it is still made before the blocks.
     UnmaskedAttention,
-    # Takes attention without a mask, which the one before leaves.
+    # Takes attention without a mask, which the one before leaves: a mask is in the order that tokens came in.
+    SparseAttention,
+    # Takes attention without a mask too, where it reads all keys.
     Float8Attention,
     # Edits bodies, which the cache's branches call as well.
     Float8Linears,

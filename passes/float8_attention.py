@@ -13,6 +13,7 @@ from hvcompile.float8 import attention as float8_attention
 from hvcompile.float8.attention import MOST_HEAD_SIZE
 from hvcompile.graph.attention import arguments, attentions, is_part
 from hvcompile.graph.attention_kernels import describe
+from hvcompile.graph.block_sparse import block_sparse_attention
 from hvcompile.graph.inline import run_on_fakes
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
@@ -106,6 +107,10 @@ class Float8Attention(Pass):
                     refused.append((f"{node.name} of {body.name}", declined.reason))
                 else:
                     fit.setdefault(body, []).append(node)
+            refused += [
+                (f"{node.name} of {body.name}", "it reads listed blocks of keys, and the float8 kernel takes no lists")
+                for node in body.module.graph.find_nodes(op="call_function", target=block_sparse_attention)
+            ]
         reasons = {block: self._why_kept(trunk, place, context) for place, block in enumerate(trunk.blocks)}
         return _Plan(
             fit=fit,

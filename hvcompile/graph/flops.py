@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-import hvcompile.float8.attention  # noqa: F401 - registers its operator
+import hvcompile.float8.attention
+import hvcompile.graph.block_sparse  # noqa: F401 - registers its operator, as the one above does
 from hvcompile.torch_private import kernels
 from hvcompile.torch_private.fakes import FAKES, numel_hint, size_hint, value
 
@@ -48,6 +49,12 @@ def _of_attention(query: Any, key: Any, values: Any, *_: Any, **__: Any) -> Any:
     return 2 * math.prod(query[:-1]) * int(key[-2]) * int(query[-1] + values[-1])
 
 
+def _of_blocks(query: Any, key: Any, values: Any, *others: Any, **_: Any) -> Any:
+    del key
+    reads = others[-1]
+    return 2 * math.prod(query[:2]) * reads * int(query[-1] + values[-1])
+
+
 UNKNOWN_TO_TORCH: Mapping[Any, Any] = {
     _aten.mv: _of_vector,
     _aten.dot: _of_vector,
@@ -56,6 +63,7 @@ UNKNOWN_TO_TORCH: Mapping[Any, Any] = {
     _aten.addbmm: _of_added_batch,
     kernels.FLASH_ATTENTION_FOR_CPU: _of_attention,
     torch.ops.hvcompile.float8_attention: _of_attention,
+    torch.ops.hvcompile.block_sparse_attention: _of_blocks,
 }
 """Products that torch's counter does not count, with formulas that take the operands' shapes."""
 

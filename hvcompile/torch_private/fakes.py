@@ -151,6 +151,12 @@ def unbacked_size(mode: FakeTensorMode, least: int, most: int | torch.SymInt) ->
     return size
 
 
+def at_least(size: torch.SymInt, least: int) -> None:
+    """Have a size that is known only when the graph runs be so much or more, while graphs are traced."""
+    # Private by name: as in ``unbacked_size`` (2.11.0, 2.13.0).
+    torch._check(size >= least)  # type: ignore[no-untyped-call]
+
+
 def is_traceable(operation: Callable[..., Any], *fakes: Any, **kwargs: Any) -> bool:
     """Whether an operation can be traced on fake tensors of which some sizes are known only when the graph runs."""
     mode = next(item.fake_mode for item in fakes if isinstance(item, FakeTensor))

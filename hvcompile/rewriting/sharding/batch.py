@@ -43,7 +43,7 @@ def split_batch(trunk: Trunk, group: dist.ProcessGroup, tag: str) -> PassReport:
             "once for each half of the guidance, as HunyuanVideo's does, a graph has nothing to share out. Drop cfg"
         )
     split = Split(group=group.group_name, rank=group.rank(), ranks=2, length=batch)
-    rewrite = Rewrite(trunk, group, split, BatchAttention(), tag)
+    rewrite = Rewrite(trunk, split, BatchAttention(), tag)
     entry = Layout(0, (Segment(0, batch, True),))
     rewrite.rewrite_body(first, {stream: entry})
     around = Around(rewrite, stream, entry)

@@ -181,13 +181,27 @@ class Resharder:
                 found = self._input_of(node, layout)
                 if found is not None:
                     raise WantsSplit(*found)
-            new, ndim = self.env[node], value(node).ndim
-
-            def take(whole: Any) -> dict[str, Any]:
-                return {"part": localise(whole, split=self.split, layout=layout, ndim=ndim)}
-
-            self._local[node, layout] = self.inline(take, {"whole": new}, node)["part"]
+            self._local[node, layout] = self.take(node, layout)
         return self._local[node, layout]
+
+    def take(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """Add what cuts one rank's part out of a source node that is whole."""
+        ndim = value(node).ndim
+
+        def cut(whole: Any) -> dict[str, Any]:
+            return {"part": localise(whole, split=self.split, layout=layout, ndim=ndim)}
+
+        made: fx.Node = self.inline(cut, {"whole": self.env[node]}, node)["part"]
+        return made
+
+    def join(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """Add what makes a source node whole that is split."""
+
+        def put_together(local: Any) -> dict[str, Any]:
+            return {"whole": delocalise(local, split=self.split, layout=layout)}
+
+        made: fx.Node = self.inline(put_together, {"local": self.env[node]}, node)["whole"]
+        return made
 
     def _input_of(self, node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout] | None:
         """The input from which a per-token operand comes by views and casts alone, and its sequence dimension."""
@@ -212,11 +226,7 @@ class Resharder:
         if node not in self._whole:
             if not layout.is_complete(self.split):
                 raise self.refuse(node, "only some tokens of it are wanted outside the trunk")
-
-            def join(local: Any) -> dict[str, Any]:
-                return {"whole": delocalise(local, split=self.split, layout=layout)}
-
-            self._whole[node] = self.inline(join, {"local": self.env[node]}, node)["whole"]
+            self._whole[node] = self.join(node, layout)
         return self._whole[node]
 
     def position(self, like: fx.Node) -> fx.Node:

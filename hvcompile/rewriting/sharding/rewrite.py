@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,8 @@ from hvcompile.graph.nodes import ancestors, contexts, descendants
 from hvcompile.journal import PassReport
 from hvcompile.ranks import collectives
 from hvcompile.ranks.split import Layout, Segment, Split
-from hvcompile.rewriting.sharding.attention import BatchAttention, SequenceAttention
-from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, WantsSplit
+from hvcompile.rewriting.sharding.attention import SequenceAttention
+from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, Rule, WantsSplit
 from hvcompile.rewriting.sharding.rules import RULES
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
@@ -27,27 +27,40 @@ Layouts = dict[int, Layout]
 """Of a call's operands that come split, by place."""
 
 
+class CountedAttention(Protocol):
+    """Copies an attention one of whose operands is split, and says how its result is; ``count`` is how many it did."""
+
+    count: int
+
+    def __call__(self, resharder: Resharder, node: fx.Node) -> Layout | None:
+        """Copy a node of the source."""
+        ...
+
+
 class Rewrite:
     """The rewrite of one trunk: everything is built beside it, and takes its place only where all of it is proven.
 
     Args:
         trunk: as it was captured and outlined.
-        group: the ranks that share the sequence.
-        split: how it lies on them.
+        split: how the sequence lies on the ranks.
         attention: copies an attention one of whose operands is split.
         tag: the pass's name.
+        kind: makes what copies a graph.
+        rules: how to copy each operation but attention.
 
     """
 
     def __init__(
         self,
         trunk: Trunk,
-        group: dist.ProcessGroup,
         split: Split,
-        attention: SequenceAttention | BatchAttention,
+        attention: CountedAttention,
         tag: str,
+        kind: Callable[..., Resharder] = Resharder,
+        rules: Mapping[str, Rule] = RULES,
     ) -> None:
-        self.trunk, self.group, self.split, self.attention, self.tag = trunk, group, split, attention, tag
+        self.trunk, self.split, self.attention, self.tag = trunk, split, attention, tag
+        self.kind, self.rules = kind, rules
         self.bodies: dict[Body, tuple[Layouts, Resharder, list[Layout | None]]] = {}
         self.num_nodes = 0
         """Nodes of a body that could be copied: how far a rewrite that fails has come."""
@@ -77,13 +90,13 @@ class Rewrite:
         around = contexts(self.trunk.graph)[block.call]
         while True:
             self.attention.count = count
-            resharder = Resharder(
+            resharder = self.kind(
                 body.module.graph,
                 self.split,
                 self.tag,
                 block.path,
                 self.attention,
-                RULES,
+                self.rules,
                 frozenset(splittable),
                 around,
             )
@@ -118,7 +131,13 @@ class Rewrite:
         return [resharder.layout(node) for node in outputs]
 
     def commit(self, around: Around, summary: str) -> PassReport:
-        """Put all that was built in place of what it was built from."""
+        """Put all that was built in place of what it was built from: one rank's part in place of the whole."""
+        self.replace(around)
+        self.trunk.sharding = Sharding(split=self.split, streams=around.streams)
+        return PassReport(matched=(f"{summary}; gathered after the blocks: {', '.join(around.gathered)}",))
+
+    def replace(self, around: Around) -> None:
+        """Put the copied graphs in place of what they were copied from."""
         trunk, top = self.trunk, around.top
         for body, (_, resharder, _) in self.bodies.items():
             body.module.graph = resharder.graph
@@ -134,8 +153,6 @@ class Rewrite:
         if trunk.weights_content is not None:
             trunk.weights_content = top.env[trunk.weights_content]
         trunk.observed = {name: top.env[node] for name, node in trunk.observed.items()}
-        trunk.sharding = Sharding(split=self.split, streams=around.streams)
-        return PassReport(matched=(f"{summary}; gathered after the blocks: {', '.join(around.gathered)}",))
 
 
 class Around:
@@ -144,8 +161,8 @@ class Around:
     def __init__(self, rewrite: Rewrite, stream: int, entry: Layout) -> None:
         trunk = rewrite.trunk
         self._rewrite, self._stream, self._entry = rewrite, stream, entry
-        self.top = Resharder(
-            trunk.graph, rewrite.split, rewrite.tag, "the graph between the blocks", rewrite.attention, RULES
+        self.top = rewrite.kind(
+            trunk.graph, rewrite.split, rewrite.tag, "the graph between the blocks", rewrite.attention, rewrite.rules
         )
         self.streams: dict[fx.Node, Layout] = {}
         """What is one rank's part, in the new graph."""
@@ -260,7 +277,7 @@ def split_sequence(trunk: Trunk, group: dist.ProcessGroup, ring: int, tag: str) 
     for dim, length in _lengths(trunk, first.operands[stream], failures):
         name, rank, ranks = group.group_name, group.rank(), group.size()
         split = Split(group=name, rank=rank, ranks=ranks, length=length, ring=ring)
-        rewrite = Rewrite(trunk, group, split, SequenceAttention(split), tag)
+        rewrite = Rewrite(trunk, split, SequenceAttention(split), tag)
         entry = Layout(dim, (Segment(0, length, True),))
         try:
             rewrite.rewrite_body(first, {stream: entry})

@@ -1,0 +1,179 @@
+"""Attention of the sample's tokens that skips blocks of keys, in place of attention that reads all of them.
+
+The sample's tokens read listed blocks of each other, and all other tokens (text). Both parts have a log-sum-exp, by
+which they are merged. The other tokens' own queries read everything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvcompile.graph.attention import arguments
+from hvcompile.graph.attention_kernels import merge, scaled_dot_product_attention_with_lse
+from hvcompile.graph.block_sparse import block_sparse_attention
+from hvcompile.graph.inline import inline
+from hvcompile.journal import Declined
+from hvcompile.ranks.split import Segment
+from hvcompile.rewriting.key_padding import LEAST_KEYS
+from hvcompile.rewriting.regrouping import SPARSE, Tokens
+from hvcompile.torch_private import fakes
+from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.trunk import Body, Derived, Trunk
+
+Lists = Callable[..., tuple[Any, Any]]
+"""Graph code that gives the lists, of the sample's query and key, the scale, and operands of the pass's own."""
+
+
+def marked(body: Body) -> dict[str, Tokens]:
+    """The attentions of a body that may skip keys, by name, in order; and what lies along their queries and keys."""
+    return {node.name: node.meta[SPARSE] for node in body.module.graph.nodes if SPARSE in node.meta}
+
+
+def named(body: Body, names: Collection[str]) -> list[fx.Node]:
+    """Nodes of a body by their names, which a copy of it keeps."""
+    return [node for node in body.module.graph.nodes if node.name in names]
+
+
+def unmark(trunk: Trunk) -> None:
+    """Take the marks away."""
+    for body in trunk.bodies:
+        for node in body.module.graph.nodes:
+            node.meta.pop(SPARSE, None)
+
+
+def skip_blocks(
+    node: fx.Node,
+    tokens: Tokens,
+    operands: Mapping[str, fx.Node],
+    lists: Lists,
+    *,
+    block: int,
+    reads: int,
+    tag: str,
+) -> None:
+    """Replace a marked attention by one that reads listed blocks.
+
+    Args:
+        node: the attention.
+        tokens: what lies along its queries and keys.
+        operands: what ``lists`` takes beside query, key and scale, in order.
+        lists: see ``Lists``.
+        block: tokens a block.
+        reads: pairs of a query and a key that a head of a sample computes at most.
+        tag: the pass's name.
+
+    """
+    given = arguments(node)
+    names = ("query", "key", "value")
+    scale = given.get("scale")
+    scale = float(int(value(given["query"]).shape[-1]) ** -0.5 if scale is None else scale)
+    whole: Any = node.target
+    dense = functools.partial(whole, scale=scale)
+    lengths = _lengths(given["key"])
+
+    def attend(query: Any, key: Any, value: Any, **own: Any) -> dict[str, Any]:
+        cut = {name: own.pop(name) for name in lengths}
+        queries = _split(query, tokens.queries, None)
+        keys, values = (_split(item, tokens.keys, cut.get("length")) for item in (key, value))
+        (ours, our_values), others = _sides(tokens.keys, keys, values)
+        results = []
+        for item, part in zip(tokens.queries, queries, strict=True):
+            if not item.is_split:
+                results.append(dense(part, key, value))
+                continue
+            indices, counts = lists(part, ours, scale, *own.values())
+            out = block_sparse_attention(part, ours, our_values, indices, counts, block=block, scale=scale, reads=reads)
+            parts = [(out[0], out[1])]
+            if others:
+                text, text_values = (
+                    torch.cat(held, 2) if len(held) > 1 else held[0] for held in zip(*others, strict=True)
+                )
+                added = scaled_dot_product_attention_with_lse(part, text, text_values, scale=scale)
+                parts.append((added[0], added[1]))
+            results.append(merge(parts, dtype))
+        return {"out": torch.cat(results, 2) if len(results) > 1 else results[0]}
+
+    dtype = value(node).dtype
+    nodes = {name: given[name] for name in names} | lengths | dict(operands)
+    made = inline(node.graph, attend, nodes, before=node, tag=tag)["out"]
+    assert fakes.shape_key(value(made)) == fakes.shape_key(value(node))
+    made.meta = fakes.provenance(node, tag, value(made))
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
+def _lengths(key: fx.Node) -> dict[str, fx.Node]:
+    """The node of how many keys there are, where they are fewer than the model's (``narrow``)."""
+    length = key.args[3] if key.target == "narrow" and len(key.args) == 4 else None
+    return {"length": length} if isinstance(length, fx.Node) else {}
+
+
+def _split(tensor: Any, segments: Sequence[Segment], total: Any) -> list[Any]:
+    """What lies along a tensor's tokens, part by part; ``total`` is how many there are, where that is no number."""
+    if len(segments) == 1:
+        return [tensor]
+    parts, start = [], 0
+    for item in segments:
+        size = total - start if item is segments[-1] and total is not None else item.stop - item.start
+        parts.append(tensor.narrow(2, start, size))
+        start = start + size
+    return parts
+
+
+def _sides(segments: Sequence[Segment], keys: Sequence[Any], values: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The sample's keys and values, and those of others."""
+    pairs = list(zip(keys, values, strict=True))
+    ours = next(pair for pair, item in zip(pairs, segments, strict=True) if item.is_split)
+    return ours, [pair for pair, item in zip(pairs, segments, strict=True) if not item.is_split]
+
+
+def require_tokens(trunk: Trunk) -> None:
+    """Have calls run with their mask in which a mask hides tokens of the sample, or all others.
+
+    Shorter keys (``UnmaskedAttention``) end where padding begins, which is known at run time alone.
+    """
+    least: dict[fx.Node, int] = {}
+    for body in trunk.bodies:
+        placeholders = list(body.module.graph.find_nodes(op="placeholder"))
+        found = marked(body)
+        for node in named(body, found):
+            for length in _lengths(arguments(node)["key"]).values():
+                position = placeholders.index(length)
+                *others, _ = found[node.name].keys
+                wanted = sum(item.stop - item.start for item in others) + LEAST_KEYS
+                for block in trunk.blocks:
+                    if block.body is body:
+                        operand = block.operands[position]
+                        least[operand] = max(least.get(operand, 0), wanted)
+    for operand, wanted in least.items():
+        fakes.at_least(value(operand), wanted)
+        owner = next((item for item in trunk.derived if operand in item.placeholders), None)
+        if owner is not None:  # else it is a size of an input, on which Dynamo guards
+            assert owner.read is not None
+            owner.read = functools.partial(_read_enough, owner.read, owner.placeholders.index(operand), wanted)
+
+
+def _read_enough(
+    read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined],
+    place: int,
+    least: int,
+    masks: Sequence[torch.Tensor],
+) -> Sequence[Any] | Declined:
+    """What ``read`` gives, unless one of the numbers is less than it must be."""
+    lengths = read(masks)
+    if isinstance(lengths, Declined) or lengths[place] >= least:
+        return lengths
+    return Declined(
+        f"a sample has {lengths[place]} valid keys, and attention that skips blocks takes {least} or more: "
+        f"all tokens of the sample and {LEAST_KEYS} others"
+    )
+
+
+def derived_operands(trunk: Trunk, body: Body, derived: Derived) -> dict[str, fx.Node]:
+    """Pass derived inputs to every call of a body; their placeholders inside, by name, in order."""
+    return {f"own_{place}": trunk.add_operand(body, node) for place, node in enumerate(derived.placeholders)}
