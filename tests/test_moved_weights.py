@@ -37,6 +37,17 @@ def _build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(storages, "forbid_address", lambda *_: False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _accelerate_is_ready() -> None:
+    """accelerate keeps its uncompiled hooks in an attribute of a function, made at the first call.
+
+    Where Dynamo traces that call and a backend raises, by plain torch too, the attribute is lost for all later calls of
+    the process. Here backends raise on purpose.
+    """
+    with torch.no_grad():
+        cpu_offload(torch.nn.Linear(1, 1), execution_device=CPU)(torch.ones(1))
+
+
 def move(model: Any) -> None:
     model._apply(lambda tensor: tensor.to("cpu", copy=True))
 
