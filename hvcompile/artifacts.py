@@ -48,7 +48,7 @@ class Artifacts:
 
     Attributes:
         path: the directory.
-        num_files: how many files were saved; of loading, how many were not there yet.
+        num_files: how many files were saved; of loading, how many were not there yet, or damaged.
         num_bytes: of all files together.
         refused: why nothing was loaded, in one line; empty where all was.
 
@@ -136,7 +136,10 @@ def load_artifacts(
     """
     place = Path(path).absolute()
     if not place.is_dir():
-        raise InputError(f"artifacts {str(path)!r} are not there: give a directory that hvcompile warm made")
+        what = "is a file" if place.exists() else "are not there"
+        raise InputError(f"artifacts {str(path)!r} {what}: give a directory that hvcompile warm made")
+    if not (place / MANIFEST).is_file():
+        raise InputError(f"artifacts {str(path)!r}: the directory has no {MANIFEST}: give one that hvcompile warm made")
     contents = _checked(place, made_here(options, mode))
     directory = cache_directory()
     refused = next((item for item in (contents, directory) if isinstance(item, Declined)), None)
@@ -258,8 +261,8 @@ def _copied(source: Path, target: Path) -> str:
 
 
 def _placed(content: bytes, target: Path) -> bool:
-    """Write a file whole, as other processes see it; False where it is there already: its name holds its content."""
-    if target.exists():
+    """Write a file whole, as other processes see it; False where it is there as it should be."""
+    if target.exists() and target.read_bytes() == content:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".hvcompile-", delete=False) as part:

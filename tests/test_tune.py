@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from slow import SLOW
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile.app import metrics, pipelines
+from hvcompile.app import identity, metrics, pipelines
 from hvcompile.app.cli import app
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
@@ -152,9 +153,18 @@ def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Pat
     assert np.abs(rounded(clip) - clip).max() < 1e-5
     with pytest.raises(InputError, match=r"other conditions: prompts was \[\"x\"\] and is \[\"y\"\]: give another"):
         Store(tmp_path / "store", {"model": "a", "prompts": ["y"]})
-    (tmp_path / "store" / "results.json").write_text('{"conditions": {}}')
-    with pytest.raises(InputError, match=r"results\.json that can't be read \(KeyError"):
-        Store(tmp_path / "store", {})
+    whole = json.loads((tmp_path / "store" / "results.json").read_text())
+    section, clip_record = {"threshold": 0.1}, whole["settings"][0]["clips"][0]
+    wrong_clips: tuple[Any, ...] = ([], [{**clip_record, "ssim": "x"}], [{**clip_record, "seconds": 0}])
+    damages: tuple[dict[str, Any], ...] = (
+        {"conditions": None},
+        {"reference_seconds": 3},
+        *({"settings": [{"first_block_cache": section, "clips": clips}]} for clips in wrong_clips),
+    )
+    for damage in damages:
+        (tmp_path / "store" / "results.json").write_text(json.dumps({**whole, **damage}))
+        with pytest.raises(InputError, match=r"results\.json that can't be read"):
+            Store(tmp_path / "store", {"model": "a", "prompts": ["x"]})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "holiday.jpg").touch()
     with pytest.raises(InputError, match="is no earlier tuning: give another directory"):
@@ -228,6 +238,25 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"vae_tiling": False}, "vae_tiling"), ({"prompt": "a blue box"}, "prompts"), ({"seed": 3}, "seeds")],
+)
+def test_a_store_serves_one_request_alone(
+    change: dict[str, Any], named: str, loaded: pipelines.Loaded, world: list[str], tmp_path: Path
+) -> None:
+    request = Request(prompt="a red circle", psnr=90.0, output=tmp_path / "tuned.json")
+    tune.tune(request, loaded=loaded)
+    with pytest.raises(InputError, match=f"is of other conditions: {named} was"):
+        tune.tune(dataclasses.replace(request, **change), loaded=loaded)
+
+
+def test_pictures_of_one_size_are_told_apart() -> None:
+    pictures = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue", "red")]
+    first, second, third = map(identity.of_picture, pictures)
+    assert first == third != second
+
+
 def test_a_tuning_that_is_broken_off_goes_on(
     loaded: pipelines.Loaded, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +296,7 @@ def test_a_tuning_that_is_broken_off_goes_on(
         ({"output": Path("tuned.txt")}, "is no JSON file"),
         ({"json_file": Path("tuned.json")}, "is the file of output too"),
         ({"prompt": None}, "there is no prompt"),
+        ({"prompt": None, "prompts_file": Path("missing.txt")}, "prompts 'missing.txt' can't be read"),
     ],
 )
 def test_what_is_wrong_is_refused_before_loading(
@@ -284,8 +314,11 @@ def test_the_command_says_what_no_setting_reaches(
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["tune", "a red circle", "--psnr", "90"])
     assert result.exit_code == 1
-    assert "no setting meets the goal: the table has what each reaches" in result.output
+    assert "no setting meets the goal, so no options were written: the table has what each reaches" in result.output
     assert not Path("tuned.json").exists()
+    Path("tuned.json").write_text("{}")
+    result = CliRunner().invoke(app, ["tune", "a red circle", "--psnr", "90"])
+    assert "tuned.json is left as it was, of an earlier goal" in result.output
     result = CliRunner().invoke(app, ["tune", "a red circle", "--store", "curve"])
     assert result.exit_code == 0, result.output
     assert "no goal was given" in result.output

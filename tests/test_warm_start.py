@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import os
 import pickle
 import subprocess
@@ -70,6 +71,9 @@ def test_saved_and_loaded(saved: Path, tmp_path: Path) -> None:
     assert files_in(tmp_path / "other") == {ENTRY, CODE, LIBRARY}
     assert (tmp_path / "other" / LIBRARY).read_bytes() == LIBRARY.encode()
     assert load_artifacts(saved).num_files == 0, "they are there"
+    (tmp_path / "other" / LIBRARY).write_bytes(b"cut off")
+    assert load_artifacts(saved).num_files == 1, "what is damaged is put right"
+    assert (tmp_path / "other" / LIBRARY).read_bytes() == LIBRARY.encode()
     assert not load_artifacts(saved, options={"first_block_cache": {"threshold": 0.1}}).refused
 
 
@@ -115,7 +119,6 @@ def test_options_that_nobody_told(cache: Path, tmp_path: Path) -> None:
         (lambda place: (place / MANIFEST).write_text('{"format": 1'), f"{MANIFEST} can't be read"),
         (lambda place: (place / MANIFEST).write_text("[1]"), f"{MANIFEST} can't be read"),
         (lambda place: (place / MANIFEST).write_bytes(b"\xff\xfe"), f"{MANIFEST} can't be read"),
-        (lambda place: (place / MANIFEST).unlink(), f"{MANIFEST} can't be read"),
         (lambda place: edit(place, lambda manifest: manifest.pop("made_with")), f"{MANIFEST} can't be read"),
         (
             lambda place: edit(place, lambda manifest: manifest["files"].update({"../x.so": ""})),
@@ -141,6 +144,11 @@ def test_a_format_to_come(saved: Path) -> None:
 def test_places_that_can_not_be(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="are not there"):
         load_artifacts(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match=r"has no manifest\.json: give one that hvcompile warm made"):
+        load_artifacts(tmp_path / "bare")
+    with pytest.raises(InputError, match="is a file: give a directory"):
+        load_artifacts(cache / CODE)
     with pytest.raises(InputError, match="holds no artifacts"):
         save_artifacts(cache)
     save_artifacts(tmp_path / "artifacts")
@@ -208,6 +216,24 @@ def test_tensors_that_a_graph_holds_keep_it_from_the_cache() -> None:
     plain.add_module("other", graph_of(torch.stack, held=torch.zeros(2)))
     with caching.no_unseen_content(plain):
         assert not torch._functorch.config.enable_autograd_cache
+    assert torch._functorch.config.enable_autograd_cache == enabled
+
+
+def somebodys(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 2
+
+
+def test_functions_of_others_in_a_body_keep_it_from_the_cache() -> None:
+    """As torch does in the outermost graph: of such a function, the cache's key has the name alone."""
+    enabled = torch._functorch.config.enable_autograd_cache
+    for function, is_asked in ((torch.relu, enabled), (operator.add, enabled), (somebodys, False)):
+        graph = fx.Graph()
+        tensor = graph.placeholder("tensor")
+        graph.output(graph.call_function(function, (tensor,) * (2 if function is operator.add else 1)))
+        outer = graph_of(torch.stack)
+        outer.add_module("body", fx.GraphModule(torch.nn.Module(), graph))
+        with caching.no_unseen_content(outer):
+            assert torch._functorch.config.enable_autograd_cache == is_asked, function
     assert torch._functorch.config.enable_autograd_cache == enabled
 
 
@@ -288,6 +314,8 @@ def test_sizes_are_asked_for_as_generate_is() -> None:
     assert (first.width, first.height, first.frames, first.mode, first.dynamic) == (48, 32, 17, "exact", True)
     assert (second.width, second.height, second.frames) == (64, 48, None)
     assert Request().generations()[0].width is None
+    (third,) = Request(options_file=Path("tuned.json"), fp8=True).generations()
+    assert (third.options_file, third.fp8) == (Path("tuned.json"), True)
 
 
 @pytest.fixture(scope="module")

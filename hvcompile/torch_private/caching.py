@@ -12,6 +12,8 @@ All names were checked on torch 2.11.0 and 2.13.0.
   gain for each. Of ``cond``, its operands and its branches, which the key holds, say all that it does.
 - ``torch._functorch.config.enable_autograd_cache``: of a tensor that is an attribute of the graph, AOTAutograd's cache
   knows the layout and not what it holds. Inductor's knows both.
+- ``torch._functorch._aot_autograd.autograd_cache.check_node_safe``: whether AOTAutograd's key says all of a node. torch
+  asks it of the outermost graph alone, and of none that it holds.
 - ``torch._inductor.decomposition.select_decomp_table``: see ``lowering``.
 - ``torch._C._get_sdp_priority_order``: which kernel of attention comes first, which ``sdpa_kernel`` sets.
 - ``torch._dynamo.utils.counters``: how often a cache had a graph, had none, or refused it.
@@ -33,6 +35,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_node_safe
 from torch._inductor import config as inductor_config
 from torch._inductor.decomposition import select_decomp_table
 
@@ -109,17 +112,34 @@ def marked_for_caches(module: fx.GraphModule) -> dict[str, str]:
 
 @contextlib.contextmanager
 def no_unseen_content(module: fx.GraphModule) -> Iterator[None]:
-    """Within, AOTAutograd's cache is not asked where the graph holds tensors whose content its key leaves out."""
+    """Within, AOTAutograd's cache is not asked where the graph holds something whose content its key leaves out.
+
+    That is a tensor, or in a body a function of somebody else's, of which the key has the name alone.
+    """
     holds_tensors = any(
         not isinstance(getattr(child, str(node.target), None), torch.nn.Module)
         for child in _graphs(module)
         for node in child.graph.find_nodes(op="get_attr")
     )
-    if holds_tensors:
+    if holds_tensors or _calls_unknown_functions(module):
         with functorch_config.patch(enable_autograd_cache=False):
             yield
     else:
         yield
+
+
+def _calls_unknown_functions(module: fx.GraphModule) -> bool:
+    """Whether a graph that this one holds calls a function that torch would refuse in the outermost."""
+    inner = (child for child in _graphs(module) if child is not module)
+    with inductor_config.patch(unsafe_marked_cacheable_functions=marked_for_caches(module)):
+        for child in inner:
+            for node in child.graph.nodes:
+                try:
+                    if node.op == "call_function":
+                        check_node_safe(node)
+                except BypassAOTAutogradCache:
+                    return True
+    return False
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -52,17 +53,19 @@ def tune(request: Request) -> None:
         out.print(table)
     for problem in problems:
         err.print(Text(f"error: {problem}"), soft_wrap=True)
-    _leave(outcome, problems)
+    _leave(outcome, request.output, problems)
 
 
-def _leave(outcome: engine.Outcome, problems: list[str]) -> None:
+def _leave(outcome: engine.Outcome, output: Path, problems: list[str]) -> None:
     """Say what is open, and leave with the code that says so."""
     if not outcome.rows:  # another rank than the first
         return
     if outcome.goal.is_open:
         err.print("note: no goal was given: the same command with --psnr, --worst-psnr or --speedup chooses")
     elif outcome.chosen is None:
-        err.print("error: no setting meets the goal: the table has what each reaches")
+        stale = f"; {output} is left as it was, of an earlier goal" if output.exists() else ""
+        message = f"no setting meets the goal, so no options were written{stale}: the table has what each reaches"
+        err.print(Text(f"error: {message}"), soft_wrap=True)
         raise typer.Exit(1)
     if problems:
         raise typer.Exit(2)

@@ -60,6 +60,7 @@ class Request(Clips):
             name = SECTION if not isinstance(given, Mapping) else f"{SECTION}.{min(given.keys() & set(SOUGHT))}"
             raise InputError(f"{name} is given, which tune looks for: leave it out")
         self._check_files()
+        _ = self.jobs()  # reads prompts and seeds
 
     def _check_files(self) -> None:
         taken = {os.path.realpath(path): name for name, path in self.files_read().items()}

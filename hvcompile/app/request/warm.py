@@ -44,6 +44,13 @@ class Request:
         typer.Option("--option", help="Any option of hvfast: --option first_block_cache.threshold=0.1. Repeats."),
         EACH,
     ] = ()
+    options_file: Annotated[
+        Path | None, typer.Option("--options", help="A JSON file of options, as torch.compile takes them.")
+    ] = None
+    fp8: Annotated[
+        bool | None,
+        typer.Option("--fp8/--no-fp8", help="Linear layers in float8, or not (default: where GPUs gain from it)."),
+    ] = None
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
     ] = False
@@ -73,6 +80,8 @@ class Request:
                 call_settings=self.call_settings,
                 mode=self.mode,
                 backend_settings=self.backend_settings,
+                options_file=self.options_file,
+                fp8=self.fp8,
                 dynamic=self.dynamic,
                 device=self.device,
                 dtype=self.dtype,

@@ -67,6 +67,12 @@ class Row:
 
     clips: Sequence[Measured]
 
+    def check(self) -> None:
+        """Raise ValueError or TypeError where a figure is none, as those of a damaged file may be."""
+        figures = (self.reused, self.speedup, self.psnr, self.worst_psnr, self.ssim, self.temporal_psnr)
+        if any(math.isnan(figure) for figure in figures if figure is not None):
+            raise ValueError("a figure is not a number")
+
     @property
     def reused(self) -> float:
         """The mean share of the steps that were reused, 0 to 1."""

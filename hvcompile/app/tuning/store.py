@@ -52,12 +52,13 @@ class Store:
     def _read(self) -> None:
         try:
             content = json.loads(self.results.read_text())
-            earlier = content["conditions"]
+            earlier = dict(content["conditions"])
             self.reference_seconds = [float(seconds) for seconds in content["reference_seconds"]]
             for row in content["settings"]:
                 clips = [Measured.read(clip) for clip in row["clips"]]
-                self.rows[Candidate(**row["first_block_cache"])] = Row(clips)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                found = self.rows[Candidate(**row["first_block_cache"])] = Row(clips)
+                found.check()
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             raise InputError(
                 f"store {str(self._directory)!r} holds a {RESULTS} that can't be read ({type(error).__name__}: {error})"
                 ": give another directory, or remove it"
