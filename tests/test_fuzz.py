@@ -66,6 +66,24 @@ WRONG: dict[str, dict[str, Value]] = {
     },
     "compare": {"": one_of("none.mp4", "/", "", __file__)},
     "bisect": {"": one_of("none", "/", "", __file__, "/dev"), "--tolerance": NO_NUMBER, "--lower": NO_WORD},
+    "tune": {
+        **dict.fromkeys(("--steps", "--frames", "--height", "--width"), NO_COUNT),
+        **dict.fromkeys(("--psnr", "--worst-psnr", "--speedup"), NO_NUMBER),
+        **dict.fromkeys(("--output", "--json", "--plot"), NO_FILE),
+        **dict.fromkeys(("--prompts", "--options", "--image"), one_of("none", "/", "", __file__ + "x")),
+        **dict.fromkeys(("--device", "--dtype", "--offload"), NO_WORD),
+        "--model": NO_MODEL,
+        "--seeds": NO_SEEDS,
+        "--option": one_of("first_block_cache.threshold=0.1", "first_block_cache=true", "fp8=3"),
+    },
+    "warm": {
+        "--steps": NO_COUNT,
+        "--sizes": one_of("x", "1x", "0x0x0", "48", "48x32x17x1", "-1x2"),
+        "--output": one_of(__file__, "/", "/etc"),
+        **dict.fromkeys(("--device", "--dtype", "--mode"), NO_WORD),
+        "--option": NO_OPTION,
+        "": NO_MODEL,
+    },
     "doctor": {"--json": NO_FILE, "--no-such-option": one_of("1")},
 }
 
@@ -74,7 +92,7 @@ def line(draw: random.Random) -> list[str]:
     """A command and one to three parts of it that are wrong, among what is right."""
     command = draw.choice(list(WRONG))
     parts = [command]
-    if command == "generate" and draw.random() < 0.9:
+    if command in ("generate", "tune") and draw.random() < 0.9:
         parts.append(draw.choice(["a red circle", "", "x" * 5000, "\N{SNOWMAN}", "--", "-"]))
     for option in draw.sample(sorted(WRONG[command]), min(draw.randint(1, 3), len(WRONG[command]))):
         parts += [option] if option else []

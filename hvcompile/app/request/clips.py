@@ -11,20 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
-from hvcompile.app.request.assignments import assignments, merged, nested
+from hvcompile.app.request.assignments import assignments
+from hvcompile.app.request.compiling import Compiling
 from hvcompile.app.request.jobs import read_prompts, read_seeds
-from hvcompile.app.request.parameters import EACH, Device, Dtype, Frames, Height, Mode, RankTimeout, Width
+from hvcompile.app.request.parameters import COMPILING, EACH, Device, Dtype, Frames, Height, RankTimeout, Width
 from hvcompile.errors import InputError
-from hvcompile.inputs import load_options
 from hvcompile.ranks import launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clips:
+class Clips(Compiling):
     """The clips of a command, and what makes them; None leaves a choice to the pipeline, the device or the backend.
 
     The fields are parameters of the command. ``guidance`` is embedded or classifier-free, as the pipeline reads
-    ``guidance_scale``; ``fp8`` is True to ask for it, on a CPU too.
+    ``guidance_scale``.
     """
 
     prompt: Annotated[str | None, typer.Argument(help="What the video, or the picture, shows.", show_default=False)] = (
@@ -43,9 +43,7 @@ class Clips:
     height: Height = None
     width: Width = None
     seed: Annotated[int | None, typer.Option(help="Of the first noise; the same on every device (default: 0).")] = None
-    seeds: Annotated[str | None, typer.Option(help="Several, such as 0-7,42: a file each, and one sheet of all.")] = (
-        None
-    )
+    seeds: Annotated[str | None, typer.Option(help="Several, such as 0-7,42: every prompt with each.")] = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None
     true_cfg: Annotated[
         float | None, typer.Option(help="True guidance scale; above 1, with --negative-prompt, two calls a step.")
@@ -64,25 +62,12 @@ class Clips:
     vae_tiling: Annotated[
         bool, typer.Option("--vae-tiling/--no-vae-tiling", help="Decode large sizes in tiles, or whole.")
     ] = True
-    fp8: Annotated[
-        bool | None,
-        typer.Option("--fp8/--no-fp8", help="Linear layers in float8, or not (default: where GPUs gain from it)."),
-    ] = None
-    mode: Mode = None
-    backend_settings: Annotated[
-        tuple[str, ...],
-        typer.Option("--option", help="Any option of hvfast: --option first_block_cache.threshold=0.1. Repeats."),
-        EACH,
-    ] = ()
-    options_file: Annotated[
-        Path | None, typer.Option("--options", help="A JSON file of options, as torch.compile takes them.")
-    ] = None
-    dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
-    ] = False
     artifacts: Annotated[
         Path | None,
-        typer.Option(help="A directory of compiled code that hvcompile warm made. It is code: give only your own."),
+        typer.Option(
+            help="A directory of compiled code that hvcompile warm made. It is code: give only your own.",
+            rich_help_panel=COMPILING,
+        ),
     ] = None
     offload: Annotated[
         str | None,
@@ -166,11 +151,6 @@ class Clips:
         return (self.prompt or "",) if self.prompts_file is None else read_prompts(self.prompts_file)
 
     @functools.cached_property
-    def options_in_file(self) -> dict[str, Any]:
-        """Options of the backend that a file gives."""
-        return load_options(self.options_file) if self.options_file is not None else {}
-
-    @functools.cached_property
     def pictures(self) -> Mapping[str, Any]:
         """Pictures to begin and to end with, by the names that pipelines have for them."""
         from hvcompile.app import pictures
@@ -180,28 +160,10 @@ class Clips:
 
     def own_options(self) -> dict[str, Any]:
         """Options of the backend that parameters of their own give."""
-        own: dict[str, Any] = {}
+        own = super().own_options()
         if self.rank_timeout != launch.TIMEOUT_SECONDS and launch.num_ranks() > 1:
             own["context_parallel"] = {"timeout_seconds": self.rank_timeout}
-        if self.fp8 is not None:
-            own["fp8"] = self.fp8
         return own
-
-    def backend_options(self) -> dict[str, Any]:
-        """Options of the backend; raises InputError where two parameters set the same."""
-        given = nested(assignments(self.backend_settings, "--option", "first_block_cache.threshold=0.1"), "--option")
-        return merged("--option", self.options_in_file, self.own_options(), given)
-
-    def compile_arguments(self) -> dict[str, Any]:
-        """Give the keyword arguments of ``Module.compile`` besides the backend."""
-        return self.as_arguments(self.backend_options())
-
-    def as_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the backend as keyword arguments of ``Module.compile``, beside the mode."""
-        arguments: dict[str, Any] = {"dynamic": True} if self.dynamic else {}
-        if options:  # torch.compile takes a mode or options, never both
-            return arguments | {"options": {**options, **({"mode": self.mode} if self.mode is not None else {})}}
-        return arguments | ({"mode": self.mode} if self.mode is not None else {})
 
 
 def check_not_negative(**numbers: float | None) -> None:

@@ -13,6 +13,7 @@ import typer
 from hvcompile import outputs
 from hvcompile.app.request.clips import Clips, check_not_negative
 from hvcompile.app.request.jobs import Job, jobs
+from hvcompile.app.request.parameters import COMPILING
 from hvcompile.errors import InputError
 
 VIDEOS = (".mp4", ".mkv", ".mov")
@@ -31,7 +32,8 @@ class Request(Clips):
     """
 
     threshold: Annotated[
-        float | None, typer.Option(help="Of the first-block cache: a larger one reuses more steps.")
+        float | None,
+        typer.Option(help="Of the first-block cache: a larger one reuses more steps.", rich_help_panel=COMPILING),
     ] = None
     output: Annotated[
         Path | None,

@@ -7,12 +7,18 @@ from typing import Annotated
 
 import typer
 
+COMPILING = "How it is compiled"
+"""Where the help lists options of the backend."""
+
 Frames = Annotated[int | None, typer.Option(help="Length of the clip.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Mode = Annotated[
     str | None,
-    typer.Option(help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too."),
+    typer.Option(
+        help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too.",
+        rich_help_panel=COMPILING,
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
 Dtype = Annotated[

@@ -10,14 +10,15 @@ from typing import Annotated
 import typer
 
 from hvcompile.app.request import generate
-from hvcompile.app.request.parameters import EACH, Device, Dtype, JsonFile, Mode
+from hvcompile.app.request.compiling import Compiling
+from hvcompile.app.request.parameters import EACH, Device, Dtype, JsonFile
 from hvcompile.errors import InputError
 
 PROMPT = "a red circle moves to the left over a blue background"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Compiling):
     """What to compile ahead, and how; None leaves a choice to the pipeline. The fields are the command's parameters."""
 
     model: Annotated[
@@ -38,22 +39,6 @@ class Request:
         typer.Option("--set", help="Any other argument of the pipeline: --set max_sequence_length=128. Repeats."),
         EACH,
     ] = ()
-    mode: Mode = None
-    backend_settings: Annotated[
-        tuple[str, ...],
-        typer.Option("--option", help="Any option of hvfast: --option first_block_cache.threshold=0.1. Repeats."),
-        EACH,
-    ] = ()
-    options_file: Annotated[
-        Path | None, typer.Option("--options", help="A JSON file of options, as torch.compile takes them.")
-    ] = None
-    fp8: Annotated[
-        bool | None,
-        typer.Option("--fp8/--no-fp8", help="Linear layers in float8, or not (default: where GPUs gain from it)."),
-    ] = None
-    dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="One graph for all sizes, rather than a compilation for each.")
-    ] = False
     device: Device = None
     dtype: Dtype = None
     json_file: JsonFile = None
