@@ -13,7 +13,12 @@ from hvcompile.app.tuning.tune import Outcome
 
 PANELS: tuple[tuple[str, Callable[[Row], float], str, Callable[[Row], float | None]], ...] = (
     ("steps reused, %", lambda row: 100 * row.reused, "PSNR, dB: the mean of the clips", lambda row: row.psnr),
-    ("times as fast as plain torch.compile", lambda row: row.speedup, "", lambda row: row.psnr),
+    (
+        "times as fast as plain torch.compile",
+        lambda row: row.speedup,
+        "PSNR, dB: the mean of the clips",
+        lambda row: row.psnr,
+    ),
     ("steps reused, %", lambda row: 100 * row.reused, "PSNR, dB: the worst clip", lambda row: row.worst_psnr),
     ("steps reused, %", lambda row: 100 * row.reused, "SSIM", lambda row: row.ssim),
 )
@@ -49,7 +54,10 @@ def plot(outcome: Outcome, path: Path) -> None:
 def _points(
     rows: Mapping[Candidate, Row], across: Callable[[Row], float], up: Callable[[Row], float | None]
 ) -> list[tuple[float, float]]:
-    """A rule's points from the smallest threshold up; identical clips have no PSNR, and are left out."""
+    """A rule's points from the smallest threshold up.
+
+    Left out are settings that reuse nothing, which differ by rounding, and identical clips, which have no PSNR.
+    """
     ordered = [rows[candidate] for candidate in sorted(rows, key=lambda candidate: candidate.threshold)]
-    points = [(across(row), up(row)) for row in ordered]
+    points = [(across(row), up(row)) for row in ordered if row.reused]
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
