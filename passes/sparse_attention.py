@@ -20,6 +20,8 @@ from hvcompile.rewriting.regrouping import Regrouped, add_of_numbers
 from hvcompile.trunk.trunk import Derived, Trunk
 
 DEVICE_TYPES = ("cpu", "meta")
+MOST_TOKENS = 2**14
+"""Of a tile; no sample that fits in memory needs larger ones."""
 """On meta nothing runs, and operations are counted."""
 RULES = ("window", "radial", "mass", "profile")
 
@@ -122,6 +124,10 @@ class SparseAttention(Pass):
                     f"sparse_attention.{name} is {held!r}; allowed are three {kind}whole numbers, 1 or more: frames, "
                     "height and width"
                 )
+        if math.prod(self.tile) > MOST_TOKENS:
+            raise OptionError(
+                f"sparse_attention.tile is {self.tile!r}, of {math.prod(self.tile)} tokens; allowed are {MOST_TOKENS}"
+            )
         if not self.width > 0:
             raise OptionError(f"sparse_attention.width is {self.width}; allowed is a number above 0")
         if not 0 < self.share <= 1:

@@ -47,6 +47,11 @@ class GridBlock(nn.Module):
         return hidden, text
 
 
+def in_tokens(patches: torch.Tensor) -> torch.Tensor:
+    """``[B, C, F, H, W]`` as ``[B, tokens, C]``."""
+    return patches.flatten(2).transpose(1, 2)
+
+
 class GridToy(nn.Module):
     """``(sample [B, C, F, H, W], timestep [B], text [B, L, D]) -> [B, C, F, H, W]``; patches of 1 x 2 x 2."""
 
@@ -66,7 +71,7 @@ class GridToy(nn.Module):
         time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
         hidden = self.patch(sample)
         grid = hidden.shape[2:]
-        hidden = hidden.flatten(2).transpose(1, 2)
+        hidden = in_tokens(hidden)
         table = 1 + 0.5 * torch.sin(torch.arange(hidden.shape[1], device=sample.device)[:, None] * frequencies[None])
         mask = None if keep is None else keep[:, None, None]
         for block in self.blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import golden
@@ -11,7 +12,7 @@ import grids
 import pytest
 import torch
 import zoo
-from grids import GridToy, blocks_of, dense_under, grid_inputs, is_in_window, line_of, mask_by
+from grids import WIDTH, GridToy, blocks_of, dense_under, grid_inputs, is_in_window, line_of, mask_by
 from oracle import first, hvfast, relative_error
 from slow import SLOW
 from test_faults import second_of_two
@@ -232,6 +233,94 @@ def test_models(name: str) -> None:
         error = relative_error(first(fast(**inputs, return_dict=False)), first(model(**inputs, return_dict=False)))
     assert error < 1e-5
     assert ("2x2x3" if name == "cogvideox_i2v" else "3x2x3") + " (frames x height x width)" in row_of(fast).line()
+
+
+class Before(nn.Module):
+    """A block that changes its stream before it computes."""
+
+    def __init__(self, block: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.block, self.change = block, change
+
+    def forward(self, hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        result: tuple[torch.Tensor, torch.Tensor] = self.block(self.change(hidden * 1, others[1]), *others)
+        return result
+
+
+def _scaled_first_frame(hidden: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    hidden[:, :24].mul_(2.0)
+    return hidden
+
+
+def _relu_of_some(hidden: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    nn.functional.relu(hidden[:, 24:], inplace=True)
+    return hidden
+
+
+def _table_that_changes(hidden: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    table = torch.arange(hidden.shape[1])[:, None] * 0.01 * (1 + time[:, None])
+    hidden = hidden + table
+    table[:, 0] = 7.0
+    return hidden + table
+
+
+def _into_a_whole(hidden: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    total = torch.ones(1, hidden.shape[1], WIDTH)
+    total.mul_(hidden)
+    return hidden + total.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("change", [_scaled_first_frame, _relu_of_some, _table_that_changes, _into_a_whole])
+def test_writes_that_a_copy_would_not_see_are_refused(change: Any) -> None:
+    model = GridToy()
+    model.blocks = nn.ModuleList(Before(block, change) for block in model.blocks)
+    with torch.no_grad(), pytest.raises(Exception, match="it writes"):
+        compiled(model, ALL)(**grid_inputs((4, 4, 6)))
+
+
+def _flat(patches: torch.Tensor) -> torch.Tensor:
+    return patches.flatten(2).transpose(1, 2)
+
+
+MOVED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shuffled": lambda patches: _flat(patches)[:, torch.arange(patches[0, 0].numel()).flip(0)],
+    "frames by index": lambda patches: _flat(patches[:, :, [1, 0, 3, 2]]),
+    "height first": lambda patches: _flat(patches.permute(0, 1, 3, 4, 2)),
+    "width first": lambda patches: _flat(patches.permute(0, 1, 4, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_tokens_in_another_order_are_a_reason(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "in_tokens", MOVED[how])
+    with torch.no_grad(), pytest.raises(Exception, match="the tokens' grid can't be found from the graph"):
+        compiled(GridToy(), ALL)(**grid_inputs((4, 4, 6)))
+
+
+class Controlled(GridToy):
+    """Takes another video beside the sample, whose tokens come first."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, keep: Any = None) -> Any:
+        control = keep
+        hidden = torch.cat([grids.in_tokens(self.patch(item)) for item in (control, sample)], dim=1)
+        table = torch.ones(hidden.shape[1], WIDTH // 2)
+        for block in self.blocks:
+            hidden, text = block(hidden, text, self.time(timestep[:, None].expand(-1, WIDTH)), table, None)
+        return self.head(hidden)[:, sample[0, 0].numel() // 4 :].unflatten(1, (4, 4, 6))
+
+
+def test_two_inputs_that_are_alike_are_a_reason() -> None:
+    inputs = grid_inputs((4, 4, 6))
+    with torch.no_grad(), pytest.raises(Exception, match="are alike: which is the sample is not known"):
+        compiled(Controlled(), ALL)(**inputs, keep=torch.randn_like(inputs["sample"]))
+
+
+@torch.no_grad()
+def test_autocast_is_computed_densely() -> None:
+    """Its operands differ in dtype."""
+    model, inputs = GridToy(), grid_inputs((4, 4, 6))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match="differ in dtype, as autocast"):
+        compiled(model, ALL)(**inputs)
 
 
 REASONS = {

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from hvcompile.graph.attention import arguments, is_attention, is_part
+from hvcompile.graph.nodes import ancestors, descendants, is_tensor
 from hvcompile.graph.tiles import Sizes, num_tiles, tile_order
 from hvcompile.journal import Declined
 from hvcompile.ranks.split import Layout, Layouts, Segment, Split
@@ -27,6 +28,7 @@ from hvcompile.rewriting.sharding.rules import RULES
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.grid import Part, find_grid
+from hvcompile.trunk.operands import is_activation
 from hvcompile.trunk.roles import classify
 from hvcompile.trunk.trunk import Derived, Trunk
 
@@ -73,6 +75,8 @@ class _Regrouper(Resharder):
     def __init__(self, *args: Any, orders: Collection[fx.Node], back: fx.Node) -> None:
         super().__init__(*args)
         self._orders, self._back = orders, back
+
+    may_split_again = False
 
     def take(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Put a value that is in the model's order into that of tiles."""
@@ -162,7 +166,7 @@ class _TiledAttention:
         made = resharder.env[node] = resharder.copy(node)
         query, key = layouts["query"], layouts["key"]
         if query is not None and key is not None:
-            declined = refusal(node, query, key)
+            declined = _refusal_of_others(resharder, given) or refusal(node, query, key)
             if declined is None:
                 self.count += 1
                 made.meta[SPARSE] = Tokens(queries=query.segments, keys=key.segments)
@@ -183,6 +187,14 @@ def _refusal_of_order(given: Mapping[str, Any]) -> Declined | None:
     return None
 
 
+def _refusal_of_others(resharder: Resharder, given: Mapping[str, Any]) -> Declined | None:
+    """Why an attention is not one of the sample's tokens: others, as many, may have a row for each of them."""
+    ours = descendants(resharder.streams)
+    if not {given["query"], given["key"]} <= ours:
+        return Declined("its queries or keys follow from no stream that holds the sample's tokens")
+    return None
+
+
 def refusal(node: fx.Node, query: Layout, key: Layout) -> Declined | None:
     """Why an attention can't skip blocks of keys."""
     given = arguments(node)
@@ -191,6 +203,8 @@ def refusal(node: fx.Node, query: Layout, key: Layout) -> Declined | None:
         return Declined("its queries or keys hold the sample's tokens more than once")
     if any(item.ndim != 4 for item in (queries, keys, values)):
         return Declined(f"its query has {queries.ndim} dimensions; looked for are [batch, heads, tokens, head size]")
+    if len({item.dtype for item in (queries, keys, values, value(node))}) > 1:
+        return Declined("its operands and its result differ in dtype, as autocast makes them")
     if given.get("dropout_p", 0.0):
         return Declined("it drops out weights")
     if isinstance(given.get("scale"), fx.Node):
@@ -228,6 +242,10 @@ def regroup(trunk: Trunk, tile: Sizes, tag: str) -> Regrouped | Declined:
         if isinstance(parts, Declined):
             failures.append((0, parts.reason))
             continue
+        twin = _twin(sample, stream) if len(parts) > 1 else None
+        if twin is not None:
+            failures.append((0, f"{sample.name} and {twin.name} are alike: which is the sample is not known"))
+            continue
         added = _add_order(trunk, parts, tile, tag)
         split = _Tiled(group="", rank=0, ranks=1, length=math.prod(_grid_of(parts)))
         order, back = added.placeholders
@@ -248,6 +266,17 @@ def regroup(trunk: Trunk, tile: Sizes, tag: str) -> Regrouped | Declined:
                 trunk.drop_operand(body, own)
         return done
     return Declined(max(failures, key=lambda item: item[0], default=(0, "the stream has one dimension"))[1])
+
+
+def _twin(sample: fx.Node, stream: fx.Node) -> fx.Node | None:
+    """Another input of the sample's shape, from which the stream's tokens follow too."""
+    before = ancestors([stream])
+    for node in sample.graph.find_nodes(op="placeholder"):
+        is_input = node is not sample and node in before and is_tensor(node) and is_activation(node)
+        if is_input and fakes.shape_key(value(node)) == fakes.shape_key(value(sample)):
+            twin: fx.Node = node
+            return twin
+    return None
 
 
 def _grid_of(parts: Sequence[Part]) -> Sizes:

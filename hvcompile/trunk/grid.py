@@ -142,6 +142,7 @@ def _grid(node: fx.Node, axes: list[_Axis], ours: set[fx.Node]) -> tuple[int, in
         node, axes = _step(node, axes, ours)
     if len(axes) > 3:
         raise _UnknownGrid(node, f"gives tokens in {len(axes)} dimensions, not frames, height and width")
+    _check_order(node, axes, ours)
     frames, height, width = (axis.size for axis in axes)
     return frames, height, width
 
@@ -158,12 +159,37 @@ def _step(node: fx.Node, axes: list[_Axis], ours: set[fx.Node]) -> tuple[fx.Node
     is_kept = name in _KEEPING or (name in _BY_LAST and value(node).ndim - 1 not in dims)
     if not is_kept or node.op == "placeholder":
         raise _UnknownGrid(node, "may move or mix tokens, or makes them")
+    if name == "getitem" and is_tensor(_first(node)) and _looks_up(node):
+        raise _UnknownGrid(node, "looks tokens up by a tensor or list")
     wanted = _sizes(node)
     for item in node.all_input_nodes:
         is_like = item in ours and is_tensor(item) and value(item).ndim == len(wanted)
         if is_like and all(_sizes(item)[dim] == wanted[dim] for dim in dims):
             return item, axes
     raise _UnknownGrid(node, "has no operand that holds the sample's tokens as it does")
+
+
+def _looks_up(node: fx.Node) -> bool:
+    """Whether an index is something else than numbers, slices, None and an ellipsis."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    plain = [isinstance(item, (slice, int)) or item is None or item is Ellipsis for item in index]
+    scalars = [isinstance(item, fx.Node) and not is_tensor(item) for item in index]
+    return not all(is_plain or is_scalar for is_plain, is_scalar in zip(plain, scalars, strict=True))
+
+
+def _check_order(node: fx.Node, axes: list[_Axis], ours: set[fx.Node]) -> None:
+    """Raise where three axes are known not to follow each other as frames, height and width do.
+
+    They are followed on towards the sample, as far as each is a dimension of its own.
+    """
+    while op_name(node) not in _SPATIAL and node.op != "placeholder" and node in ours:
+        before, found = _step(node, axes, ours)
+        if len(found) != len(axes) or any(axis.dim is None for axis in found):
+            break
+        node, axes = before, found
+    dims = [axis.dim for axis in axes if axis.dim is not None]
+    if dims != sorted(dims):
+        raise _UnknownGrid(node, "has frames, height and width in another order than the tokens")
 
 
 def _reshaped(node: fx.Node, axes: list[_Axis]) -> list[_Axis]:

@@ -13,13 +13,13 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from hvcompile.graph.inline import inline, run_on_fakes
-from hvcompile.graph.nodes import contexts, is_tensor, op_name
+from hvcompile.graph.nodes import contexts, is_tensor, mutated_operand, op_name, storage
 from hvcompile.ranks.split import Layout, Layouts, Split, delocalise, localise
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import TAG, provenance, shape_key, value
@@ -94,6 +94,13 @@ class Resharder:
         self._local: dict[tuple[fx.Node, Layout], fx.Node] = {}
         self._whole: dict[fx.Node, fx.Node] = {}
         self._position: fx.Node | None = None
+        self.streams: frozenset[fx.Node] = frozenset()
+        """Inputs that come split since they are streams of the blocks, not tables with a row a token."""
+        self.joined: set[fx.Node] = set()
+        """What was made of values that were put together."""
+
+    may_split_again: ClassVar[bool] = True
+    """Whether what was made whole between two blocks may be split again, whatever was done to it there."""
 
     # What the rules build on
 
@@ -252,8 +259,11 @@ class Resharder:
 
     def visit(self, node: fx.Node) -> None:
         """Copy a node of the source."""
+        self._check_write(node)
         if all(self.layouts.get(item) is None for item in node.all_input_nodes):
             self.env[node] = self.copy(node)
+            if not self.joined.isdisjoint(node.all_input_nodes):
+                self.joined.add(node)
             return
         name = op_name(node)
         rule = self.rules.get(name) or self.rules.get(name.rstrip("_"))
@@ -264,6 +274,20 @@ class Resharder:
         else:
             self.env[node], self.layouts[node] = rule(self, node)
         self._prove(node)
+
+    def _check_write(self, node: fx.Node) -> None:
+        """Refuse a write in place that would go into a copy, or that an earlier copy would not see."""
+        target = mutated_operand(node)
+        if target is None:
+            return
+        layout = self.layout(target)
+        others = [item for item in node.all_input_nodes if item is not target]
+        if layout is None and any(self.layouts.get(item) is not None for item in others):
+            raise self.refuse(node, "it writes a part of the tokens into a tensor that is whole")
+        if layout is not None and not layout.is_complete(self.split):
+            raise self.refuse(node, "it writes into some of the tokens")
+        if storage(target) in {storage(item) for item in (*(item for item, _ in self._local), *self._whole)}:
+            raise self.refuse(node, "it writes into what was read before, as a part or as a whole")
 
     def _prove(self, node: fx.Node) -> None:
         """Run the copy on one rank's shapes; what comes out must have the shape that was derived."""

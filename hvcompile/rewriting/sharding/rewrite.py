@@ -100,6 +100,7 @@ class Rewrite:
                 frozenset(splittable),
                 around,
             )
+            resharder.streams = frozenset(placeholders[place] for place in known)
             try:
                 return layouts, resharder, self._copy_body(body, resharder, layouts, placeholders)
             except WantsSplit as wants:
@@ -222,6 +223,8 @@ class Around:
             return top.env[node]
         if top.layout(node) is not None:
             raise CannotShard(f"{node.name} is split along {top.layout(node)}, and wanted along {layout}")
+        if node in top.joined and not top.may_split_again:
+            raise top.refuse(node, "its tokens may have been moved since they left the block before")
         if (node, layout) not in self._parts:
             part = top.part_of(node, layout)
             copied = top.make(torch.clone, (part,), node, memory_format=torch.contiguous_format)
@@ -234,6 +237,7 @@ class Around:
         try:
             self.top.visit(node)
         except CannotShard:
+            self.top.joined.add(node)
             self.top.env[node] = self.top.copy(node, self._wholes(node))
             self.top.layouts[node] = None
 
