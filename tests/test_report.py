@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import hvcompile
 from hvcompile import backend
-from hvcompile.app import cli, generate, pipelines, records, tiny
+from hvcompile.app import cli, generate, pipelines, records, reference, tiny
 from hvcompile.app import explain as app_explain
 from hvcompile.errors import InputError, UntraceableModelError
 from hvcompile.explanation import listing, pictures, report
@@ -388,7 +388,7 @@ def test_generate_writes_a_report_of_its_run(tmp_path: Path, monkeypatch: pytest
         raise UntraceableModelError("the model does not trace as one graph: a length depends on data")
 
     monkeypatch.setattr(generate, "BACKEND", rewritten)
-    monkeypatch.setattr(generate, "PLAIN_BACKEND", "eager")
+    monkeypatch.setattr(reference, "PLAIN", "eager")
     loaded, path = pipelines.load(), tmp_path / "report.html"
     transformer = loaded.pipe.transformer
     shape = {**transformer.config, "num_layers": 1, "num_single_layers": 2}
