@@ -70,8 +70,7 @@ def ready(
     if loaded is None:
         observe("loading")
         with quiet.loading():
-            is_offloaded = request.offload not in (None, "none")
-            loaded = pipelines.load(request.model, request.dtype, device, is_offloaded=is_offloaded)
+            loaded = pipelines.load(request.model, request.dtype, device, is_offloaded=request.is_offloaded)
             adapters.fuse(loaded.pipe, request.lora)
             pipelines.offload(loaded, request.offload)
     pipelines.tile(loaded, request.vae_tiling)

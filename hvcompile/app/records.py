@@ -14,6 +14,7 @@ import torch
 from hvcompile.app import metrics
 from hvcompile.app.denoisers import denoisers, first_denoiser
 from hvcompile.app.pipelines import Loaded
+from hvcompile.app.request.clips import Clips
 from hvcompile.app.request.generate import Request
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.results import Result
@@ -56,6 +57,29 @@ def plain(value: Any) -> Any:
     return f"a picture of {size[0]}x{size[1]}" if isinstance(size, tuple) else str(value)
 
 
+def circumstances(request: Clips, loaded: Loaded, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What clips are made with, as JSON: the pipeline and its settings, the backend's, and what runs them.
+
+    Args:
+        request: what was asked for.
+        loaded: the pipeline.
+        arguments: of the pipeline's call.
+
+    """
+    return {
+        "model": request.model,
+        "pipeline": loaded.kind,
+        "denoisers": {name: type(model).__name__ for name, model in denoisers(loaded.pipe).items()},
+        "settings": plain(arguments),
+        "adapters": list(request.lora),
+        "backend": plain(request.compile_arguments()),
+        "device": device_name(loaded.device),
+        "dtype": str(first_denoiser(loaded.pipe).dtype).removeprefix("torch."),
+        "ranks": launch.num_ranks(),
+        "versions": versions(),
+    }
+
+
 def record(
     request: Request,
     loaded: Loaded,
@@ -79,16 +103,7 @@ def record(
         "prompt": job.prompt,
         "seed": job.seed,
         "output": str(job.output),
-        "model": request.model,
-        "pipeline": loaded.kind,
-        "denoisers": {name: type(model).__name__ for name, model in denoisers(loaded.pipe).items()},
-        "settings": plain(arguments),
-        "adapters": list(request.lora),
-        "backend": plain(request.compile_arguments()),
-        "device": device_name(loaded.device),
-        "dtype": str(first_denoiser(loaded.pipe).dtype).removeprefix("torch."),
-        "ranks": launch.num_ranks(),
-        "versions": versions(),
+        **circumstances(request, loaded, arguments),
     }
     if run is None:
         return asked

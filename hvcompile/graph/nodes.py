@@ -124,6 +124,11 @@ def draws_random_numbers(node: fx.Node) -> bool:
     return is_random and any(argument is True for argument in arguments) and any(rate > 0 for rate in rates)
 
 
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call that may be given by its place or by its name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
 def mutated_operand(node: fx.Node) -> fx.Node | None:
     """The operand that a node writes into, if it is an in-place operation."""
     if node.op == "call_function":

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from hvcompile.graph.attention import arguments, is_attention, is_part
-from hvcompile.graph.nodes import ancestors, descendants, is_tensor
+from hvcompile.graph.nodes import ancestors, argument, descendants, is_tensor
 from hvcompile.graph.tiles import Sizes, num_tiles, tile_order
 from hvcompile.journal import Declined
 from hvcompile.ranks.split import Layout, Layouts, Segment, Split
@@ -115,7 +115,7 @@ def _shortened(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     """``narrow`` along the tokens, as keys are shortened: it may cut the end of what is not the sample's."""
     first = node.all_input_nodes[0]
     layout = resharder.layout(first)
-    dim, start, length = (_argument(node, place, name) for place, name in enumerate(("dim", "start", "length"), 1))
+    dim, start, length = (argument(node, place, name) for place, name in enumerate(("dim", "start", "length"), 1))
     if layout is None or not isinstance(dim, int) or dim % value(first).ndim != layout.dim:
         return RULES["narrow"](resharder, node)
     *others, last = layout.segments
@@ -125,10 +125,6 @@ def _shortened(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     if start != 0 or last.is_split or not is_known or (isinstance(kept, int) and kept <= before):
         raise resharder.refuse(node, "it cuts the sample's tokens")
     return resharder.copy(node), Layout(layout.dim, (*others, Segment(0, kept - before, False)))
-
-
-def _argument(node: fx.Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
 _RULES: Mapping[str, Rule] = {**RULES, "narrow": _shortened}

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from hvcompile.graph.nodes import descendants, is_tensor, op_name
+from hvcompile.graph.nodes import argument, descendants, is_tensor, op_name
 from hvcompile.journal import Declined
 from hvcompile.torch_private.fakes import size_hint, value
 
@@ -104,7 +104,7 @@ def _parts(node: fx.Node, dim: int, taken: tuple[int, int], ours: set[fx.Node]) 
 def _pieces(node: fx.Node, dim: int, taken: tuple[int, int], ours: set[fx.Node]) -> list[Part]:
     found: list[Part] = []
     start = 0
-    pieces: Any = _argument(node, 0, "tensors")
+    pieces: Any = argument(node, 0, "tensors")
     for piece in pieces:
         size = _sizes(piece)[dim]
         low, high = max(taken[0] - start, 0), min(taken[1] - start, size)
@@ -239,7 +239,7 @@ def _order(node: fx.Node) -> list[int]:
     """For each dimension of a transposed tensor, the one that it was."""
     ndim = value(node).ndim
     if op_name(node) == "permute":
-        held: Any = node.args[1:] if isinstance(_argument(node, 1, "dims"), int) else _argument(node, 1, "dims")
+        held: Any = node.args[1:] if isinstance(argument(node, 1, "dims"), int) else argument(node, 1, "dims")
         return [int(dim) % ndim for dim in held]
     names = ("dim0", "dim1") if op_name(node) == "transpose" else ("axis0", "axis1")
     first, second = (_number(node, place, name) % ndim for place, name in enumerate(names, 1))
@@ -252,12 +252,8 @@ def _first(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 
 
-def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
 def _number(node: fx.Node, place: int, name: str, default: Any = None) -> int:
-    held = _argument(node, place, name, default)
+    held = argument(node, place, name, default)
     if not isinstance(held, int):
         raise _UnknownGrid(node, f"has an argument {name} that is no number")
     return held

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +96,7 @@ class Clips(Compiling):
         pipelines.resolve_dtype(self.dtype, device)
         if self.offload is not None and self.offload not in pipelines.OFFLOADS:
             raise InputError(f"offload {self.offload!r} is unknown: give {' or '.join(pipelines.OFFLOADS)}")
-        if self.offload not in (None, "none") and device.type == "cpu":
+        if self.is_offloaded and device.type == "cpu":
             raise InputError(
                 f"offload {self.offload!r} has nothing to offload from: the device is the CPU; leave it out"
             )
@@ -138,6 +139,29 @@ class Clips(Compiling):
         fields = {"prompts": self.prompts_file, "options": self.options_file, "image": self.image}
         fields |= {"last-image": self.last_image}
         return {name: path for name, path in fields.items() if path is not None}
+
+    def check_apart(self, written: Iterable[tuple[str, Path | None]]) -> None:
+        """Raise InputError where a file would be written that another is, or that is read.
+
+        Args:
+            written: the name of the option and the file, for each that is written; None for one that is not.
+
+        """
+        taken = {os.path.realpath(path): name for name, path in self.files_read().items()}
+        for name, path in written:
+            if path is None:
+                continue
+            place = os.path.realpath(path)
+            if place in taken:
+                raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
+            if os.path.isdir(place):
+                raise InputError(f"{name} {str(path)!r} is a directory: give a file name")
+            taken[place] = name
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the device holds no more of the pipeline than it needs."""
+        return self.offload not in (None, "none")
 
     def all_seeds(self) -> tuple[int, ...]:
         """Every seed that is asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,24 +85,10 @@ class Request(Clips):
             )
         sheet = self.sheet_path(output) if self.compare or not is_one else None
         check_files(sheet, self.json_file)
-        self._check_apart(places, sheet)
+        others = {"sheet": sheet, "json": self.json_file, "html": self.html_file}
+        self.check_apart([*(("output", path) for path in places), *others.items()])
         if self.html_file is not None:
             report.check(self.html_file)
-
-    def _check_apart(self, places: Sequence[Path], sheet: Path | None) -> None:
-        """Raise InputError where a file would be written that another is, or that is read."""
-        taken = {os.path.realpath(path): name for name, path in self.files_read().items()}
-        written = [("output", path) for path in places]
-        written += [("sheet", sheet)] if sheet is not None else []
-        written += [("json", self.json_file)] if self.json_file is not None else []
-        written += [("html", self.html_file)] if self.html_file is not None else []
-        for name, path in written:
-            place = os.path.realpath(path)
-            if place in taken:
-                raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
-            if os.path.isdir(place):
-                raise InputError(f"{name} {str(path)!r} is a directory: give a file name")
-            taken[place] = name
 
     def jobs(self, output: Path) -> tuple[Job, ...]:
         """Every prompt with every seed; raises InputError where one of the two can't be read.

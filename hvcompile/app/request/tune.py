@@ -13,7 +13,7 @@ import typer
 
 from hvcompile import outputs
 from hvcompile.app.request.assignments import merged
-from hvcompile.app.request.clips import Clips
+from hvcompile.app.request.clips import Clips, spelled
 from hvcompile.app.request.jobs import Job, jobs
 from hvcompile.app.request.parameters import JsonFile
 from hvcompile.errors import InputError
@@ -49,7 +49,7 @@ class Request(Clips):
         for name in ("psnr", "worst_psnr", "speedup"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name.replace('_', '-')} is {value}: give a finite number above 0")
+                raise InputError(f"{spelled(name)} is {value}: give a finite number above 0")
         if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
             raise InputError("tune has nothing to tune where TORCHDYNAMO_DISABLE=1 switches compiling off")
         super().check()
@@ -63,17 +63,14 @@ class Request(Clips):
         _ = self.jobs()  # reads prompts and seeds
 
     def _check_files(self) -> None:
-        taken = {os.path.realpath(path): name for name, path in self.files_read().items()}
-        kinds = {"output": ("JSON file", ".json"), "json": ("JSON file", ".json"), "plot": ("PNG picture", ".png")}
-        for name, path in (("output", self.output), ("json", self.json_file), ("plot", self.plot_file)):
-            if path is None:
-                continue
-            kind, suffix = kinds[name]
-            outputs.check(path, name=name, kind=kind, suffixes=(suffix,))
-            place = os.path.realpath(path)
-            if place in taken:
-                raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
-            taken[place] = name
+        outputs.check(self.output, name="output", kind="JSON file", suffixes=(".json",))
+        for name, path, kind, suffix in (
+            ("json", self.json_file, "JSON file", ".json"),
+            ("plot", self.plot_file, "PNG picture", ".png"),
+        ):
+            if path is not None:
+                outputs.check(path, name=name, kind=kind, suffixes=(suffix,))
+        self.check_apart([("output", self.output), ("json", self.json_file), ("plot", self.plot_file)])
 
     @property
     def directory(self) -> Path:
@@ -84,10 +81,6 @@ class Request(Clips):
         """Every prompt with every seed; nothing is written at their outputs."""
         return jobs(self.prompts, self.all_seeds(), Path("clip.mp4"))
 
-    def options_with(self, section: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the backend, with fields of the cache beside those that are given."""
-        return merged("--option", self.backend_options(), {SECTION: section})
-
     def compile_arguments_with(self, section: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of ``Module.compile`` besides the backend, with fields of the cache."""
-        return self.as_arguments(self.options_with(section))
+        """Keyword arguments of ``Module.compile`` besides the backend, with fields of the cache beside those given."""
+        return self.as_arguments(merged("--option", self.backend_options(), {SECTION: section}))

@@ -11,10 +11,9 @@ import torch.distributed as dist
 
 from hvcompile import outputs
 from hvcompile.app import identity, metrics, pipelines, video
-from hvcompile.app.denoisers import denoisers, first_denoiser
 from hvcompile.app.generate import BACKEND, ready
 from hvcompile.app.notes import written
-from hvcompile.app.records import device_name, plain, versions
+from hvcompile.app.records import circumstances, plain
 from hvcompile.app.reference import Reference
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
@@ -102,22 +101,13 @@ class _Tuning:
         """What figures must have in common to stand in one table."""
         request, loaded = self._request, self._loaded
         return {
-            "model": request.model,
-            "pipeline": loaded.kind,
-            "denoisers": sorted(denoisers(loaded.pipe)),
+            **circumstances(request, loaded, self._arguments),
             "weights": identity.of_weights(loaded.pipe),
-            "adapters": list(request.lora),
             "prompts": list(request.prompts),
             "seeds": list(request.all_seeds()),
-            "settings": plain(self._arguments),
             "pictures": {name: identity.of_picture(picture) for name, picture in request.pictures.items()},
             "vae_tiling": request.vae_tiling,
             "offload": request.offload,
-            "backend": plain(request.compile_arguments()),
-            "device": device_name(loaded.device),
-            "dtype": str(first_denoiser(loaded.pipe).dtype).removeprefix("torch."),
-            "ranks": launch.num_ranks(),
-            "versions": versions(),
         }
 
     def measure(self) -> None:

@@ -13,15 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.graph.nodes import is_tensor, op_name
+from hvcompile.graph.nodes import argument, is_tensor, op_name
 from hvcompile.ranks.split import Layout, Layouts, Segment
 from hvcompile.rewriting.sharding.resharder import Resharder, Rule, same_dim
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
-
-
-def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _dims(held: Any, ndim: int) -> list[int] | None:
@@ -125,7 +121,7 @@ def _matmul(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 @_rule("layer_norm", "rms_norm")
 def _norm(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
-    shape = _argument(node, 1, "normalized_shape")
+    shape = argument(node, 1, "normalized_shape")
     taken = len(shape) if isinstance(shape, (list, tuple)) else 1
     if layout.dim >= value(first).ndim - taken:
         raise resharder.refuse(node, "it normalises over the dimension that would be split")
@@ -136,7 +132,7 @@ def _norm(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 def _reduction(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
     place = 2 if op_name(node) in {"norm", "vector_norm"} else 1
-    dims = _dims(_argument(node, place, "dim"), value(first).ndim)
+    dims = _dims(argument(node, place, "dim"), value(first).ndim)
     if not dims or layout.dim in dims:
         raise resharder.refuse(node, "it sums over the dimension that would be split")
     removed = sum(dim < layout.dim for dim in dims) if value(node).ndim < value(first).ndim else 0
@@ -150,7 +146,7 @@ def _along(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     place = 2 if op_name(node) in {"normalize", "roll"} else 1
     default = {"normalize": 1, "glu": -1}.get(op_name(node))
     name = {"flip": "dims", "roll": "dims"}.get(op_name(node), "dim")
-    held = _argument(node, place, name, default)
+    held = argument(node, place, name, default)
     if op_name(node) == "flip" and isinstance(held, int):
         held = node.args[1:]  # x.flip(1, 2)
     dims = _dims(held, value(first).ndim)
@@ -162,7 +158,7 @@ def _along(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 @_rule("permute")
 def _permute(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
-    order = node.args[1:] if isinstance(_argument(node, 1, "dims"), int) else _argument(node, 1, "dims")
+    order = node.args[1:] if isinstance(argument(node, 1, "dims"), int) else argument(node, 1, "dims")
     dims = _dims(order, value(first).ndim)
     if dims is None:
         raise resharder.refuse(node, "its order is no list of numbers")
@@ -173,7 +169,7 @@ def _permute(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 def _transpose(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
     names = ("dim0", "dim1") if op_name(node) == "transpose" else ("axis0", "axis1")
-    dims = _dims([_argument(node, 1, names[0]), _argument(node, 2, names[1])], value(first).ndim)
+    dims = _dims([argument(node, 1, names[0]), argument(node, 2, names[1])], value(first).ndim)
     if dims is None:
         raise resharder.refuse(node, "its dimensions are no numbers")
     other = {dims[0]: dims[1], dims[1]: dims[0]}
@@ -206,9 +202,9 @@ def _reshape(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 @_rule("cat", "concat", "concatenate")
 def _cat(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     """Along the sequence the segments follow each other; parts of one sequence that fit together are joined."""
-    pieces: Any = _argument(node, 0, "tensors")
+    pieces: Any = argument(node, 0, "tensors")
     ndim = value(node).ndim
-    dims = _dims(_argument(node, 1, "dim", 0), ndim)
+    dims = _dims(argument(node, 1, "dim", 0), ndim)
     known = [layout for piece in pieces if (layout := resharder.layout(piece)) is not None]
     if dims is None or len({layout.dim for layout in known}) > 1:
         raise resharder.refuse(node, "its operands are split along different dimensions")
@@ -260,8 +256,8 @@ def _cat(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
 
 @_rule("stack")
 def _stack(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
-    pieces: Any = _argument(node, 0, "tensors")
-    dims = _dims(_argument(node, 1, "dim", 0), value(node).ndim)
+    pieces: Any = argument(node, 0, "tensors")
+    dims = _dims(argument(node, 1, "dim", 0), value(node).ndim)
     layouts = {layout for piece in pieces if (layout := resharder.layout(piece)) is not None}
     if dims is None or len(layouts) > 1:
         raise resharder.refuse(node, "its operands are split in different ways")
@@ -278,7 +274,7 @@ _SIZES = ("split_size_or_sections", "split_size", "split_sizes")
 def _split(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
     is_unbind = op_name(node) == "unbind"
-    dims = _dims(_argument(node, 1 if is_unbind else 2, "dim", 0), value(first).ndim)
+    dims = _dims(argument(node, 1 if is_unbind else 2, "dim", 0), value(first).ndim)
     if dims is None:
         raise resharder.refuse(node, "its dimension is no number")
     if dims[0] != layout.dim:
@@ -403,7 +399,7 @@ def _move(resharder: Resharder, node: fx.Node, item: slice, layout: Layout) -> t
 @_rule("narrow")
 def _narrow(resharder: Resharder, node: fx.Node) -> tuple[fx.Node, Layouts]:
     first, layout = _first(resharder, node)
-    dims = _dims(_argument(node, 1, "dim"), value(first).ndim)
+    dims = _dims(argument(node, 1, "dim"), value(first).ndim)
     if dims is None or dims[0] == layout.dim:
         raise resharder.refuse(node, "it cuts the sequence")
     return resharder.copy(node), layout
