@@ -66,6 +66,7 @@ PROMPTS = (
 THRESHOLDS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
 OPTIONS = (
     *("forecast=1", "forecast=2", "forecast=1,decide_by=error", "forecast=2,decide_by=error"),
+    *("guidance=apart", "forecast=1,guidance=apart"),
     *("warmup_steps=5", "max_consecutive_hits=1", "last_steps_computed=3", "warmup_steps=3,max_consecutive_hits=2"),
 )
 OPTION_THRESHOLDS = (0.06, 0.1, 0.15, 0.2, 0.3)

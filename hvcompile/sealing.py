@@ -113,7 +113,13 @@ def _passed(trunk: Trunk, stored_sources: set[fx.Node]) -> tuple[int, ...] | Non
 
 
 def _state_layout(state: State) -> StateLayout:
-    return StateLayout(shape=state.shape, dtype=state.dtype, device=state.device, may_be_left=state.may_be_left)
+    return StateLayout(
+        shape=state.shape,
+        dtype=state.dtype,
+        device=state.device,
+        may_be_left=state.may_be_left,
+        is_shared=state.is_shared,
+    )
 
 
 def _weight_layout(stored: StoredWeights, place: dict[fx.Node, int]) -> WeightLayout:

@@ -16,20 +16,21 @@ from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import settle
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
-from hvcompile.rewriting.following import clock_of, contents_of, is_ours
+from hvcompile.rewriting.following import clock_of, contents_of, is_ours, marks_of
 from hvcompile.rewriting.forecast import NO_FORECAST, SMALL_STATE, Forecasting, restored
+from hvcompile.rewriting.guidance import APART, RECORD, Lead
 from hvcompile.rewriting.reuse import is_one_of, near_end, new_generation, relative_change
-from hvcompile.rewriting.skipping import SkipPlan, counterpart, plan_skip
+from hvcompile.rewriting.skipping import SkipPlan, counterparts_of, operands_of_branches, plan_skip
 from hvcompile.runtime.left_state import LEAVE
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch, add_cond, is_submodule
-from hvcompile.trunk.operands import as_operands, symbolic_sizes
 from hvcompile.trunk.trunk import State, Trunk
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
 ORDERS = (0, 1, 2)
 DECISIONS = ("change", "error")
+GUIDANCE = ("together", "apart")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ class FirstBlockCache(Pass):
             keeps one more tensor of every stream, and of block 1.
         decide_by: what is compared with the threshold. "change" is as above. "error" is how far block 1's own forecast
             is off, summed since the last computed step, plus half of the change; it needs a forecast.
+        guidance: where guidance calls the model several times a step, "together" has the later calls reuse or compute
+            as the first one did, if they may; see ``rewriting.guidance``. "apart" has each decide by its own change.
 
     The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
     projective map that is exact for evenly spaced and for shifted flow-matching schedules. Timesteps rounded to whole
@@ -70,8 +73,8 @@ class FirstBlockCache(Pass):
 
     Source: First Block Cache of ParaAttention (github.com/chengzeyi/ParaAttention), after TeaCache (arXiv:2411.19108);
     of forecasts, see ``rewriting.forecast``.
-    Decisions are those of diffusers' ``FirstBlockCacheConfig``, with two exceptions: a NaN reuses there, and means are
-    taken there in the model's dtype.
+    Decisions are those of diffusers' ``FirstBlockCacheConfig``, with three exceptions: guidance's calls decide apart
+    there, a NaN reuses there, and means are taken there in the model's dtype.
 
     Given::
 
@@ -100,14 +103,16 @@ class FirstBlockCache(Pass):
             ...
             truediv_1: f32[] = truediv(mean, mean_1)
             ...
+            isfinite: bool[] = where_3.isfinite()
             le: bool[] = le(where_3, 0.06)
-            and__5: bool[] = and_(isfinite, le)
-            and__6: bool[] = and_(and__5, and__4)
+            or__7: bool[] = or_(le, and__7)
+            and__9: bool[] = and_(isfinite, or__7)
+            and__10: bool[] = and_(and__9, and__8)
             ...
-            cond = cond(and__6, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
-            getitem_5: f32[1, 12, 16] = cond[0]
+            cond = cond(and__10, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
+            getitem_8: f32[1, 12, 16] = cond[0]
             ...
-            linear: f32[1, 12, 16] = linear(getitem_5, head.weight, head.bias)
+            linear: f32[1, 12, 16] = linear(getitem_8, head.weight, head.bias)
         ...
         cache_hit:
             ...
@@ -135,6 +140,7 @@ class FirstBlockCache(Pass):
     computed_steps: tuple[int, ...] = ()
     forecast: int = 0
     decide_by: str = "change"
+    guidance: str = "together"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,13 +157,13 @@ class FirstBlockCache(Pass):
             if isinstance(number, bool) or not 0 <= number <= MOST:
                 allowed = f"a list of whole numbers, 0 or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.computed_steps has {number!r}; allowed is {allowed}")
-        for name, choices in (("forecast", ORDERS), ("decide_by", DECISIONS)):
+        for name, choices in (("forecast", ORDERS), ("decide_by", DECISIONS), ("guidance", GUIDANCE)):
             choice = getattr(self, name)
             if choice not in choices:
                 raise OptionError(
                     f"first_block_cache.{name} is {choice!r}; allowed is {' or '.join(map(repr, choices))}"
                 )
-            if choice != choices[0] and not self.forecast:
+            if name == "decide_by" and choice != choices[0] and not self.forecast:
                 raise OptionError(
                     f"first_block_cache.{name} is {choice!r}, which has no meaning without a forecast; set "
                     "first_block_cache.forecast to 1 or 2"
@@ -192,6 +198,7 @@ class FirstBlockCache(Pass):
         past_clocks: torch.Tensor | None = None,
         is_ours: torch.Tensor | None = None,
         group: str | None = None,
+        lead: Lead = APART,
         forecasting: Forecasting = NO_FORECAST,
         **generation: torch.Tensor,
     ) -> dict[str, Any]:
@@ -207,6 +214,7 @@ class FirstBlockCache(Pass):
             past_clocks: two values of each clock before its last, float64 ``[2, K]``; for ``last_steps_computed``.
             is_ours: of one rank's part of the sequence, which tokens are no padding; bool, broadcasts to ``before``.
             group: name of the process group over which the decision is then made, all ranks deciding alike.
+            lead: what guidance's first call of a step did.
             forecasting: what is forecast, and the state that it is made of.
             **generation: what else tells generations apart, see ``reuse.new_generation``.
 
@@ -227,14 +235,14 @@ class FirstBlockCache(Pass):
             allowed = allowed & is_known & is_near_end.logical_not()
             follow["past_clocks"] = torch.stack(kept_clocks)
         forecasting = forecasting.within(is_new)
-        change, allowed, products, enough = relative_change(
-            residual, first, allowed, forecasting=forecasting, is_ours=is_ours, group=group
+        change, (may, follows), products, enough = relative_change(
+            residual, first, lead.flags(allowed), forecasting=forecasting, is_ours=is_ours, group=group
         )
         ahead = forecasting.ahead(products, enough)
         change = ahead.judged(change)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
-        reused = difference.isfinite() & (difference <= self.threshold) & allowed
-        follow |= ahead.follow(reused)
+        reused = difference.isfinite() & ((difference <= self.threshold) | follows) & may
+        follow |= {**ahead.follow(reused), **lead.follow(reused)}
         follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
         return {"reused": reused, "difference": difference, **follow}
 
@@ -271,6 +279,8 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     device, tag = value(plan.stream_out).device, FirstBlockCache.__name__
     given = {"clock": clock_of(trunk, plan.clocks, device, anchor, tag), "sample": plan.sample}
     given["contents"] = contents_of(trunk, device, anchor, tag)
+    if options.guidance == "together":
+        given["marks"] = marks_of(given["contents"], plan.sample, anchor, tag)
     cached = _add_state(trunk, plan, given, options)
     decided = _add_decision(trunk, plan, given, cached, options, anchor)
     outputs = _add_branches(trunk, plan, cached, decided, anchor)
@@ -299,6 +309,11 @@ def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], optio
         small["num_computed"] = trunk.add_state("num_computed", (), torch.int64, main.device)
     if options.decide_by == "error":
         small["summed_error"] = trunk.add_state("summed_error", (), torch.float32, main.device)
+    if options.guidance == "together":
+        kinds = (clock_shape, torch.float64), (value(given["marks"]).shape, torch.int64), ((), torch.bool)
+        for name, (shape, dtype) in zip(RECORD, kinds, strict=True):
+            small[name] = trunk.add_state(name, shape, dtype, main.device)
+            small[name].is_shared = True
     return _Cached(residuals=[*residuals, first], small=small)
 
 
@@ -330,7 +345,11 @@ def _add_decision(
             differences=[operands.pop(name) for name in names],
             **{name: operands.pop(name) for name in SMALL_STATE if name in operands},
         )
-        return options.decide(group=group, forecasting=forecasting, **operands)
+        lead = APART
+        if options.guidance == "together":
+            record = {name: operands.pop(name) for name in ("marks", *RECORD)}
+            lead = Lead(clock=operands["clock"], **record)
+        return options.decide(group=group, lead=lead, forecasting=forecasting, **operands)
 
     decided = inline(trunk.graph, decide, operands, before=anchor, tag=FirstBlockCache.__name__)
     for name, state in cached.small.items():
@@ -344,10 +363,11 @@ def _add_branches(
 ) -> list[fx.Node]:
     """Add the ``cond``; its results are what leaves the blocks, then the next state that it caches."""
     tag = FirstBlockCache.__name__
-    counterparts = _counterparts(trunk, plan, anchor)
+    counterparts = counterparts_of(trunk, plan, anchor, tag)
     states = [state.placeholder for residual in cached.residuals for state in residual]
     reused, *ahead = decided
-    passed = _operands(trunk, plan, [*counterparts, plan.stream_in, plan.stream_out, *ahead, *states], anchor)
+    read = [*counterparts, plan.stream_in, plan.stream_out, *ahead, *states]
+    passed = operands_of_branches(trunk, plan, read, anchor, tag)
     miss, hit = Branch(trunk.module, passed, tag), Branch(trunk.module, passed, tag)
 
     miss.copy(plan.moved)
@@ -374,25 +394,6 @@ def _add_branches(
     left = [hit.make(LEAVE, hit.env[state]) for state in states]
     branches = {"cache_hit": (hit, [*handed_on, *left]), "cache_miss": (miss, [*computed, *kept])}
     return add_cond(trunk.module, reused, branches, passed.values(), before=anchor)
-
-
-def _counterparts(trunk: Trunk, plan: SkipPlan, anchor: fx.Node) -> list[fx.Node]:
-    """For each value that leaves, what it would be if blocks 2..N handed their streams on unchanged."""
-    copies: dict[fx.Node, fx.Node] = {}
-    core, tag = set(plan.moved), FirstBlockCache.__name__
-    return [counterpart(trunk, node, core, anchor, copies, tag) for node in plan.leaving]
-
-
-def _operands(trunk: Trunk, plan: SkipPlan, streams: Sequence[fx.Node], anchor: fx.Node) -> dict[fx.Node, fx.Node]:
-    """What to pass to both branches for each node of the outer graph that one of them reads."""
-    core = set(plan.moved)
-    external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
-    wanted = [*symbolic_sizes(trunk.graph, before=plan.first.call)]
-    wanted += [node for node in external if not is_submodule(node)]
-    wanted += streams
-    with trunk.graph.inserting_before(anchor):
-        results = [output for block in trunk.blocks for output in block.outputs.values()]
-        return as_operands(trunk.graph, wanted, FirstBlockCache.__name__, ready=results)
 
 
 def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequence[fx.Node]) -> None:

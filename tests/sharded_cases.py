@@ -492,3 +492,34 @@ def skewed() -> list[tuple[bool, float]]:
                             tensor.zero_()
             fast(**inputs)
     return [(step.reused, step.difference) for step in hvcompile.stats(fast).steps]
+
+
+def guided(lose: bool = False) -> tuple[list[tuple[bool, bool]], list[tuple[bool, bool]], float]:
+    """Two texts a step, the second of which weighs more: the decisions of ranks, those of one, and the error.
+
+    With ``lose``, rank 1 loses its state between two calls of a step.
+    """
+    cache: dict[str, Any] = {"threshold": 0.3}
+    fast = joint(cache=cache, timeout=120.0)
+    options = {"lower": "eager", "first_block_cache": cache, "context_parallel": False}
+    alone = hvfast(Joint(), fullgraph=True, options=options)
+    draw = zoo.Draw(5)
+    way, texts = draw.normal(1, 13, WIDTH), [draw.normal(1, 5, WIDTH), 4 * draw.normal(1, 5, WIDTH)]
+    rows: list[list[tuple[bool, bool]]] = [[], []]
+    error = 0.0
+    with torch.no_grad():
+        for step in range(12):
+            inputs = joint_inputs(timestep=900.0 - 10 * step)
+            inputs["sample"] += 0.1 * step * way
+            now: list[list[bool]] = [[], []]
+            for half, text in enumerate(texts):
+                if lose and (step, half, rank()) == (7, 1, 1):
+                    hvcompile.reset(fast)
+                outputs = []
+                for place, model in enumerate((fast, alone)):
+                    outputs.append(model(**{**inputs, "text": text}))
+                    now[place].append(hvcompile.stats(model).steps[-1].reused)
+                error = max(error, relative_error(*outputs))
+            for place, decided in enumerate(now):
+                rows[place].append((decided[0], decided[1]))
+    return rows[0], rows[1], error

@@ -214,14 +214,14 @@ def test_a_generation_of_nan_leaves_nothing_behind(decided: str) -> None:
 
 
 def test_guidance_halves_forecast_apart() -> None:
-    """Two texts in turn, as guidance calls them: each as if it were alone."""
+    """Two texts in turn, as guidance calls them, which decide apart: each as if it were alone."""
     model, texts = Toy(), [toy_inputs(seed)["text"] for seed in (0, 7)]
     inputs, clocks = toy_inputs(), [900.0 - 20 * place for place in range(10)]
 
     def sample(place: int) -> torch.Tensor:
         return inputs["sample"] + 0.05 * place
 
-    together = compiled(model, threshold=0.3, forecast=2, decide_by="error")
+    together = compiled(model, threshold=0.3, forecast=2, decide_by="error", guidance="apart")
     found: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad():
         for place, clock in enumerate(clocks):

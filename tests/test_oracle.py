@@ -101,9 +101,10 @@ def test_tiny_pipeline_decides_as_diffusers_does(
 
 
 def test_guidance_halves_decide_as_on_their_own(tiny_pipeline: Any) -> None:
-    """A pipeline run with true_cfg_scale; each half's calls, replayed alone in a fresh model, decide alike."""
+    """A pipeline run with true_cfg_scale, halves apart; each one's calls, replayed in a fresh model, decide alike."""
     pipe = copy.copy(tiny_pipeline)
-    how = {"fullgraph": True, "options": {"lower": "eager", "first_block_cache": {"threshold": 0.1}}}
+    cache = {"threshold": 0.1, "guidance": "apart"}
+    how = {"fullgraph": True, "options": {"lower": "eager", "first_block_cache": cache}}
     model = copy.deepcopy(tiny_pipeline.transformer)
     calls: list[dict[str, Any]] = []
     reused: list[bool] = []

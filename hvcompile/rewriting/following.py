@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from hvcompile.graph.inline import inline
+from hvcompile.rewriting import guidance
 from hvcompile.rewriting.reuse import contents
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.roles import classify
@@ -24,6 +25,12 @@ def contents_of(trunk: Trunk, device: torch.device, anchor: fx.Node, tag: str) -
     operands = {"weights": trunk.add_weights_content(device), **conditions}
     function = functools.partial(contents, fakes={name: value(node) for name, node in operands.items()})
     return inline(trunk.graph, function, operands, before=anchor, tag=tag)["contents"]
+
+
+def marks_of(contents: fx.Node, sample: fx.Node, anchor: fx.Node, tag: str) -> fx.Node:
+    """Add what tells calls of one step of guidance from each other and from those of other steps."""
+    function = functools.partial(guidance.marks, like=value(sample), device=value(contents).device)
+    return inline(contents.graph, function, {"contents": contents, "sample": sample}, before=anchor, tag=tag)["marks"]
 
 
 def is_ours(sharding: Sharding, stream: fx.Node, before: fx.Node, tag: str) -> fx.Node:

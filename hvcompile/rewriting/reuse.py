@@ -144,26 +144,26 @@ def steps_left(earlier: Any, last: Any, clock: Any) -> Any:
 def relative_change(
     residual: Any,
     first: Any,
-    allowed: Any,
+    flags: list[Any],
     *,
     forecasting: Forecasting = NO_FORECAST,
     is_ours: Any = None,
     group: str | None = None,
-) -> tuple[Any, Any, Products, list[Any]]:
-    """How much a residual has changed, and whether the step may reuse; over a group, where there is one.
+) -> tuple[Any, list[Any], Products, list[Any]]:
+    """How much a residual has changed, and what holds on all ranks; over a group, where there is one.
 
     Args:
         residual: of this step, any shape.
         first: of the last computed step, same shape.
-        allowed: whether this rank may reuse, bool scalar.
+        flags: what is so on this rank, such as whether it may reuse, each a bool scalar.
         forecasting: what a forecast is made of, on this rank.
         is_ours: which of its elements count on this rank, bool, broadcasts to it; None for all.
         group: name of the process group whose ranks decide alike; None for a single rank.
 
     Returns:
-        The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; whether all ranks
-        may reuse, a bool scalar; the inner products that a forecast is made of, where there is one; and for each
-        of its differences whether all ranks have computed enough steps.
+        The mean absolute difference over the mean absolute value of ``first``, a float32 scalar; for each flag whether
+        it is so on all ranks, a bool scalar; the inner products that a forecast is made of, where there is one; and for
+        each of its differences whether all ranks have computed enough steps.
 
     """
     moved = residual.float() - first.float()
@@ -175,13 +175,13 @@ def relative_change(
         products = {pair: vectors[pair[0]] * vectors[pair[1]] for pair in forecast.pairs(len(differences))}
     if group is None:
         found = {pair: item.sum() for pair, item in products.items()}
-        return change.mean() / extent.mean(), allowed, found, enough
+        return change.mean() / extent.mean(), flags, found, enough
     nothing = torch.zeros_like(change)
     sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent, *products.values())]
     # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch. Nor may one
     # forecast what another can't.
-    lacking = [flag.logical_not().to(sums[0].dtype) for flag in (allowed, *enough)]
+    lacking = [flag.logical_not().to(sums[0].dtype) for flag in (*flags, *enough)]
     sums = collectives.total(torch.stack([*sums, *lacking]), group)
     found = {pair: sums[place] for place, pair in enumerate(products, 2)}
-    has_none, *all_enough = [sums[2 + len(found) + place] == 0 for place in range(len(lacking))]
-    return sums[0] / sums[1], allowed & has_none, found, all_enough
+    agreed = [sums[2 + len(found) + place] == 0 for place in range(len(lacking))]
+    return sums[0] / sums[1], agreed[: len(flags)], found, agreed[len(flags) :]

@@ -28,6 +28,8 @@ from hvcompile.graph.nodes import (
 from hvcompile.journal import Declined
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import is_data_dependent, numel_hint, provenance, value
+from hvcompile.trunk.branch import is_submodule
+from hvcompile.trunk.operands import as_operands, symbolic_sizes
 from hvcompile.trunk.roles import InputRoles, classify
 from hvcompile.trunk.streams import is_residual
 from hvcompile.trunk.trunk import BlockCall, Trunk
@@ -190,6 +192,26 @@ def _with_private_work(graph: fx.Graph, core: set[fx.Node], outside: set[fx.Node
     return tuple(node for node in graph.nodes if node in core or node in private)
 
 
+def operands_of_branches(
+    trunk: Trunk, plan: SkipPlan, streams: Sequence[fx.Node], before: fx.Node, tag: str
+) -> dict[fx.Node, fx.Node]:
+    """What to pass to both branches for each node of the outer graph that one of them reads, these streams too."""
+    core = set(plan.moved)
+    external = [item for node in plan.moved for item in node.all_input_nodes if item not in core]
+    wanted = [*symbolic_sizes(trunk.graph, before=plan.first.call)]
+    wanted += [node for node in external if not is_submodule(node)]
+    wanted += streams
+    with trunk.graph.inserting_before(before):
+        results = [output for block in trunk.blocks for output in block.outputs.values()]
+        return as_operands(trunk.graph, wanted, tag, ready=results)
+
+
+def counterparts_of(trunk: Trunk, plan: SkipPlan, before: fx.Node, tag: str) -> list[fx.Node]:
+    """For each value that leaves, what it would be if blocks 2..N handed their streams on unchanged."""
+    made: dict[fx.Node, fx.Node] = {}
+    return [_counterpart(trunk, node, set(plan.moved), before, made, tag) for node in plan.leaving]
+
+
 def _reaches_back(trunk: Trunk, node: fx.Node, core: set[fx.Node], outside: set[fx.Node]) -> bool:
     """Whether a value has a counterpart where blocks 2..N hand their streams on unchanged.
 
@@ -215,7 +237,7 @@ def _alike(node: fx.Node) -> list[fx.Node]:
     return [item for item in node.all_input_nodes if is_tensor(item) and tensor_kind(item) == tensor_kind(node)]
 
 
-def counterpart(
+def _counterpart(
     trunk: Trunk, node: fx.Node, core: set[fx.Node], before: fx.Node, made: dict[fx.Node, fx.Node], tag: str
 ) -> fx.Node:
     """Build the value that a node would have if blocks 2..N handed their streams on unchanged."""
@@ -225,9 +247,9 @@ def counterpart(
     if source is None and op_name(node) not in _REARRANGING:
         source = next(item for item in _alike(node) if _reaches_back(trunk, item, core, set()))
     if source is not None:
-        made[node] = counterpart(trunk, source, core, before, made, tag)
+        made[node] = _counterpart(trunk, source, core, before, made, tag)
         return made[node]
-    replaced = {item: counterpart(trunk, item, core, before, made, tag) for item in node.all_input_nodes}
+    replaced = {item: _counterpart(trunk, item, core, before, made, tag) for item in node.all_input_nodes}
     with trunk.graph.inserting_before(before):
         copied = trunk.graph.node_copy(node, lambda item: replaced[item])
     copied.meta = provenance(node, tag, run_on_fakes(copied))  # not the node's own value: this one may be a view

@@ -36,12 +36,13 @@ _NUMBERS = itertools.count()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateLayout:
-    """How to make a fresh state tensor, whose ``shape`` may be symbolic, and whether a step may leave it as it is."""
+    """How to make a fresh state tensor, whose ``shape`` may be symbolic, and how it is kept; see ``trunk.State``."""
 
     shape: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
     device: torch.device
     may_be_left: bool = False
+    is_shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,11 +151,17 @@ class CompiledGraph:
         if not plan.states:
             return self._run([*passed, *added])
         traced, told = self._trace(args)
-        slot, content = self._slot(model, args, revision, generation or self._generation(args), traced)
+        slot, shared, content = self._slot(model, args, revision, generation or self._generation(args), traced)
+        own, common = iter(slot.tensors), iter(shared)
+        state = [next(common if layout.is_shared else own) for layout in plan.states]
         with watching() as left:
-            results = self._run([*passed, *added, *told, *content, *slot.tensors])
+            results = self._run([*passed, *added, *told, *content, *state])
         end = plan.num_outputs + len(plan.states)
-        slot.tensors = self._next_state(slot.tensors, results[plan.num_outputs : end], left)
+        state = self._next_state(state, results[plan.num_outputs : end], left)
+        slot.tensors, shared[:] = (
+            [tensor for tensor, layout in zip(state, plan.states, strict=True) if layout.is_shared == is_shared]
+            for is_shared in (False, True)
+        )
         if plan.has_record:
             model.add_pending(slot.number, results[end])
         return results[: plan.num_outputs]
@@ -248,36 +255,40 @@ class CompiledGraph:
         stored_revision: int,
         generation: _Generation,
         traced: Traced | None,
-    ) -> tuple[Slot, list[torch.Tensor]]:
-        """The slot of a call, and the content of its weights, where the graph takes that."""
+    ) -> tuple[Slot, list[torch.Tensor], list[torch.Tensor]]:
+        """The slot of a call, what it shares with others, and its weights' content, where the graph takes that."""
         device, given = self._plan.content_device, self._weights(args)
         earlier: Hashable = None
         if self._plan.origins is not None and traced is not None:
             with self._lock:
                 earlier = traced.generation(self._fingerprints.fingerprint_of)
         fresh = functools.partial(self._fresh, args)
+        fresh_shared = functools.partial(fresh, is_shared=True)
         with model.lock:
             known = model.weights[self._number]
             weights = known.revision_of(given)
             content = [] if device is None else [known.content_of(given, device)]
             if self._plan.origins is not None and traced is None:
-                return model.slots.of_one_call(fresh), content
+                return model.slots.of_one_call(fresh), fresh_shared(), content
             key = (self._number, weights, stored_revision, *generation, earlier)
             found, churn = model.slots.find(key, [args[place] for place in self._plan.conditions], fresh)
+            # Calls of one step may need graphs of their own (texts of other lengths), but not the model's other pieces.
+            sizes = [tuple(self._sizes(layout, args)) for layout in self._plan.states if layout.is_shared]
+            common = model.slots.shared((self._compile_id[0], *sizes), fresh_shared)
         if churn and not self._has_warned:
             self._has_warned = True
             log.warning(
                 "hvfast has dropped state of a generation unused: %s. Steps whose state was dropped are computed", churn
             )
-        return found, content
+        return found, common, content
 
-    def _fresh(self, args: Sequence[Any]) -> list[torch.Tensor]:
-        symbols = {symbol: args[place] for place, symbol in self._plan.symbols.items()}
+    def _fresh(self, args: Sequence[Any], *, is_shared: bool = False) -> list[torch.Tensor]:
         return [
-            torch.zeros(
-                [fakes.evaluate_size(size, symbols) for size in layout.shape],
-                dtype=layout.dtype,
-                device=layout.device,
-            )
+            torch.zeros(self._sizes(layout, args), dtype=layout.dtype, device=layout.device)
             for layout in self._plan.states
+            if layout.is_shared == is_shared
         ]
+
+    def _sizes(self, layout: StateLayout, args: Sequence[Any]) -> list[int]:
+        symbols = {symbol: args[place] for place, symbol in self._plan.symbols.items()}
+        return [fakes.evaluate_size(size, symbols) for size in layout.shape]

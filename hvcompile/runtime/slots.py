@@ -68,6 +68,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.calls = 0
+        self._shared: dict[tuple[weakref.ref[threading.Thread], Hashable], list[torch.Tensor]] = {}
         self._numbers = itertools.count()
         self._slots: dict[tuple[weakref.ref[threading.Thread], Hashable], Slot] = {}
         self._single = 0
@@ -83,6 +84,21 @@ class Slots:
     def clear(self) -> None:
         """Forget all."""
         self._slots.clear()
+        self._shared.clear()
+
+    def shared(self, key: Hashable, fresh: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What all generations of this thread share, in a list whose items a call replaces.
+
+        Args:
+            key: of the graphs that share it.
+            fresh: makes the tensors where there are none.
+
+        """
+        place = weakref.ref(threading.current_thread()), key
+        if place not in self._shared:
+            self._shared = {other: held for other, held in self._shared.items() if _is_alive(other[0]())}
+            self._shared[place] = fresh()
+        return self._shared[place]
 
     def of_one_call(self, fresh: Callable[[], list[torch.Tensor]]) -> Slot:
         """A slot that no other call will find."""
@@ -124,8 +140,12 @@ class Slots:
     def _drop_finished(self) -> None:
         """Drop what belongs to generations that are over."""
         for other, slot in list(self._slots.items()):
-            owner, idle = other[0](), self.calls - slot.last_call
+            is_alive, idle = _is_alive(other[0]()), self.calls - slot.last_call
             # One that lost its conditions may get new ones with the same content, while others run beside it.
             is_lost = slot.has_lost() and idle > 2 * len(self._slots)
-            if slot.is_over or owner is None or not owner.is_alive() or is_lost or idle > STALE_AFTER_CALLS:
+            if slot.is_over or not is_alive or is_lost or idle > STALE_AFTER_CALLS:
                 del self._slots[other]
+
+
+def _is_alive(thread: threading.Thread | None) -> bool:
+    return thread is not None and thread.is_alive()

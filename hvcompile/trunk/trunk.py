@@ -76,6 +76,7 @@ class State:
         device: of the tensor.
         next_value: the node of the value that the next call gets; None until the pass has made it.
         may_be_left: whether a call may say that it leaves it as it is; see ``runtime.left_state``.
+        is_shared: whether all generations of a model share it, which else have one each.
 
     """
 
@@ -86,6 +87,7 @@ class State:
     device: torch.device
     next_value: fx.Node | None = None
     may_be_left: bool = False
+    is_shared: bool = False
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
