@@ -65,7 +65,7 @@ def steps_of(model: Any) -> list[bool]:
     return [step.reused for step in hvcompile.stats(model).steps]
 
 
-@pytest.mark.parametrize("lower", ["eager", "aot", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", "aot", pytest.param("inductor", marks=SLOW)])
 def test_masks_and_scores_are_part_of_what_a_block_computes(lower: str) -> None:
     """Blocks with other scores or masks have other bodies; those with the same share one, inside a branch too."""
     model = FlexToy((1, 1, 2, 2)).eval()

@@ -118,7 +118,7 @@ def test_sizes_that_are_marked(name: str, dims: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("name", "wide"),
     [
-        ("hunyuan_video", {"width": 64}),
+        pytest.param("hunyuan_video", {"width": 64}, marks=SLOW),
         pytest.param("wan_t2v", {"num_attention_heads": 4, "ffn_dim": 128}, marks=SLOW),
         pytest.param("ltx", {"num_attention_heads": 4, "cross_attention_dim": 64}, marks=SLOW),
         pytest.param("flux_guided", {"num_attention_heads": 4}, marks=SLOW),

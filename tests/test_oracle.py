@@ -195,7 +195,10 @@ def test_a_length_that_inductor_asks_for_is_an_error_that_says_so() -> None:
         "hunyuan_video_i2v_replace",
         pytest.param(
             "hunyuan_video_framepack",
-            marks=pytest.mark.skipif(ASKS_FOR_LENGTHS, reason="Inductor asks for a length that depends on data"),
+            marks=[
+                SLOW,
+                pytest.mark.skipif(ASKS_FOR_LENGTHS, reason="Inductor asks for a length that depends on data"),
+            ],
         ),
     ],
 )

@@ -85,8 +85,7 @@ def blocks_of(model: nn.Module, family: zoo.Family) -> Any:
     ("name", "lower"),
     [
         *((name, "eager") for name in BROKEN),
-        ("lumina2", "inductor"),
-        *(pytest.param(name, "inductor", marks=SLOW) for name in BROKEN if name != "lumina2"),
+        *(pytest.param(name, "inductor", marks=SLOW) for name in BROKEN),
     ],
 )
 def test_blocks_are_cached_in_their_piece(name: str, lower: str) -> None:

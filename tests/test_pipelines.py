@@ -26,7 +26,7 @@ from hvcompile.app import adapters, cli, pipelines
 from hvcompile.app.generate import generate
 from hvcompile.errors import InputError
 
-QUICK = ("mochi", "wan22", "hunyuan_video_i2v_concat", "qwen_image")
+QUICK = ("mochi", "wan22", "qwen_image")
 NAMES = [name if name in QUICK else pytest.param(name, marks=SLOW) for name in tiny_pipelines.PIPELINES]
 
 
