@@ -65,7 +65,8 @@ class FirstBlockCache(Pass):
         decide_by: what is compared with the threshold. "change" is as above. "error" is how far block 1's own forecast
             is off, summed since the last computed step, plus half of the change; it needs a forecast.
         guidance: where guidance calls the model several times a step, "together" has the later calls reuse or compute
-            as the first one did, if they may; see ``rewriting.guidance``. "apart" has each decide by its own change.
+            as the first one did, if they may; see ``rewriting.guidance``. Halves of one call that ranks share out
+            (``context_parallel.cfg``) decide by both. "apart" has each decide by its own change.
 
     The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
     projective map that is exact for evenly spaced and for shifted flow-matching schedules. Timesteps rounded to whole
@@ -339,6 +340,8 @@ def _add_decision(
     if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
         operands["is_ours"] = is_ours(trunk.sharding, plan.stream_out, anchor, FirstBlockCache.__name__)
         group = trunk.sharding.split.group
+    if trunk.shared is not None and trunk.group is not None and options.guidance == "together":
+        group = trunk.group.name  # rows of ranks, too, that have a half of the guidance each
 
     def decide(**operands: Any) -> dict[str, Any]:
         forecasting = Forecasting(

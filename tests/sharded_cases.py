@@ -405,11 +405,13 @@ def rows_apart() -> tuple[list[bool], float]:
 def halves(fields: dict[str, Any], steps: int, lower: str = "eager") -> list[tuple[bool, bool, float]]:
     """A batch of two samples, whose second one changes more, its halves on two rows of ranks, with the cache.
 
-    Of each step, what this rank decided, what one rank decides for that sample alone, and the error of its half.
+    Of each step, what this rank decided, what one rank decides, and the error of its half. One rank has both samples,
+    or, where guidance is "apart", that sample alone.
     """
     shape = (2, torch.distributed.get_world_size() // 2)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("cfg", "sequence"))
-    cache, row = {"threshold": 0.3}, rank() // shape[1]
+    cache: dict[str, Any] = {"threshold": 0.3, "guidance": fields.pop("guidance", "together")}
+    is_apart, row = cache["guidance"] == "apart", rank() // shape[1]
     fast = joint(cache=cache, lower=lower, timeout=120.0, mesh=mesh, cfg=2, **fields)
     alone = hvfast(
         Joint(), fullgraph=True, options={"lower": "eager", "first_block_cache": cache, "context_parallel": False}
@@ -421,8 +423,8 @@ def halves(fields: dict[str, Any], steps: int, lower: str = "eager") -> list[tup
             inputs["timestep"] = torch.full((2,), 900.0 - 0.5 * step)
             inputs["sample"] = torch.cat([joint_inputs(seed=0)["sample"], joint_inputs(seed=1)["sample"]])
             inputs["sample"] *= 1 + torch.tensor([0.02, 0.42])[:, None, None] * step
-            mine = {name: held[row : row + 1] for name, held in inputs.items()}
-            error = relative_error(fast(**inputs)[row : row + 1], alone(**mine))
+            mine = {name: held[row : row + 1] if is_apart else held for name, held in inputs.items()}
+            error = relative_error(fast(**inputs)[row : row + 1], alone(**mine)[0 if is_apart else row][None])
             together, single = (hvcompile.stats(model).steps[-1].reused for model in (fast, alone))
             found.append((together, single, error))
     return found

@@ -583,12 +583,23 @@ def test_rows_of_a_mesh_decide_apart() -> None:
 @pytest.mark.parametrize(("size", "fields"), [(2, {}), (4, {"ring": 2})])
 def test_halves_of_a_batch(size: int, fields: dict[str, Any]) -> None:
     """Two samples with prompts of their own: each as one rank has it alone, decisions too, which differ."""
-    found = ranks.results(ranks.launch(cases.halves, size, fields, 5))
+    found = ranks.results(ranks.launch(cases.halves, size, {**fields, "guidance": "apart"}, 5))
     for steps in found:
         assert all(together == alone for together, alone, _ in steps)
         assert max(error for _, _, error in steps) < 1e-5, steps
     decisions = [[together for together, _, _ in steps] for steps in found]
     assert decisions[0] == decisions[size // 2 - 1] != decisions[size // 2] == decisions[-1]
+
+
+@pytest.mark.ranks
+def test_halves_of_a_batch_decide_together() -> None:
+    """By both samples, as one rank that has both does; so no row of ranks waits for one that computes."""
+    found = ranks.results(ranks.launch(cases.halves, 2, {}, 9))
+    assert all(together == alone for steps in found for together, alone, _ in steps)
+    assert max(error for steps in found for *_, error in steps) < 1e-5
+    decisions = [[together for together, *_ in steps] for steps in found]
+    assert decisions[0] == decisions[1]
+    assert 1 < sum(decisions[0]) < 8
 
 
 @pytest.mark.ranks

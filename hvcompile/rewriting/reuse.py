@@ -176,8 +176,10 @@ def relative_change(
     if group is None:
         found = {pair: item.sum() for pair, item in products.items()}
         return change.mean() / extent.mean(), flags, found, enough
-    nothing = torch.zeros_like(change)
-    sums = [torch.where(is_ours, item, nothing).sum() for item in (change, extent, *products.values())]
+    sums = [
+        (item if is_ours is None else torch.where(is_ours, item, torch.zeros_like(item))).sum()
+        for item in (change, extent, *products.values())
+    ]
     # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch. Nor may one
     # forecast what another can't.
     lacking = [flag.logical_not().to(sums[0].dtype) for flag in (*flags, *enough)]
