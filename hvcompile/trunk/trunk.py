@@ -189,6 +189,8 @@ class Trunk:
         weights_content: placeholder of what tells whether the weights hold what they did, an int64 scalar; None where
             no pass has asked for it.
         earlier: what earlier graphs of the model tell of the inputs, where it takes no timestep; None where they don't.
+        hosted: for each placeholder of a weight whose values lie on the host, that of the tensor there which the graph
+            takes for it; of a float8 matrix the same.
         untold: why one generation can't be told from the next, where the graph is a piece of a model.
 
     """
@@ -206,6 +208,7 @@ class Trunk:
     weights_content: fx.Node | None = None
     earlier: Earlier | None = None
     untold: Declined | None = None
+    hosted: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -232,14 +235,20 @@ class Trunk:
     def added(self) -> list[fx.Node]:
         """The placeholders that passes have added, in order.
 
-        Derived inputs, weights, what earlier graphs tell, the weights' content, and state last. All stand after those
-        of the captured graph.
+        Derived inputs, weights in float8, those on the host, and what is added late. All stand after those of the
+        captured graph.
         """
         derived = [node for item in self.derived for node in item.placeholders]
         stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
+        hosted = [host for node, host in self.hosted.items() if node is not host]
+        return [*derived, *stored, *hosted, *self.added_late]
+
+    @property
+    def added_late(self) -> list[fx.Node]:
+        """The last placeholders: what earlier graphs tell, the weights' content, and state."""
         earlier = self.earlier.added if self.earlier is not None else []
         content = [] if self.weights_content is None else [self.weights_content]
-        return [*derived, *stored, *earlier, *content, *(state.placeholder for state in self.states)]
+        return [*earlier, *content, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
