@@ -75,11 +75,11 @@ class HostWeights(Pass):
             reason = "all weights are on the device; hvcompile.offload(model) keeps those of the blocks on the host"
             return Declined("they are fetched already" if trunk.hosted else reason).report("weights")
         fetched = fetch_ahead(trunk, hosted, HostWeights.__name__)
-        total, most = fetched.num_bytes, fetched.most_bytes
+        total, most = fetched.num_bytes / 2**20, fetched.most_bytes / 2**20
         return PassReport(
             matched=(
-                f"{len(fetched.blocks)} of {len(trunk.blocks)} blocks have weights on the host: {total / 2**20:.4g} MiB "
-                f"are brought in a step that computes them, at most {most / 2**20:.4g} MiB are on the device at once",
+                f"{len(fetched.blocks)} of {len(trunk.blocks)} blocks have weights on the host: {total:.4g} MiB are brought "
+                f"in a step that computes them, at most {most:.4g} MiB are on the device at once",
             ),
             table=tuple({"block": path, "bytes": size} for path, size in fetched.blocks),
         )

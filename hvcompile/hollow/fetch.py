@@ -58,7 +58,7 @@ def _copy(targets: Sequence[torch.Tensor], hosts: Sequence[torch.Tensor]) -> Non
 @functools.cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
     """The stream for copies to a device. It holds nothing from call to call, and one is enough for one bus."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 FETCH = torch.ops.hvcompile.fetch.default

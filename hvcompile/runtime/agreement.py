@@ -25,8 +25,8 @@ from torch import fx
 
 from hvcompile.errors import DisagreementError, HvcompileError
 from hvcompile.float8.weights import QuantizedWeight
-from hvcompile.hollow.host import values_on_host
 from hvcompile.graph.nodes import is_tensor, is_weight, op_name
+from hvcompile.hollow.host import values_on_host
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.ranks import collectives
 from hvcompile.ranks.store import take_turn, turns_taken

@@ -52,8 +52,9 @@ class CallPlan:
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``held`` are Python floats of the model's
     own, which Dynamo passes as tensors. ``passed`` are the inputs that the compiled graph takes, None for all; then
-    come ``derived`` ones, ``stored`` weights, those that are ``hosted`` (as the tensors on the host), what ``origins`` tells of earlier graphs, the weights' content on
-    ``content_device``, unless that is None, and the state. ``agreement`` is there where several ranks run the graph
+    come ``derived`` ones, ``stored`` weights, those that are ``hosted`` (as the tensors on the host), what ``origins``
+    tells of earlier graphs, the weights' content on ``content_device``, unless that is None, and the state.
+    ``agreement`` is there where several ranks run the graph
     together; the last output may be for it.
     """
 
