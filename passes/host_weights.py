@@ -75,11 +75,11 @@ class HostWeights(Pass):
             reason = "all weights are on the device; hvcompile.offload(model) keeps those of the blocks on the host"
             return Declined("they are fetched already" if trunk.hosted else reason).report("weights")
         fetched = fetch_ahead(trunk, hosted, HostWeights.__name__)
-        total, most = fetched.num_bytes / 2**20, fetched.most_bytes / 2**20
+        total, most = (f"{size / 2**20:.4g} MiB" for size in (fetched.num_bytes, fetched.most_bytes))
         return PassReport(
             matched=(
-                f"{len(fetched.blocks)} of {len(trunk.blocks)} blocks have weights on the host: {total:.4g} MiB are brought "
-                f"in a step that computes them, at most {most:.4g} MiB are on the device at once",
+                f"{len(fetched.blocks)} of {len(trunk.blocks)} blocks have weights on the host: {total} are brought in "
+                f"a step that computes them, at most {most} are on the device at once",
             ),
             table=tuple({"block": path, "bytes": size} for path, size in fetched.blocks),
         )
