@@ -14,6 +14,7 @@ import golden
 import pytest
 import torch
 from oracle import hvfast
+from rich.console import Console
 from slow import SLOW
 from torch import fx, nn
 from toy import Toy, toy_inputs
@@ -21,7 +22,9 @@ from wide import Wide, wide_inputs
 
 import hvcompile
 from hvcompile import pipeline
+from hvcompile.app.tables import explanation_tables
 from hvcompile.backend import instead_of_compiling
+from hvcompile.explanation.memory import Need, peak_of
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.hollow import fetch, host
 from hvcompile.hollow.host import HostWeight
@@ -283,6 +286,7 @@ def test_adapters_on_top() -> None:
 def test_what_needs_the_values_is_refused() -> None:
     model = toy()
     weight: Any = model.blocks[1].attend.weight
+    elsewhere: Any = torch.compile(model, backend="aot_eager")
     asked: list[Callable[[], Any]] = [
         lambda: model(**toy_inputs()),
         lambda: weight + 1,
@@ -294,7 +298,7 @@ def test_what_needs_the_values_is_refused() -> None:
         lambda: copy.deepcopy(model),
         lambda: pickle.dumps(model),
         lambda: setattr(weight, "data", torch.zeros(16, 16)),
-        lambda: torch.compile(model, backend="aot_eager")(**toy_inputs()),
+        lambda: elsewhere(**toy_inputs()),
         lambda: model.to("meta"),  # last: it has moved some of the model by then
     ]
     assert model.to("cpu") is model
@@ -353,6 +357,62 @@ def test_memory_is_cut_from_chunks() -> None:
     assert all(item.data_ptr() % 16 == 0 for item in copies)
     assert copies[0].untyped_storage().data_ptr() == copies[1].untyped_storage().data_ptr()
     assert copies[3].untyped_storage().nbytes() == 4 * 60 * 60
+
+
+# What explain says.
+
+
+@torch.no_grad()
+def test_what_is_explained_is_what_is_held() -> None:
+    def explained(model: nn.Module, inputs: Any) -> dict[str, Need]:
+        return {need.how: need for need in hvcompile.explain(model, **inputs).needs}
+
+    needs = explained(toy(5, None), toy_inputs())
+    model = Toy(5).requires_grad_(False)
+    done = hvcompile.offload(model, CPU)
+    assert list(needs) == ["", "hvcompile.offload(model)"], "so small a model has nothing for float8"
+    plain, offloaded = needs.values()
+    assert plain.weight_bytes == done.device_bytes + done.host_bytes
+    assert offloaded.host_bytes == offloaded.brought_bytes == done.host_bytes
+    assert offloaded.weight_bytes == done.device_bytes + 2 * done.largest_block_bytes
+    assert plain.peak_bytes == plain.weight_bytes + plain.activation_bytes + plain.state_bytes
+    wide = explained(Wide(6), wide_inputs())
+    made = Wide(6)
+    run(made, {"threshold": 0.5}, fp8=True)(**wide_inputs())
+    joined = {id(item.joined): item.joined for item in made.parameters() if isinstance(item, QuantizedWeight)}
+    rest = sum(host.num_bytes(item) for item in made.parameters() if not isinstance(item, QuantizedWeight))
+    assert wide["options={'fp8': True}"].weight_bytes == rest + sum(item.num_bytes for item in joined.values())
+    assert "hvcompile.offload(model), options={'fp8': True}" in wide
+    inputs: Any = toy_inputs()
+    explanation = hvcompile.explain(toy(5, None), **inputs)
+    assert "yes" in table_text(explanation_tables(explanation, "h100", 1.0)[-1])
+    assert "yes" not in table_text(explanation_tables(explanation, "h100", 1e-6)[-1])
+
+
+def table_text(table: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+@torch.no_grad()
+def test_the_most_that_a_graph_holds_at_once() -> None:
+    def held(call: Callable[..., Any], *args: torch.Tensor) -> int:
+        found: list[int] = []
+
+        def look(module: fx.GraphModule, _: Any) -> Any:
+            found.append(peak_of(module.graph))
+            return module.forward
+
+        compiled: Any = torch.compile(call, backend=look, fullgraph=True)
+        compiled(*args)
+        return found[0]
+
+    hidden = torch.randn(10, 10)  # 400 bytes
+    assert held(lambda x: x + 1, hidden) == 800
+    assert held(lambda x: (x + 1).view(100).view(20, 5), hidden) == 800
+    assert held(lambda x: ((x + 1) + 2) + 3, hidden) == 800
+    assert held(lambda x: torch.cat([x + 1, x]) @ x, hidden) == 400 + 800 + 800, "x, what is joined, the product"
 
 
 # The pass on a graph.
