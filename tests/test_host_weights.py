@@ -17,6 +17,7 @@ from oracle import hvfast
 from rich.console import Console
 from slow import SLOW
 from torch import fx, nn
+from torch.torch_version import TorchVersion
 from toy import Toy, toy_inputs
 from wide import Wide, wide_inputs
 
@@ -413,6 +414,26 @@ def test_the_most_that_a_graph_holds_at_once() -> None:
     assert held(lambda x: (x + 1).view(100).view(20, 5), hidden) == 800
     assert held(lambda x: ((x + 1) + 2) + 3, hidden) == 800
     assert held(lambda x: torch.cat([x + 1, x]) @ x, hidden) == 400 + 800 + 800, "x, what is joined, the product"
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="the absent GPU was made with torch 2.13")
+def test_lowered_for_a_gpu_that_is_not_there() -> None:
+    """Tensors on the host beside those of the GPU, in a branch; and what the code holds at once."""
+    pytest.importorskip("triton")
+    model, inputs = Wide(5).to(torch.bfloat16), wide_inputs(dtype=torch.bfloat16)
+    options: Any = {"fp8": False, "first_block_cache": {"threshold": 0.5}}
+    how: Any = {"device": "h100", "options": options, "compile_kernels": False, **inputs}
+    plain = hvcompile.lower(model, **how)
+    done = hvcompile.offload(model, CPU)
+    made = hvcompile.lower(model, **how)
+    assert made.reused is not None
+    assert plain.reused is not None
+    assert (made.computed.transferred_bytes, made.reused.transferred_bytes) == (done.host_bytes, 0)
+    activations = plain.computed.peak_bytes
+    assert made.computed.peak_bytes <= activations + 2 * done.largest_block_bytes
+    assert made.computed.input_bytes < plain.computed.input_bytes - done.host_bytes + 2**10
+    assert made.computed.num_launches == plain.computed.num_launches
+    assert made.reused.num_launches == plain.reused.num_launches
 
 
 # The pass on a graph.

@@ -15,6 +15,7 @@ import torch
 from hvcompile.errors import InputError, OffloadedWeightError, QuantizedWeightError
 from hvcompile.hollow.memory import HostMemory
 from hvcompile.hollow.parameter import HollowParameter, HollowStorage, empty_of, empty_out, fill
+from hvcompile.torch_private.dynamo import compiled_module
 
 LEAST_SHARE = 0.1
 """Of the model's bytes: lists of layers with less are no trunk (embedders, refiners), and stay on the device."""
@@ -145,7 +146,7 @@ def offload(model: torch.nn.Module, device: torch.device | str = "cuda", *, resi
     place = _placed(torch.device(device))
     if isinstance(resident_blocks, bool) or not isinstance(resident_blocks, int) or resident_blocks < 0:
         raise InputError(f"resident_blocks is {resident_blocks!r}; allowed is a whole number, 0 or more")
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile made of a module
+    inner: torch.nn.Module = compiled_module(model)
     blocks = blocks_of(inner)
     if not blocks:
         raise InputError(

@@ -290,8 +290,8 @@ def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
     their row may become 0. The next call of the compiled model compiles again and quantises the weights anew, with
     what was changed in between.
 
-    Of a model that ``hvcompile.offload`` keeps on the host, the blocks' matrices become ordinary parameters there, on the
-    CPU: move the model, or offload it again, before you call it.
+    Of a model that ``hvcompile.offload`` keeps on the host, the blocks' matrices become ordinary parameters there, on
+    the CPU: move the model, or offload it again, before you call it.
 
     Args:
         model: the module, or what ``torch.compile`` made of it.
