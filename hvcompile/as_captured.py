@@ -6,9 +6,10 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from hvcompile.errors import QuantizedWeightError, RequestedPassError
+from hvcompile.errors import OffloadedWeightError, QuantizedWeightError, RequestedPassError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options
@@ -75,6 +76,9 @@ def fetched_as_captured(
         example_inputs: one per placeholder.
         args: of the call that is being compiled.
 
+    Raises:
+        OffloadedWeightError: gradients are enabled, and such a weight requires them.
+
     Returns:
         The graph, what it is compiled for, and the places of these weights among the inputs.
 
@@ -82,6 +86,12 @@ def fetched_as_captured(
     hosted = [place for place, arg in enumerate(args) if is_kept_on_host(arg)]
     if not hosted:
         return captured, example_inputs, []
+    trained = next((args[place] for place in hosted if torch.is_grad_enabled() and args[place].requires_grad), None)
+    if trained is not None:
+        raise OffloadedWeightError(
+            f"{trained.path} is kept on the host since hvcompile.offload and can't be trained there: call the model "
+            "under torch.no_grad() or torch.inference_mode(), or hvcompile.restore(model) first"
+        )
     module, hosts = fetch_in_plain(captured, hosted)
     kept = [item for place, item in enumerate(example_inputs) if place not in hosted]
     return module, [*kept, *map(value, hosts)], hosted

@@ -8,6 +8,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import golden
@@ -25,6 +26,7 @@ import hvcompile
 from hvcompile import pipeline
 from hvcompile.app.tables import explanation_tables
 from hvcompile.backend import instead_of_compiling
+from hvcompile.dump import bisect
 from hvcompile.explanation.memory import Need, peak_of
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.hollow import fetch, host
@@ -324,6 +326,14 @@ def test_what_can_not_be_offloaded() -> None:
         hvcompile.offload(nn.Linear(4, 4), CPU)
     with pytest.raises(hvcompile.InputError, match="resident_blocks is -1"):
         hvcompile.offload(Toy(), CPU, resident_blocks=-1)
+    unknown: Any = object()
+    for wrong, device, message in ((Toy(), "gpu", "'gpu' is not there"), (unknown, CPU, r"pipe\.transformer")):
+        with pytest.raises(hvcompile.InputError, match=message):
+            hvcompile.offload(wrong, device)
+    trained: Any = Toy()
+    hvcompile.offload(trained, CPU)
+    with torch.enable_grad(), pytest.raises(Exception, match="can't be trained there"):
+        run(trained)(**toy_inputs())
     model = toy(resident=None)
     with torch.no_grad(), pytest.raises(Exception, match=r"hvcompile\.offload\(model\)"):
         run(model, host_weights=True)(**toy_inputs())
@@ -358,6 +368,17 @@ def test_memory_is_cut_from_chunks() -> None:
     assert all(item.data_ptr() % 16 == 0 for item in copies)
     assert copies[0].untyped_storage().data_ptr() == copies[1].untyped_storage().data_ptr()
     assert copies[3].untyped_storage().nbytes() == 4 * 60 * 60
+
+
+@torch.no_grad()
+def test_dumped_and_run_again(tmp_path: Path) -> None:
+    model = toy()
+    run(model, {"threshold": 0.5}, dump=str(tmp_path))(**toy_inputs())
+    (folder,) = tmp_path.glob("run_1/graph_*")
+    found = bisect.bisect(folder)
+    assert found.finding is None, found.verdict()
+    assert "HostWeights" in [stage.name for stage in found.stages]
+    assert not any("random" in note for note in found.notes)
 
 
 # What explain says.

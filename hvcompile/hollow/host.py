@@ -139,14 +139,17 @@ def offload(model: torch.nn.Module, device: torch.device | str = "cuda", *, resi
             runs in every step, and then as many as there is room for.
 
     Raises:
-        InputError: the model has no repeated blocks, or ``resident_blocks`` is negative.
+        InputError: the model is none or has no repeated blocks, the device is not there, or ``resident_blocks`` is
+            negative.
         QuantizedWeightError: its weights are in float8 alone already.
 
     """
-    place = _placed(torch.device(device))
+    inner: Any = compiled_module(model)
+    if not isinstance(inner, torch.nn.Module):
+        raise InputError(f"{type(model).__name__} is no torch.nn.Module: give a pipeline's model, as pipe.transformer")
+    place = _placed(device)
     if isinstance(resident_blocks, bool) or not isinstance(resident_blocks, int) or resident_blocks < 0:
         raise InputError(f"resident_blocks is {resident_blocks!r}; allowed is a whole number, 0 or more")
-    inner: torch.nn.Module = compiled_module(model)
     blocks = blocks_of(inner)
     if not blocks:
         raise InputError(
@@ -211,10 +214,12 @@ def spread(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)]
 
 
-def _placed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+def _placed(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.empty(0, device=device).device  # with the number of the current GPU
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without
+        raise InputError(f"device {str(device)!r} is not there: {' '.join(str(error).split())[:120]}") from error
+    return place
 
 
 def _is_matrix(weight: torch.Tensor) -> bool:
