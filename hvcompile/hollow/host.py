@@ -199,10 +199,12 @@ def blocks_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
             inner = f"{path}.{name}" if path else name
             members = list(child.named_children()) if isinstance(child, torch.nn.ModuleList) else []
             is_large = sum(map(num_bytes, child.parameters())) >= least
-            if len(members) > 1 and is_large and len({type(member) for _, member in members}) == 1:
-                found.extend((f"{inner}.{number}", member) for number, member in members)
-            else:
+            is_list = is_large and len({type(member) for _, member in members}) == 1
+            count = len(found)
+            if len(members) < 2 or not is_list:
                 look(inner, child)
+            if is_list and len(found) == count:  # a list of one may hold the whole stack
+                found.extend((f"{inner}.{number}", member) for number, member in members)
 
     look("", model)
     return found
