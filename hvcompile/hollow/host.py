@@ -7,7 +7,7 @@ The parameter keeps its identity and is hollow (see ``parameter``); its values l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -157,31 +157,39 @@ def offload(model: torch.nn.Module, device: torch.device | str = "cuda", *, resi
             "the host. Move it with .to(device)"
         )
     _refuse_hollow(inner)
-    resident = set(spread(len(blocks), resident_blocks))
-    elsewhere = _read_outside(inner, [module for _, module in blocks])
-    memory, per_block, weights = HostMemory(), [], dict[int, torch.Tensor]()
-    for number, (path, block) in enumerate(blocks):
-        own = {}
-        for name, weight in block.named_parameters():
-            if number in resident or id(weight) in elsewhere or not _is_matrix(weight):
-                if isinstance(weight, HostWeight):
-                    bring_back(weight)
-                continue
-            if not isinstance(weight, HostWeight):
-                put_on_host(weight, f"{path}.{name}", place, memory)
-            own[id(weight)] = weight
-        per_block.append(sum(map(num_bytes, own.values())))
-        weights |= own
+    per_block = list(_put_blocks_on_host(inner, blocks, set(spread(len(blocks), resident_blocks)), place))
+    weights = {id(weight): weight for own in per_block for weight in own}
     torch.nn.Module.to(inner, place)  # diffusers' own warns of what it does not know of
     rest = {id(item): item for item in itertools.chain(inner.parameters(), inner.buffers()) if id(item) not in weights}
     return Offloaded(
         host_weights=len(weights),
         host_bytes=sum(map(num_bytes, weights.values())),
         device_bytes=sum(map(num_bytes, rest.values())),
-        largest_block_bytes=max(per_block),
-        host_blocks=sum(size > 0 for size in per_block),
-        resident_blocks=sum(size == 0 for size in per_block),
+        largest_block_bytes=max(sum(map(num_bytes, own)) for own in per_block),
+        host_blocks=sum(bool(own) for own in per_block),
+        resident_blocks=sum(not own for own in per_block),
     )
+
+
+def _put_blocks_on_host(
+    model: torch.nn.Module,
+    blocks: Sequence[tuple[str, torch.nn.Module]],
+    resident: Collection[int],
+    device: torch.device,
+) -> Iterator[list[torch.Tensor]]:
+    """Give each block's weights on the host, once they are there; those of resident blocks become ordinary ones."""
+    elsewhere, memory = _read_outside(model, [module for _, module in blocks]), HostMemory()
+    for number, (path, block) in enumerate(blocks):
+        own: list[torch.Tensor] = []
+        for name, weight in block.named_parameters():
+            if number in resident or id(weight) in elsewhere or not _is_matrix(weight):
+                if isinstance(weight, HostWeight):
+                    bring_back(weight)
+                continue
+            if not isinstance(weight, HostWeight):
+                put_on_host(weight, f"{path}.{name}", device, memory)
+            own.append(weight)
+        yield own
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
