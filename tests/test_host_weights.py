@@ -13,6 +13,7 @@ from typing import Any
 
 import golden
 import pytest
+import ranks
 import torch
 from oracle import hvfast
 from rich.console import Console
@@ -379,6 +380,27 @@ def test_dumped_and_run_again(tmp_path: Path) -> None:
     assert found.finding is None, found.verdict()
     assert "HostWeights" in [stage.name for stage in found.stages]
     assert not any("random" in note for note in found.notes)
+
+
+@torch.no_grad()
+def on_two_ranks() -> tuple[list[float], int]:
+    """How far a sharded, cached HunyuanVideo is from an eager one, relatively, in two steps; and the steps reused."""
+    import sharded_cases
+    import zoo
+
+    model = zoo.FAMILIES["hunyuan_video"].build().eval().requires_grad_(False)
+    inputs: Any = sharded_cases.inputs_of("hunyuan_video") | {"return_dict": False}
+    (wanted,) = model(**inputs)
+    hvcompile.offload(model, CPU)
+    call = run(model, {"threshold": 0.5}, context_parallel=True)
+    apart = [float((call(**inputs)[0] - wanted).abs().max() / wanted.abs().max()) for _ in range(2)]
+    return apart, hvcompile.stats(model).hits
+
+
+def test_on_two_ranks() -> None:
+    for apart, hits in ranks.results(ranks.launch(on_two_ranks, 2)):
+        assert max(apart) < 1e-5
+        assert hits == 1
 
 
 # What explain says.
