@@ -12,6 +12,7 @@ from hvcompile.errors import (
     InputError,
     InvalidRewriteError,
     LoweringError,
+    OffloadedWeightError,
     OptionError,
     OutputError,
     QuantizedWeightError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hvcompile.artifacts import Artifacts, load_artifacts, save_artifacts
     from hvcompile.explanation.explain import explain
     from hvcompile.float8.weights import Restored
+    from hvcompile.hollow.host import Offloaded, offload
     from hvcompile.inputs import load_options
     from hvcompile.lowered.lower import Lowered, lower
     from hvcompile.runtime.state import Stats, Step, reset, restore, stats
@@ -38,6 +40,8 @@ __all__ = [
     "InvalidRewriteError",
     "Lowered",
     "LoweringError",
+    "Offloaded",
+    "OffloadedWeightError",
     "OptionError",
     "OutputError",
     "QuantizedWeightError",
@@ -53,6 +57,7 @@ __all__ = [
     "load_artifacts",
     "load_options",
     "lower",
+    "offload",
     "reset",
     "restore",
     "save_artifacts",
@@ -65,6 +70,7 @@ _MODULES = {
     **dict.fromkeys(("Artifacts", "load_artifacts", "save_artifacts"), "hvcompile.artifacts"),
     "Restored": "hvcompile.float8.weights",
     "load_options": "hvcompile.inputs",
+    **dict.fromkeys(("Offloaded", "offload"), "hvcompile.hollow.host"),
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),
     **dict.fromkeys(("Stats", "Step", "reset", "restore", "stats"), "hvcompile.runtime.state"),
 }

@@ -6,12 +6,17 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from hvcompile.errors import QuantizedWeightError, RequestedPassError
+import torch
+from torch import fx
+
+from hvcompile.errors import OffloadedWeightError, QuantizedWeightError, RequestedPassError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options
+from hvcompile.rewriting.fetching import fetch_in_plain, is_kept_on_host
 from hvcompile.runtime.hooks import describe, foreign_hooks, had_hooks, hooks_between_layers
 from hvcompile.runtime.state import state_while_compiling
+from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.observer import Observer
 
 log = logging.getLogger(__name__)
@@ -59,6 +64,37 @@ def leave_as_captured(
     warn_of_plain(settings.lower, reason)
     journal.append(JournalRow(name=OUTLINE, report=PassReport(declined=(("graph", reason),)), op_changes={}))
     observer.on_rewritten(None, journal, None)
+
+
+def fetched_as_captured(
+    captured: fx.GraphModule, example_inputs: Sequence[Any], args: Sequence[Any]
+) -> tuple[fx.GraphModule, Sequence[Any], list[int]]:
+    """A graph that gets no rewrite, but brings the weights that are on the host where it reads them.
+
+    Args:
+        captured: as Dynamo gives it; not changed.
+        example_inputs: one per placeholder.
+        args: of the call that is being compiled.
+
+    Raises:
+        OffloadedWeightError: gradients are enabled, and such a weight requires them.
+
+    Returns:
+        The graph, what it is compiled for, and the places of these weights among the inputs.
+
+    """
+    hosted = [place for place, arg in enumerate(args) if is_kept_on_host(arg)]
+    if not hosted:
+        return captured, example_inputs, []
+    trained = next((args[place] for place in hosted if torch.is_grad_enabled() and args[place].requires_grad), None)
+    if trained is not None:
+        raise OffloadedWeightError(
+            f"{trained.path} is kept on the host since hvcompile.offload and can't be trained there: call the model "
+            "under torch.no_grad() or torch.inference_mode(), or hvcompile.restore(model) first"
+        )
+    module, hosts = fetch_in_plain(captured, hosted)
+    kept = [item for place, item in enumerate(example_inputs) if place not in hosted]
+    return module, [*kept, *map(value, hosts)], hosted
 
 
 def refuse_hooks(asked: Collection[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from hvcompile import pipeline
-from hvcompile.as_captured import OUTLINE, leave_as_captured, refuse_hooks
+from hvcompile.as_captured import OUTLINE, fetched_as_captured, leave_as_captured, refuse_hooks
 from hvcompile.dump.runs import own_run
 from hvcompile.dump.write import Dump
 from hvcompile.errors import InvalidRewriteError, QuantizedWeightError
@@ -33,6 +33,7 @@ from hvcompile.journal import Declined, JournalRow, PassReport
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.ranks.launch import of_this_rank
+from hvcompile.rewriting.fetching import WHERE_READ, fetch_where_read
 from hvcompile.runtime.agreement import RanksInStep
 from hvcompile.runtime.call import CallPlan, CompiledGraph
 from hvcompile.runtime.hooks import look_after
@@ -159,8 +160,9 @@ def compile_graph(
     if isinstance(plan, Declined):
         rows[:] = journal
         leave_as_captured(plan, settings, rows, observer, args, piece_note(captured))
-        compiled = lower(captured, example_inputs, settings, observer)
-        run = CompiledGraph(compiled, seal_as_captured(captured), rows, compile_id, flow=flow)
+        whole, example_inputs, hosted = fetched_as_captured(captured, example_inputs, args)
+        compiled = lower(whole, example_inputs, settings, observer)
+        run = CompiledGraph(compiled, seal_as_captured(captured, hosted), rows, compile_id, flow=flow)
         return observer.around_calls(run, run.derived_inputs)
     assert isinstance(trunk, Trunk)  # which has a plan
 
@@ -214,7 +216,10 @@ def rewrite(
         context = pipeline.Context(given=by_node, planned_for=planned_for)
         try:
             pipeline.run(trunk, settings.passes, _tell(observer), journal, context, faults)
-            require_values(trunk, context.moved(placeholders, trunk.inputs))
+            context = context.moved(placeholders, trunk.inputs)
+            require_values(trunk, context)
+            if fetch_where_read(trunk, context.given):
+                observer.on_stage(WHERE_READ, trunk.module, trunk)
         except pipeline.PassFault as fault:
             # What it left half done is thrown away. The ranks that it found still compare what they did.
             faults[fault.name], group = fault.declined, fault.trunk.group

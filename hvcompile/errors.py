@@ -33,6 +33,10 @@ class DisagreementError(HvcompileError, RuntimeError):
     """Ranks that share a sequence are about to do different things, or one of them did not come."""
 
 
+class OffloadedWeightError(HvcompileError, RuntimeError):
+    """Something asks for the values of a weight that is kept on the host."""
+
+
 class UncompiledModelError(HvcompileError):
     """A model was asked about that this backend has not compiled and run yet."""
 

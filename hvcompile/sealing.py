@@ -29,7 +29,7 @@ def seal(trunk: Trunk) -> CallPlan:
     """Give the graph its last inputs and outputs, and say how the runtime must call it.
 
     The outputs gain the next state, the decision, and how far the ranks' inputs are apart. The inputs lose the weights
-    that float8 copies stand for.
+    that float8 copies, or tensors on the host, stand for.
     """
     roles = classify(trunk)
     num_outputs = _add_outputs(trunk)
@@ -37,6 +37,8 @@ def seal(trunk: Trunk) -> CallPlan:
     place = {node: number for number, node in enumerate(placeholders)}
     stored_sources = {node for stored in trunk.stored for node in stored.sources}
     read_weights = set(roles.weights) - stored_sources
+    hosted = [node for node, host in trunk.hosted.items() if node is not host]
+    gone = {*stored_sources, *hosted}
     anchor = _anchor(trunk, roles)
     symbols = fakes.symbols_of(trunk.graph)
     plan = CallPlan(
@@ -49,22 +51,29 @@ def seal(trunk: Trunk) -> CallPlan:
         states=tuple(map(_state_layout, trunk.states)),
         has_record=bool(trunk.observed),
         content_device=None if trunk.weights_content is None else fakes.value(trunk.weights_content).device,
-        passed=_passed(trunk, stored_sources),
+        passed=_passed(trunk, gone),
+        hosted=tuple(place[node] for node in hosted),
         stored=tuple(_weight_layout(stored, place) for stored in trunk.stored),
         derived=tuple(_derived_call(item, place) for item in trunk.derived),
         held=tuple(place[node] for node in roles.held),
         agreement=_agreement(trunk, roles, place),
         origins=_origins(trunk),
     )
-    for node in stored_sources:
+    for node in gone:
         trunk.graph.erase_node(node)
     trunk.module.graph.lint()
     trunk.module.recompile()
     return plan
 
 
-def seal_as_captured(module: fx.GraphModule) -> CallPlan:
-    """Say how the runtime must call a graph without a trunk: as Dynamo would, with nothing added."""
+def seal_as_captured(module: fx.GraphModule, hosted: Sequence[int] = ()) -> CallPlan:
+    """Say how the runtime must call a graph without a trunk: as Dynamo would, but for weights on the host.
+
+    Args:
+        module: as captured.
+        hosted: places of its inputs that are on the host, whose tensors there come last.
+
+    """
     placeholders = list(enumerate(module.graph.find_nodes(op="placeholder")))
     weights = [place for place, node in placeholders if is_parameter(node)]
     weights += [place for place, node in placeholders if is_weight(node)]
@@ -77,6 +86,8 @@ def seal_as_captured(module: fx.GraphModule) -> CallPlan:
         num_outputs=0,
         states=(),
         has_record=False,
+        passed=tuple(place for place, _ in placeholders if place not in hosted) if hosted else None,
+        hosted=tuple(hosted),
     )
 
 
@@ -105,11 +116,9 @@ def _anchor(trunk: Trunk, roles: InputRoles) -> fx.Node | None:
     return candidates[0] if candidates else None
 
 
-def _passed(trunk: Trunk, stored_sources: set[fx.Node]) -> tuple[int, ...] | None:
+def _passed(trunk: Trunk, gone: set[fx.Node]) -> tuple[int, ...] | None:
     """The captured graph's inputs that the sealed one takes; None for all."""
-    if not stored_sources:
-        return None
-    return tuple(place for place, node in enumerate(trunk.inputs) if node not in stored_sources)
+    return tuple(place for place, node in enumerate(trunk.inputs) if node not in gone) if gone else None
 
 
 def _state_layout(state: State) -> StateLayout:

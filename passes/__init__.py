@@ -3,6 +3,7 @@
 from hvcompile.passes.first_block_cache import FirstBlockCache
 from hvcompile.passes.float8_attention import Float8Attention
 from hvcompile.passes.float8_linears import Float8Linears
+from hvcompile.passes.host_weights import HostWeights
 from hvcompile.passes.sharded_attention import ShardedAttention
 from hvcompile.passes.sparse_attention import SparseAttention
 from hvcompile.passes.unmasked_attention import UnmaskedAttention
@@ -13,6 +14,7 @@ __all__ = [
     "FirstBlockCache",
     "Float8Attention",
     "Float8Linears",
+    "HostWeights",
     "ShardedAttention",
     "SparseAttention",
     "UnmaskedAttention",
@@ -32,6 +34,8 @@ PASSES: tuple[type[Pass], ...] = (
     Float8Attention,
     # Edits bodies, which the cache's branches call as well.
     Float8Linears,
-    # Last of all: it moves blocks 2..N into a branch, and the others look for blocks at the top level.
+    # It moves blocks 2..N into a branch, and the others look for blocks at the top level.
     FirstBlockCache,
+    # Last of all: weights are brought where they are read, inside the branch, and in float8 where they are.
+    HostWeights,
 )

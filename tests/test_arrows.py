@@ -27,6 +27,7 @@ FLOORS = (
     ("trunk",),
     ("graph",),
     ("ranks", "float8"),
+    ("hollow",),
     ("torch_private", "inputs", "outputs"),
     ("journal", "errors", "version"),
 )

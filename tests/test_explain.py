@@ -67,7 +67,7 @@ def test_trunk_and_passes_are_told() -> None:
     (kind,) = explanation.kinds
     assert (kind.count, kind.first, kind.last) == (4, "blocks.0", "blocks.3")
     assert [stream.shape for stream in kind.streams] == [(1, 12, 16)]
-    sharded, *_, row = explanation.journal
+    sharded, *_, row, _ = explanation.journal
     assert "no process group" in sharded.line()
     assert row.name == "FirstBlockCache"
     assert row.report.applied

@@ -235,7 +235,7 @@ def test_the_seed_and_the_prompt_make_the_clip(loaded: pipelines.Loaded, backend
     assert not np.array_equal(clip(), clip(prompt="a blue box"))
 
 
-@pytest.mark.parametrize("how", ["model", "group"])
+@pytest.mark.parametrize("how", ["model", "blocks", "group"])
 def test_an_offloaded_pipeline_makes_the_same_clip(how: str, loaded: pipelines.Loaded, tmp_path: Path) -> None:
     """From memory to memory: no GPU is needed, and all moves are made."""
     request = Request(**SMALL, mode="exact", backend_settings=("lower=eager",), output=tmp_path / "a.mp4")
@@ -264,7 +264,7 @@ def test_options_and_mode_reach_the_backend_as_torch_compile_takes_them(tmp_path
     [
         ({"steps": 0}, "steps is 0: give 1 or more"),
         ({"frames": -3}, "frames is -3: give 1 or more"),
-        ({"offload": "disk"}, "offload 'disk' is unknown: give model or group or none"),
+        ({"offload": "disk"}, "offload 'disk' is unknown: give model or blocks or group or none"),
         ({"offload": "model"}, "offload 'model' has nothing to offload from: the device is the CPU"),
         ({"fps": 0}, "fps is 0"),
         ({"fps": 3_000_000_000}, "fps is 3000000000: give 1000 or less"),

@@ -34,6 +34,8 @@ def explain_request(request: Request) -> Explanation:
         figures = dataclasses.asdict(dataclasses.replace(explanation, stages=()))
         del figures["stages"]
         figures |= {"flops": explanation.flops, "seconds": explanation.seconds}
+        for row, need in zip(figures["needs"], explanation.needs, strict=True):
+            row["peak_bytes"] = need.peak_bytes
         outputs.write_json(figures, request.json_file)
     if request.html_file is not None:
         title = "the embedded tiny pipeline" if request.model is None else request.model

@@ -111,6 +111,7 @@ def _figures(item: Lowered) -> dict[str, Any]:
             name: {
                 "launches": step.num_launches,
                 "bytes": step.num_bytes,
+                "transferred_bytes": step.transferred_bytes,
                 "peak_bytes": step.peak_bytes,
                 "input_bytes": step.input_bytes,
                 "by_function": step.by_function(),

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from hvcompile.app import incomplete
 from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
+from hvcompile.hollow.host import offload as keep_on_host
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-OFFLOADS = ("model", "group", "none")
+OFFLOADS = ("model", "blocks", "group", "none")
 """Ways to keep on the host what the device does not need now; see docs/memory.md."""
 
 # What a pipeline's call must take for a generation to be asked for, and followed step by step.
@@ -103,11 +104,17 @@ def offload(loaded: Loaded, how: str | None) -> None:
 
     Args:
         loaded: a pipeline that lies on the host.
-        how: one of ``OFFLOADS``: whole models, which leaves each of them one graph, or layers, which does not. None for
-            neither.
+        how: one of ``OFFLOADS``: whole models, which leaves each of them one graph; the same and the blocks' weights of
+            the transformers even while they run; or layers, of which none is a graph with blocks. None for neither.
+
+    Raises:
+        InputError: a transformer has no blocks.
 
     """
-    if how == "model":
+    if how == "blocks":
+        for model in denoisers(loaded.pipe).values():
+            keep_on_host(model, loaded.device)
+    if how in {"model", "blocks"}:
         loaded.pipe.enable_model_cpu_offload(device=loaded.device)
     elif how == "group":
         has_streams = loaded.device.type == "cuda"

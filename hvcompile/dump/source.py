@@ -20,6 +20,7 @@ from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import STORED, TAG, number_hint, numel_hint, size_hint, value
 from hvcompile.trunk.trunk import Derived
 
+_FETCHES = "torch.ops.hvcompile.fetch"
 _WITH_TORCH = {"torch._C", "torch.functional", "torch.nn", "torch.nn.functional", "torch.ops"}  # import torch suffices
 
 
@@ -86,6 +87,8 @@ class GraphSource:
         code, used = _forward(module.graph)
         renamed = _short_names(module.graph, self._paths)
         code = re.sub(r"\b[A-Za-z_]\w*", lambda match: renamed.get(match[0], match[0]), code)
+        if _FETCHES in code:
+            self.imports.add("import hvcompile.hollow.fetch  # the operator torch.ops.hvcompile.fetch")
         self.imports |= _torch_imports(code).union(*(_import_lines(*item) for item in used.items()))
         class_name = re.sub(r"(?:^|_)([a-z0-9])", lambda match: match[1].upper(), name)
         self.classes.append(f"class {class_name}(torch.nn.Module):\n{textwrap.indent(code, ' ' * 4)}")

@@ -22,11 +22,12 @@ from hvcompile.dump.source import GraphSource, fixed_values
 from hvcompile.float8 import format as float8_format
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_weight
+from hvcompile.hollow.host import HostWeight, values_on_host
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.options import DUMP_LIMIT_GIB
 from hvcompile.ranks import launch
 from hvcompile.torch_private import dynamo, lowering
-from hvcompile.trunk.observer import Observer
+from hvcompile.trunk.observer import SEALED, Observer
 from hvcompile.trunk.trunk import Derived, StoredWeights, Trunk
 
 log = logging.getLogger(__name__)
@@ -138,10 +139,14 @@ class Dump(Observer):
         self._notes: list[str] = []
         self._held: dict[int, torch.Tensor] = {}
         self._stored: dict[str, torch.Tensor] = {}
+        self._hosted: dict[str, int] = {}
         self._folder = _fresh_folder(directory, "graph_{}_{}".format(*compile_id)) if directory is not None else None
 
     def on_stage(self, name: str, module: fx.GraphModule, trunk: Trunk | None) -> None:
         """Write the graph of a stage."""
+        if trunk is not None and name != SEALED:  # whose inputs lack the weights
+            place = {node: number for number, node in enumerate(trunk.inputs)}
+            self._hosted = {host.name: place[node] for node, host in trunk.hosted.items() if node in place}
         self.graph(name, module, trunk.derived if trunk is not None else ())
 
     def on_fault(self, declined: Declined) -> None:
@@ -239,7 +244,7 @@ class Dump(Observer):
         if self._folder is not None:
             held = {place: args[place] for place in places}
             held = {
-                place: float8_format.dequantize(*item.rows, item.dtype) if isinstance(item, QuantizedWeight) else item
+                place: _dequantized(item) if isinstance(item, QuantizedWeight) else item
                 for place, item in held.items()
                 if can_save(item) or isinstance(item, QuantizedWeight)
             }
@@ -281,7 +286,12 @@ class Dump(Observer):
         """Save a call's inputs; returns whether these are all."""
         if self._folder is None or len(given) != len(self._inputs):
             return False
+        hosts = {name: values_on_host(given[place]) for name, place in self._hosted.items()}
+        if sum(map(num_bytes, hosts.values())) > self._limit_gib * 2**30:
+            hosts = {}
         given = [self._held.get(place, item) for place, item in enumerate(given)]
+        if hosts:
+            given = [item.host.to(item.device) if isinstance(item, HostWeight) else item for item in given]
         wanted = {name: item for (name, _), item in zip(self._inputs, given, strict=True) if can_save(item)}
         weights = {name for name, weighs in self._inputs if weighs and name in wanted}
         size = sum(num_bytes(wanted[name]) for name in weights)
@@ -300,7 +310,7 @@ class Dump(Observer):
         if isinstance(derived, Declined):
             self._note(f"the first call is computed by the graph of another folder, since in this one {derived.reason}")
             is_whole = False
-        kept = wanted | (self._stored if weights <= set(wanted) else {})
+        kept = wanted | (self._stored | hosts if weights <= set(wanted) else {})
         with writing(self._folder):
             save({name: compact(item) for name, item in kept.items()}, self._folder / "inputs.pt")
         self._held, self._stored = {}, {}
@@ -332,6 +342,11 @@ class Dump(Observer):
         if self._folder is not None:
             with writing(self._folder):
                 (self._folder / "journal.json").write_text(self._journal_text(), "utf-8")
+
+
+def _dequantized(weight: QuantizedWeight) -> torch.Tensor:
+    data, scale = (part.to(weight.device) for part in weight.rows)
+    return float8_format.dequantize(data, scale, weight.dtype)
 
 
 def stem_of(name: str) -> str:

@@ -19,9 +19,11 @@ from hvcompile.as_captured import OUTLINE
 from hvcompile.backend import rewrite
 from hvcompile.errors import OptionError, UntraceableModelError
 from hvcompile.explanation.listing import Stage, stage
+from hvcompile.explanation.memory import Need, needs_of
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.costs import DEVICES, Cost, Device, costs
 from hvcompile.graph.nodes import is_tensor, is_weight
+from hvcompile.hollow.parameter import HollowParameter
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
@@ -101,6 +103,7 @@ class Explanation:
         device: whose peaks bound the seconds; empty if none was named.
         depends_on_data: whether some length is known only when the model runs (text without its padding, say); such a
             length counts as the most that it can be, or as 1 where nothing bounds it.
+        needs: what memory the model needs on the device, for each way to run it; empty where there is no trunk.
         stages: the program as it was captured and after each rewrite, as text.
 
     """
@@ -125,6 +128,7 @@ class Explanation:
     passed_seconds: float | None = None
     reused_seconds: float | None = None
     reused_bytes: int | None = None
+    needs: tuple[Need, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -227,10 +231,11 @@ def explain_graph(
 ) -> Explanation:
     """Say what hvfast would do with a graph captured by Dynamo, which is not changed; see ``explain``.
 
-    ``inputs`` are the graph's, from which weights are known that are in float8 alone already.
+    ``inputs`` are the graph's, from which weights are known that are in float8 alone already, or on
+    the host.
     """
     witness, journal = _Witness(captured), list[JournalRow]()
-    freed = {place: item for place, item in enumerate(inputs) if isinstance(item, QuantizedWeight)}
+    freed = {place: item for place, item in enumerate(inputs) if isinstance(item, HollowParameter)}
     # A pass that was asked for and can't apply is told of, not raised.
     optional = dataclasses.replace(settings, passes=tuple((item, False) for item, _ in settings.passes))
     trunk = rewrite(captured, optional, journal, witness, known_args=freed, planned_for=device)
@@ -238,6 +243,7 @@ def explain_graph(
     if isinstance(trunk, Declined):
         return _explain_captured(trunk.reason, captured, common)
     computed, reused = _after(trunk)
+    state_bytes = sum(num_bytes(value(state.placeholder)) for state in trunk.states)
     return Explanation(
         reason="",
         lists=trunk.lists,
@@ -248,7 +254,8 @@ def explain_graph(
         journal=tuple(row for row in journal if row.name != OUTLINE),
         reused_flops=sum(cost.flops for cost in costs(trunk.graph))
         + sum(witness.flops_of[block] for block in trunk.blocks if block.call.graph is trunk.graph),
-        state_bytes=sum(num_bytes(value(state.placeholder)) for state in trunk.states),
+        state_bytes=state_bytes,
+        needs=tuple(dataclasses.replace(item, state_bytes=state_bytes) for item in witness.needs),
         stages=tuple(witness.stages),
         derived_bytes=sum(
             num_bytes(value(node)) for item in trunk.derived for node in item.placeholders if is_tensor(node)
@@ -271,6 +278,7 @@ class _Witness(Observer):
         self.kind_of: dict[BlockCall, int] = {}
         self.flops_of: dict[BlockCall, int] = {}
         self.num_prologue = self.num_epilogue = 0
+        self.needs: tuple[Need, ...] = ()
 
     def on_stage(self, name: str, module: fx.GraphModule, trunk: Trunk | None) -> None:
         """Keep a stage's text; the captured graph's once the blocks in it are known."""
@@ -288,6 +296,7 @@ class _Witness(Observer):
         flops_of_body = {body: sum(cost.flops for cost in costs(body.module.graph)) for body in trunk.bodies}
         self.flops_of = {block: flops_of_body[block.body] for block in trunk.blocks}
         self.num_prologue, self.num_epilogue = _around(trunk)
+        self.needs = needs_of(trunk)
 
 
 def _common(captured: fx.GraphModule, inputs: Sequence[Any], device: Device | None) -> dict[str, Any]:

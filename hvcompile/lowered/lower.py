@@ -18,6 +18,8 @@ from hvcompile.errors import InputError, OptionError
 from hvcompile.explanation.explain import capture
 from hvcompile.graph.attention_kernels import describe, expected
 from hvcompile.graph.nodes import is_tensor
+from hvcompile.graph.paths import parameter_path
+from hvcompile.hollow.host import HostWeight
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.lowered.gpus import GPUS
 from hvcompile.lowered.walk import Walk, walk
@@ -159,7 +161,8 @@ def lower_call(
             graph = capture(model, *args, **kwargs)
         inputs = [value(node) for node in graph.graph.find_nodes(op="placeholder")]
         with torch.no_grad():
-            journal, numbers = _compile_plainly(graph, inputs) if plain else _compile(graph, inputs, settings)
+            known = {**dict(enumerate(inputs)), **_on_host(call[0], graph)}
+            journal, numbers = _compile_plainly(graph, inputs) if plain else _compile(graph, inputs, settings, known)
         seconds = time.monotonic() - begin
         code = compilation.code[-1]
         computed = walk(code, numbers, reuse=False, capability=gpu.capability)
@@ -187,8 +190,15 @@ def on_absent(gpu: Gpu, count: int = 1, compile_kernels: bool = True) -> context
     return absent_gpu(gpu, choose, count=count, compile_kernels=compile_kernels)
 
 
+def _on_host(model: torch.nn.Module, graph: fx.GraphModule) -> dict[int, HostWeight]:
+    """The weights of a model that are kept on the host, by their places among a graph's inputs."""
+    weights = {path: item for path, item in model.named_parameters() if isinstance(item, HostWeight)}
+    places = enumerate(map(parameter_path, graph.graph.find_nodes(op="placeholder")))
+    return {place: weights[path] for place, path in places if path in weights}
+
+
 def _compile(
-    captured: fx.GraphModule, inputs: Sequence[Any], settings: Options
+    captured: fx.GraphModule, inputs: Sequence[Any], settings: Options, known: Mapping[int, Any]
 ) -> tuple[list[JournalRow], Sequence[int]]:
     """What the backend does up to the first call, but for the weights, which are not there to be quantised.
 
@@ -198,7 +208,7 @@ def _compile(
     """
     journal: list[JournalRow] = []
     observer = Observer()
-    trunk = rewrite(captured, settings, journal, observer, known_args=dict(enumerate(inputs)))
+    trunk = rewrite(captured, settings, journal, observer, known_args=known)
     if isinstance(trunk, Declined):
         _compile_plainly(captured, inputs)
         return journal, ()

@@ -17,6 +17,8 @@ from hvcompile.torch_private.generated_code import Hooks, run
 from hvcompile.torch_private.storages import LiveBytes, storage_id
 
 TRITON, LIBRARY, COPY, SYNC, COLLECTIVE, WAIT = "Triton", "library", "copy", "synchronisation", "collective", "wait"
+TRANSFER = "transfer"
+"""Weights that are brought from the host; its bytes are theirs."""
 
 # Operators that move nothing: they allocate, or look at memory in another way.
 _FREE = re.compile(
@@ -74,8 +76,13 @@ class Walk:
 
     @property
     def num_bytes(self) -> int:
-        """Read and written in all."""
-        return sum(event.num_bytes for event in self.events)
+        """Read and written on the device in all."""
+        return sum(event.num_bytes for event in self.events if event.kind != TRANSFER)
+
+    @property
+    def transferred_bytes(self) -> int:
+        """Brought from the host."""
+        return sum(event.num_bytes for event in self.events if event.kind == TRANSFER)
 
     @property
     def has_branches(self) -> bool:
@@ -195,10 +202,15 @@ class _Recorder:
             raise RuntimeError(f"{'/'.join([*self._where, name])} would be refused: {'; '.join(found)}")
 
     def on_operator(self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
-        self.memory.note(operands)
+        self.memory.note([item for item in operands if item.device.type != "cpu"])
         if self.memory.add(results):
             self.peak_at = "/".join([*self._where, name])
         if _FREE.match(name):
+            return
+        if name.startswith("hvcompile.fetch"):
+            brought = sum(map(num_bytes, results[:-1] if name.startswith("hvcompile.fetch.") else results))
+            if brought:
+                self._add(TRANSFER, name, brought)
             return
         kind, memory = LIBRARY, 0
         if name.startswith("_c10d_functional.wait_tensor"):

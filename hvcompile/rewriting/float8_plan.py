@@ -15,6 +15,7 @@ from hvcompile.float8.format import Granularity
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_parameter
 from hvcompile.graph.paths import parameter_path
+from hvcompile.hollow.host import HostWeight
 from hvcompile.pipeline import Context
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import num_bytes, numel_hint, size_hint, value
@@ -94,7 +95,7 @@ class Plan:
         kind = type(given)
         if not is_parameter(operand):
             return "its weight is no parameter of the model, so it may change from call to call"
-        if kind not in {torch.Tensor, torch.nn.Parameter, QuantizedWeight, *fakes.FAKES}:
+        if kind not in {torch.Tensor, torch.nn.Parameter, QuantizedWeight, HostWeight, *fakes.FAKES}:
             return f"its weight is a {kind.__name__}, quantised already or otherwise special"
         weight: torch.Tensor = value(operand)
         if weight.ndim != 2 or not weight.is_floating_point():
@@ -131,7 +132,7 @@ class Plan:
         dtype = value(item.node).dtype
         if weight.device.type == "cuda" and dtype != torch.bfloat16 and self.granularity == "row":
             return f"it computes in {dtype}, and row-wise float8 products on GPUs give bfloat16"
-        is_real = operand in self.context.given
+        is_real = operand in self.context.given and not isinstance(given, HostWeight)
         if is_real and given.untyped_storage().nbytes() != given.numel() * given.element_size():
             return "its weight is part of a larger tensor, which it would not free"
         return ""

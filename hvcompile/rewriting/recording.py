@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.hollow.parameter import HollowParameter
 from hvcompile.journal import Declined
 from hvcompile.pipeline import Context
 from hvcompile.torch_private.fakes import size_hint
@@ -69,8 +69,8 @@ def record(trunk: Trunk, context: Context, is_wanted: Callable[[fx.Node], bool],
         Why nothing was run; None where it was.
 
     """
-    if not context.given or any(isinstance(item, QuantizedWeight) for item in context.given.values()):
-        return Declined("that takes the first graph that is compiled for a model")
+    if not context.given or any(isinstance(item, HollowParameter) for item in context.given.values()):
+        return Declined("that takes the first graph that is compiled for a model, and all of its weights on the device")
     inputs = _inputs(trunk, context)
     if isinstance(inputs, Declined):
         return inputs

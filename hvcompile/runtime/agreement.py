@@ -26,6 +26,7 @@ from torch import fx
 from hvcompile.errors import DisagreementError, HvcompileError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_tensor, is_weight, op_name
+from hvcompile.hollow.host import values_on_host
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.ranks import collectives
 from hvcompile.ranks.store import take_turn, turns_taken
@@ -169,7 +170,8 @@ class RanksInStep(Observer):
 def _weight_facts(inputs: Mapping[fx.Node, Any]) -> dict[str, str]:
     """A hash of some elements of each weight; weights in float8 are left out."""
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
-    for node, tensor in inputs.items():
+    for node, given in inputs.items():
+        tensor = values_on_host(given)
         is_plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, QuantizedWeight)
         if is_weight(node) and is_plain and tensor.layout is torch.strided and not tensor.is_meta:
             name = source_name(node) or node.name

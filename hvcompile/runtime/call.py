@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvcompile.hollow.host import values_on_host
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
@@ -52,8 +53,9 @@ class CallPlan:
     ``anchor`` is a parameter that stands for the model; None where the graph has no parameters. ``numbers`` are the
     inputs that are no tensors: sizes, and Python numbers given to the model. ``held`` are Python floats of the model's
     own, which Dynamo passes as tensors. ``passed`` are the inputs that the compiled graph takes, None for all; then
-    come ``derived`` ones, ``stored`` weights, what ``origins`` tells of earlier graphs, the weights' content on
-    ``content_device``, unless that is None, and the state. ``agreement`` is there where several ranks run the graph
+    come ``derived`` ones, ``stored`` weights, those that are ``hosted`` (as the tensors on the host), what ``origins``
+    tells of earlier graphs, the weights' content on ``content_device``, unless that is None, and the state.
+    ``agreement`` is there where several ranks run the graph
     together; the last output may be for it.
     """
 
@@ -68,6 +70,7 @@ class CallPlan:
     content_device: torch.device | None = None
     passed: tuple[int, ...] | None = None
     stored: tuple[WeightLayout, ...] = ()
+    hosted: tuple[int, ...] = ()
     derived: tuple[DerivedCall, ...] = ()
     held: tuple[int, ...] = ()
     agreement: Agreement | None = None
@@ -95,7 +98,7 @@ class CompiledGraph:
         self._flow = flow
         self._compiled, self._plan, self._journal, self._compile_id = compiled, plan, journal, compile_id
         self._weights, self._numbers = picker(plan.weights), picker(plan.numbers)
-        self._held = picker(plan.held)
+        self._held, self._hosted = picker(plan.held), picker(plan.hosted)
         # Dynamo's own ids begin again at 0 after torch._dynamo.reset(), while the model's state lives on.
         self._number = next(_NUMBERS)
         self._fingerprints = Fingerprints()
@@ -130,7 +133,7 @@ class CompiledGraph:
 
     def _step(self, args: Sequence[Any], generation: _Generation | None = None) -> Sequence[Any]:
         plan = self._plan
-        if plan.anchor is None:
+        if plan.anchor is None:  # nor does it take any weight
             return self._run(args)
         model = model_state(args[plan.anchor])
         if self._number not in model.graphs:
@@ -147,6 +150,7 @@ class CompiledGraph:
             added += values
         stored, revision = self._stored_weights(model, args) if plan.stored else ([], 0)
         added += stored
+        added += map(values_on_host, self._hosted(args))
         passed = self._passed(args) if self._passed is not None else args
         if not plan.states:
             return self._run([*passed, *added])
@@ -185,6 +189,7 @@ class CompiledGraph:
             return Made(0, None)
         model = model_state(args[plan.anchor])
         weights = self._weights(args) if plan.states else [args[place] for place in flow.weights]
+        weights = list(map(values_on_host, weights)) if plan.hosted else weights
         with model.lock:
             known = model.weights[self._number]
             return Made(known.revision_of(weights), known.content_of(weights, args[plan.anchor].device))
@@ -258,6 +263,8 @@ class CompiledGraph:
     ) -> tuple[Slot, list[torch.Tensor], list[torch.Tensor]]:
         """The slot of a call, what it shares with others, and its weights' content, where the graph takes that."""
         device, given = self._plan.content_device, self._weights(args)
+        if self._plan.hosted:
+            given = tuple(map(values_on_host, given))
         earlier: Hashable = None
         if self._plan.origins is not None and traced is not None:
             with self._lock:

@@ -19,8 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hvcompile.torch_private import frames
 
 LESS_MEMORY = (
-    "pipe.enable_model_cpu_offload(), which moves whole models between calls, or options={'fp8': True}, which stores "
-    "weights in half"
+    "pipe.enable_model_cpu_offload(), which moves whole models between calls, or hvcompile.offload(model), which "
+    "brings blocks' weights inside the graph, or options={'fp8': True}, which stores weights in half"
 )
 OWN_CACHE = "hvfast's own first-block cache, which is on by default (model.disable_cache() takes the other off)"
 OWN_FLOAT8 = "options={'fp8': True}, which keeps and multiplies weights in float8 inside the graph"

@@ -283,12 +283,15 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
 
 
 def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
-    """Bring back the weights that hvfast keeps in float8, so that the model can be saved, moved, changed or run.
+    """Bring back the weights that are kept in float8 or on the host, so that the model can be changed or run.
 
     They are exact if the model was compiled with ``options={"fp8": {"keep_original": "cpu"}}``. Else they are within
     float8's precision, and a warning says so: half a step of three mantissa bits, and values far below the largest of
     their row may become 0. The next call of the compiled model compiles again and quantises the weights anew, with
     what was changed in between.
+
+    Of a model that ``hvcompile.offload`` keeps on the host, the blocks' matrices become ordinary parameters there, on
+    the CPU: move the model, or offload it again, before you call it.
 
     Args:
         model: the module, or what ``torch.compile`` made of it.

@@ -191,6 +191,7 @@ class Trunk:
         weights_content: placeholder of what tells whether the weights hold what they did, an int64 scalar; None where
             no pass has asked for it.
         earlier: what earlier graphs of the model tell of the inputs, where it takes no timestep; None where they don't.
+        hosted: by placeholder of what lies on the host, that of the tensor there; of a float8 matrix the same.
         untold: why one generation can't be told from the next, where the graph is a piece of a model.
 
     """
@@ -208,6 +209,7 @@ class Trunk:
     weights_content: fx.Node | None = None
     earlier: Earlier | None = None
     untold: Declined | None = None
+    hosted: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -234,14 +236,18 @@ class Trunk:
     def added(self) -> list[fx.Node]:
         """The placeholders that passes have added, in order.
 
-        Derived inputs, weights, what earlier graphs tell, the weights' content, and state last. All stand after those
-        of the captured graph.
+        Derived inputs, weights in float8, those on the host, and what is added late, after the captured graph's own.
         """
         derived = [node for item in self.derived for node in item.placeholders]
         stored = [node for weights in self.stored for node in (weights.data, weights.scale)]
-        earlier = self.earlier.added if self.earlier is not None else []
+        hosted = [host for node, host in self.hosted.items() if node is not host]
+        return [*derived, *stored, *hosted, *self.added_late]
+
+    @property
+    def added_late(self) -> list[fx.Node]:
+        """The last placeholders: what earlier graphs tell, the weights' content, and state."""
         content = [] if self.weights_content is None else [self.weights_content]
-        return [*derived, *stored, *earlier, *content, *(state.placeholder for state in self.states)]
+        return [*(self.earlier.added if self.earlier else []), *content, *(state.placeholder for state in self.states)]
 
     @property
     def output(self) -> fx.Node:
@@ -352,9 +358,9 @@ class Trunk:
             reference.meta = {TAG: tag}
             old = block.call.args[0]
             block.call.args = (reference, name, *block.operands)
+            block.body = copied
             if isinstance(old, fx.Node) and not old.users:
                 self.graph.erase_node(old)
-            block.body = copied
         return copied
 
     def add_operand(self, body: Body, node: fx.Node) -> fx.Node:
@@ -396,8 +402,7 @@ class Trunk:
         data = self._add_placeholder(f"{name}_float8", (rows, first.shape[1]), float8_format.DTYPE, first.device)
         shape = (rows, 1) if granularity == "row" else ()
         scale = self._add_placeholder(f"{name}_scale", shape, torch.float32, first.device)
-        for node in (data, scale):
-            node.meta[STORED] = True
+        data.meta[STORED] = scale.meta[STORED] = True
         stored = StoredWeights(
             sources=tuple(sources), data=data, scale=scale, granularity=granularity, keep_original=keep_original
         )
@@ -410,8 +415,7 @@ class Trunk:
         placeholders = list(self.graph.find_nodes(op="placeholder"))
         with self.graph.inserting_after(placeholders[-1]):
             placeholder = self.graph.placeholder(name)
-        mode = fakes.fake_mode(self.graph)
-        if mode is None:
+        if (mode := fakes.fake_mode(self.graph)) is None:
             raise ValueError("the graph has no tensor, so no input can be added to it")
         dynamo.mark_as_added(placeholder)
         placeholder.meta["example_value"] = fakes.fake_like(mode, tuple(shape), dtype, device)

@@ -22,5 +22,5 @@ def explain(request: Request) -> None:
 
         quiet.hide_progress_bars()
         explanation = explain.explain_request(request)
-    for part in tables.explanation_tables(explanation, request.gpu):
+    for part in tables.explanation_tables(explanation, request.gpu, request.memory_gib):
         out.print(part)

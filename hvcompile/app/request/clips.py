@@ -72,7 +72,7 @@ class Clips(Compiling):
     ] = None
     offload: Annotated[
         str | None,
-        typer.Option(help="Keep on the host what the GPU does not need now: 'model', 'group' or 'none'."),
+        typer.Option(help="Keep on the host what the GPU does not need now: 'model', 'blocks', 'group' or 'none'."),
     ] = None
     device: Device = None
     dtype: Dtype = None

@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from hvcompile.journal import JournalRow
 
 
-def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
-    """Lay out an explanation: the trunk, the passes, what they do to each layer, and what a step costs."""
+def explanation_tables(explanation: Explanation, gpu: str, memory_gib: float | None = None) -> list[Table]:
+    """Lay out an explanation: the trunk, the passes, what they do to each layer, and what a step costs.
+
+    Args:
+        explanation: what to show.
+        gpu: whose peaks bound the seconds.
+        memory_gib: of the device; adds which ways to run the model fit.
+
+    """
     layers = [table for row in explanation.journal if (table := _layers(row)) is not None]
     return [
         _trunk(explanation),
@@ -25,7 +32,27 @@ def explanation_tables(explanation: Explanation, gpu: str) -> list[Table]:
         *layers,
         _costs(explanation, gpu),
         _memory(explanation),
+        *([] if memory_gib is None else [_needs(explanation, memory_gib)]),
     ]
+
+
+def _needs(explanation: Explanation, memory_gib: float) -> Table:
+    """Which ways to run the model fit into so much memory."""
+    table = Table(title=f"the transformer in {memory_gib:g} GiB", title_justify="left")
+    table.add_column("how", overflow="fold", min_width=24)
+    for heading in ("weights, GiB", "activations", "cache", "peak", "on the host", "brought a step"):
+        table.add_column(heading, justify="right")
+    table.add_column("fits")
+    for need in explanation.needs:
+        sizes = (need.weight_bytes, need.activation_bytes, need.state_bytes)
+        row = [f"{size / 2**30:.3g}" for size in (*sizes, need.peak_bytes, need.host_bytes, need.brought_bytes)]
+        table.add_row(Text(need.how or "as it is"), *row, "yes" if need.peak_bytes <= memory_gib * 2**30 else "no")
+    table.caption = (
+        "activations are counted operation by operation, fused code takes less; text encoders and the VAE are not in it"
+        if explanation.needs
+        else "nothing is known without blocks"
+    )
+    return table
 
 
 def _trunk(explanation: Explanation) -> Table:
