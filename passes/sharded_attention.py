@@ -17,7 +17,8 @@ from hvcompile.rewriting.sharding.attention import legal_degrees
 from hvcompile.rewriting.sharding.batch import split_batch
 from hvcompile.rewriting.sharding.resharder import CannotShard
 from hvcompile.rewriting.sharding.rewrite import head_counts, split_sequence
-from hvcompile.trunk.trunk import Group, Trunk
+from hvcompile.trunk.together import Group
+from hvcompile.trunk.trunk import Trunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

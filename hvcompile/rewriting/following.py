@@ -14,7 +14,8 @@ from hvcompile.rewriting import guidance
 from hvcompile.rewriting.reuse import contents
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.roles import classify
-from hvcompile.trunk.trunk import Sharding, Trunk
+from hvcompile.trunk.together import Sharding
+from hvcompile.trunk.trunk import Trunk
 
 
 def contents_of(trunk: Trunk, device: torch.device, anchor: fx.Node, tag: str) -> fx.Node:

@@ -35,7 +35,8 @@ from hvcompile.torch_private import fakes
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.observer import Observer
-from hvcompile.trunk.trunk import Group, Trunk
+from hvcompile.trunk.together import Group
+from hvcompile.trunk.trunk import Trunk
 
 log = logging.getLogger(__name__)
 

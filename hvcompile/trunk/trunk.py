@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,9 +16,7 @@ from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import STORED, TAG, value
 from hvcompile.trunk.lineage import Earlier
-
-if TYPE_CHECKING:
-    from hvcompile.ranks.split import Layout, Split
+from hvcompile.trunk.together import Group, Sharding, SharedInputs
 
 
 @dataclasses.dataclass(eq=False)
@@ -135,40 +133,6 @@ class Derived:
     placeholders: tuple[fx.Node, ...]
     is_kept: bool = True
     read: Callable[[Sequence[torch.Tensor]], Sequence[Any] | Declined] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
-    """Ranks that run a graph together: their process group's name, and how long they wait for each other."""
-
-    name: str
-    timeout_seconds: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sharding:
-    """How the sequence is split over ranks, and the layout of the top-level nodes that hold one rank's part of it."""
-
-    split: Split
-    streams: Mapping[fx.Node, Layout]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SharedInputs:
-    """Inputs of which every rank takes rank 0's, the sample and the timesteps; and those that must be rank 0's.
-
-    Attributes:
-        nodes: for each placeholder, the node of rank 0's value.
-        conditions: placeholders whose content must be equal on all ranks.
-        apart: how far each rank's own inputs are from rank 0's, float32 ``[ranks, len(nodes) + len(conditions)]``: of
-            the former the sum of absolute differences over the sum of rank 0's absolute values; of the latter 0 where
-            they are equal, else infinite.
-
-    """
-
-    nodes: Mapping[fx.Node, fx.Node]
-    conditions: tuple[fx.Node, ...]
-    apart: fx.Node
 
 
 @dataclasses.dataclass(eq=False)

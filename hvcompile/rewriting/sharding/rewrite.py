@@ -21,7 +21,8 @@ from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.operands import contiguous_like, is_activation
 from hvcompile.trunk.roles import classify
-from hvcompile.trunk.trunk import BlockCall, Body, Sharding, Trunk
+from hvcompile.trunk.together import Sharding
+from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
 Layouts = dict[int, Layout]
 """Of a call's operands that come split, by place."""

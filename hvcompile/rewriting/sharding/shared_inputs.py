@@ -28,7 +28,8 @@ from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.operands import restore_order
 from hvcompile.trunk.roles import InputRoles, classify
-from hvcompile.trunk.trunk import Group, SharedInputs, Trunk
+from hvcompile.trunk.together import Group, SharedInputs
+from hvcompile.trunk.trunk import Trunk
 
 PARTS = 3
 """Numbers of 22 bits, which float32 holds exactly, that a hash travels as."""
