@@ -1,9 +1,9 @@
 """Small models of many families, compiled for GPUs that are not there, in every mode: what compiles, and what it does.
 
 ``python benchmarks/lowered_census.py`` takes one tiny configuration of each family, in bfloat16, through hvfast,
-Inductor, Triton and ptxas. HunyuanVideo goes through every mode on every architecture, the others through two modes on Hopper.
-Nothing is computed. Each case is a process of its own; rows are kept as they come, and a case that fails is a row that
-says why. ``--case NAME`` runs one and prints its row.
+Inductor, Triton and ptxas. HunyuanVideo goes through every mode on every architecture, the others through two modes on
+Hopper. Nothing is computed. Each case is a process of its own; rows are kept as they come, and a case that fails is a
+row that says why. ``--case NAME`` runs one and prints its row.
 """
 
 from __future__ import annotations
