@@ -75,7 +75,7 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         "line 8: name 'manifest' is taken",
         "line 9: its file '01' is that of line 1 too",
         "line 10: image '",
-        "line 11: options",
+        "line 11: unknown key 'treshold'",
         "line 12: it is no JSON",
         "nothing was started",
     ):
