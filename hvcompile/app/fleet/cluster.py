@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,7 @@ def _connect(fleet: Fleet, init: dict[str, Any]) -> None:
             room = max(os.cpu_count() or 1, fleet.replicas * fleet.ranks * fleet.cpus + 2)
             ray.init(address="local", num_cpus=room, include_dashboard=False, **quiet)
         else:
+            _check_answers(fleet.address)
             ray.init(address=fleet.address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         where = (
@@ -78,6 +80,16 @@ def _connect(fleet: Fleet, init: dict[str, Any]) -> None:
         raise InputError(
             f"{where}: {first_line(error)}; start one with ray start --head, or leave address out"
         ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConnectionError where nobody listens at a host and port: Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from error
 
 
 def _needs(fleet: Fleet, *, is_ours: bool) -> Needs:
