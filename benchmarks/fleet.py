@@ -2,8 +2,8 @@
 
 ``python benchmarks/fleet.py overnight --lines 200`` makes prompts x seeds x two sizes on replicas of several ranks by
 eager lowering. On the way a rank is killed by SIGKILL, and then the process that was started. The same command goes on.
-At the end every file must be there once, and be what ``hvcompile generate`` makes on as many ranks, bit for bit. Of several ranks
-over gloo, two runs of generate differ now and then themselves: ``--ranks 1`` is the exact check.
+At the end every file must be there once, and be what ``hvcompile generate`` makes on as many ranks, bit for bit. Of
+several ranks over gloo, two runs of generate differ now and then themselves: ``--ranks 1`` is the exact check.
 
 ``python benchmarks/fleet.py soak --requests 1000 --rate 1`` asks a server on loopback for videos of two sizes at a
 rate, and then one process in a loop for as many as ``--alone`` says. It tells latencies, throughput, memory at the
