@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("package")  # one wheel, built and installe
 ROOT = Path(hvcompile.__file__).parents[1]
 LEFT_OUT = (
     *("typer", "rich", "jinja2", "av", "imageio", "skimage", "PIL", "numpy"),
-    *("diffusers", "transformers", "accelerate", "sentencepiece", "torchao", "depyf", "matplotlib", "cache_dit"),
+    *("diffusers", "transformers", "accelerate", "sentencepiece", "torchao", "depyf", "matplotlib", "cache_dit", "ray"),
 )
 """What the package's own extras bring, by the names that are imported."""
 
@@ -98,7 +98,16 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     needs = [item for item in told.get_all("Requires-Dist", []) if "extra ==" not in item]
     assert len(needs) == 1
     assert needs[0].startswith("torch")
-    assert set(told.get_all("Provides-Extra", [])) == {"bench", "cli", "debug", "dev", "diffusers", "docs", "fp8"}
+    assert set(told.get_all("Provides-Extra", [])) == {
+        "bench",
+        "cli",
+        "debug",
+        "dev",
+        "diffusers",
+        "docs",
+        "fp8",
+        "ray",
+    }
     assert told["Version"] == hvcompile.__version__
     assert told["License-Expression"] == "Apache-2.0"
     assert told["License-File"] == "LICENSE"

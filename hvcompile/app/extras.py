@@ -26,6 +26,7 @@ EXTRAS = {
     },
     "fp8": {"torchao": "torchao"},
     "debug": {"depyf": "depyf"},
+    "ray": {"ray": "ray", "starlette": "starlette", "prometheus_client": "prometheus-client"},
     "bench": {"cache_dit": "cache-dit", "matplotlib": "matplotlib"},
 }
 """Extra -> name of a module -> name of the package that holds it."""

@@ -31,7 +31,7 @@ from hvcompile.torch_private.compilers import why_no_compiling
 
 BACKEND = "hvfast"
 
-__all__ = ["Observer", "Request", "Result", "generate", "output_of", "ready", "write_frames"]
+__all__ = ["Observer", "Request", "Result", "generate", "opened", "output_of", "ready", "write_frames"]
 
 
 def generate(
@@ -60,6 +60,13 @@ def ready(
     request: Clips, observe: Observer, loaded: pipelines.Loaded | None
 ) -> Iterator[tuple[pipelines.Loaded, dict[str, Any]]]:
     """Check all that can be checked, load, and join the other ranks; gives the pipeline and its call's arguments."""
+    with opened(request, observe, loaded) as pipeline:
+        yield pipeline, call_arguments(request, pipeline)
+
+
+@contextlib.contextmanager
+def opened(request: Clips, observe: Observer, loaded: pipelines.Loaded | None = None) -> Iterator[pipelines.Loaded]:
+    """As ``ready``, of a pipeline whose call's arguments are known later."""
     request.check()
     device = launch.device_of_this_rank(request.device)
     lacking = why_no_compiling(loaded.device if loaded is not None else pipelines.resolve_device(device))
@@ -76,7 +83,7 @@ def ready(
     pipelines.tile(loaded, request.vae_tiling)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):
-        yield loaded, call_arguments(request, loaded)
+        yield loaded
 
 
 def output_of(request: Request, loaded: pipelines.Loaded) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,30 @@ def write(frames: Frames, output: Path) -> None:
 
     """
     check_finite(frames, output.name)
-    pixels = (frames[:1].clip(0, 1) * 255).round().astype(np.uint8)
-    picture = Image.fromarray(pixels[0])
-    kind = Image.registered_extensions()[output.suffix.lower()]
     try:
         with outputs.replacing(output) as part:
-            picture.save(part, format=kind, **FORMATS.get(kind, {}))
+            part.write_bytes(encoded(frames, output.suffix))
     except OutputError as error:
-        raise OutputError(f"{error}: {keep(pixels, output, 1)}") from error.__cause__
+        raise OutputError(f"{error}: {keep(_pixels(frames), output, 1)}") from error.__cause__
+
+
+def encoded(frames: Frames, suffix: str) -> bytes:
+    """The content of the file that ``write`` makes.
+
+    Args:
+        frames: of which the first counts.
+        suffix: of the file, such as ".png".
+
+    Raises:
+        InputError: a pixel is not finite.
+
+    """
+    check_finite(frames, "the picture")
+    content = io.BytesIO()
+    kind = Image.registered_extensions()[suffix.lower()]
+    Image.fromarray(_pixels(frames)[0]).save(content, format=kind, **FORMATS.get(kind, {}))
+    return content.getvalue()
+
+
+def _pixels(frames: Frames) -> Any:
+    return (frames[:1].clip(0, 1) * 255).round().astype(np.uint8)

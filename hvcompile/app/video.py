@@ -32,20 +32,48 @@ def write(frames: Frames, output: Path, *, fps: int) -> None:
 
     """
     check_finite(frames, output.name)
-    pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
+    pixels = _pixels(frames)
+    try:
+        with outputs.replacing(output) as part:
+            part.write_bytes(_encoded(pixels, output.suffix, fps))
+    except OutputError as error:
+        raise OutputError(f"{error}: {keep(pixels, output, fps)}") from error.__cause__
+
+
+def encoded(frames: Frames, suffix: str, *, fps: int) -> bytes:
+    """The content of the file that ``write`` makes.
+
+    Args:
+        frames: of the clip.
+        suffix: of the file, such as ".mp4".
+        fps: frames a second.
+
+    Raises:
+        InputError: a pixel is not finite.
+        OutputError: the encoder fails.
+
+    """
+    check_finite(frames, "the video")
+    try:
+        return _encoded(_pixels(frames), suffix, fps)
+    except OSError as error:
+        raise OutputError(f"the video can't be encoded ({error})") from error
+
+
+def _pixels(frames: Frames) -> npt.NDArray[np.uint8]:
+    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _encoded(pixels: npt.NDArray[np.uint8], suffix: str, fps: int) -> bytes:
+    """H.264; raises OSError where the encoder fails."""
     # Players expect colour at half resolution, which takes even sizes only.
     is_even = not any(size % 2 for size in pixels.shape[1:3])
     how = {"plugin": "pyav", "codec": "libx264", "out_pixel_format": "yuv420p" if is_even else "yuv444p"}
     try:
-        with outputs.replacing(output) as part:
-            try:
-                # In memory: an encoder that can't finish its file complains once more when it is collected.
-                content = imageio.v3.imwrite("<bytes>", pixels, extension=output.suffix.lower(), fps=fps, **how)
-            except (av.error.FFmpegError, EOFError, OverflowError, ValueError) as error:
-                raise OSError(str(error)) from error
-            part.write_bytes(content)
-    except OutputError as error:
-        raise OutputError(f"{error}: {keep(pixels, output, fps)}") from error.__cause__
+        # In memory: an encoder that can't finish its file complains once more when it is collected.
+        return bytes(imageio.v3.imwrite("<bytes>", pixels, extension=suffix.lower(), fps=fps, **how))
+    except (av.error.FFmpegError, EOFError, OverflowError, ValueError) as error:
+        raise OSError(str(error)) from error
 
 
 def keep(pixels: npt.NDArray[np.uint8], output: Path, fps: int) -> str:

@@ -13,6 +13,8 @@ from hvcompile.app.cli.console import in_one_line, out
 
 COMMANDS = {
     "generate": "Make a video of PROMPT, or a picture; what is not given is as the model likes it.",
+    "batch": "Make the videos of a file of prompts by several replicas side by side, on Ray.",
+    "serve": "Serve MODEL over HTTP, as clients of OpenAI's videos know it, by several replicas on Ray.",
     "warm": "Compile MODEL ahead at some sizes, so that the first step of generate needs no compiling.",
     "compare": "Measure the video file CLIP against REFERENCE, each frame and its motion.",
     "explain": "Say what hvfast would do with MODEL, what it would not and why, and what a step costs; runs nothing.",

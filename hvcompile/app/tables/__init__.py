@@ -4,6 +4,7 @@ from hvcompile.app.tables.bench import bench_tables
 from hvcompile.app.tables.bisection import bisection_table
 from hvcompile.app.tables.diagnosis import diagnosis_table
 from hvcompile.app.tables.explanation import explanation_tables
+from hvcompile.app.tables.fleet import fleet_line, fleet_tables
 from hvcompile.app.tables.generation import batch_tables, comparison_summary, each_frame, summary
 from hvcompile.app.tables.lowering import lowering_tables
 from hvcompile.app.tables.tuning import tuning_tables
@@ -17,6 +18,8 @@ __all__ = [
     "diagnosis_table",
     "each_frame",
     "explanation_tables",
+    "fleet_line",
+    "fleet_tables",
     "lowering_tables",
     "summary",
     "tuning_tables",

@@ -1,0 +1,120 @@
+"""A Ray cluster: one that is there, or one of this process's own, which ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hvcompile.app.pipelines import first_line
+from hvcompile.app.request.fleet import Fleet
+from hvcompile.errors import InputError
+
+PASSED_ON = (
+    "HVCOMPILE_STRICT",
+    "TORCHDYNAMO_DISABLE",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_LOGS",
+    "TRITON_INTERPRET",
+)
+"""Variables that ranks are given as they are here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a rank needs of its machine, and the environment that it runs in."""
+
+    cpus: int
+    gpus: int
+    environment: dict[str, str]
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """As Ray's placement groups have it."""
+        return {"CPU": float(self.cpus), **({"GPU": float(self.gpus)} if self.gpus else {})}
+
+
+@contextlib.contextmanager
+def joined(fleet: Fleet, **init: Any) -> Iterator[Needs]:
+    """Connect to Ray, or start it here; at the end, let go of it. Gives what a rank needs.
+
+    Args:
+        fleet: how many replicas and ranks.
+        init: more arguments of ``ray.init``.
+
+    Raises:
+        InputError: there is no cluster at the address, or not room enough in it.
+
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    import ray
+
+    was_there = ray.is_initialized()
+    if not was_there:
+        _connect(fleet, init)
+    try:
+        yield _needs(fleet, is_ours=fleet.address is None and not was_there)
+    finally:
+        if not was_there:
+            ray.shutdown()
+
+
+def _connect(fleet: Fleet, init: dict[str, Any]) -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False} | init
+    try:
+        if fleet.address is None:
+            room = max(os.cpu_count() or 1, fleet.replicas * fleet.ranks * fleet.cpus + 2)
+            ray.init(address="local", num_cpus=room, include_dashboard=False, **quiet)
+        else:
+            _check_answers(fleet.address)
+            ray.init(address=fleet.address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        where = (
+            "Ray can't be started here" if fleet.address is None else f"address {fleet.address!r} has no Ray cluster"
+        )
+        raise InputError(
+            f"{where}: {first_line(error)}; start one with ray start --head, or leave address out"
+        ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConnectionError where nobody listens at a host and port: Ray itself would try for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from error
+
+
+def _needs(fleet: Fleet, *, is_ours: bool) -> Needs:
+    """What a rank needs; raises InputError where the machines can't have as many."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    has_gpus = any(machine.get("GPU", 0) for machine in machines)
+    if fleet.device == "cuda" and not has_gpus:
+        raise InputError("device 'cuda' is nowhere in the cluster: give cpu, or add machines with GPUs")
+    threads = os.environ.get("OMP_NUM_THREADS", str(fleet.cpus))
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    needs = Needs(
+        cpus=fleet.cpus,
+        gpus=int(has_gpus and fleet.device != "cpu"),
+        environment={**environment, "OMP_NUM_THREADS": threads},
+    )
+    room = sum(
+        min(int(machine.get(name, 0) // (amount * fleet.ranks)) for name, amount in needs.bundle.items())
+        for machine in machines
+    )
+    if room < fleet.replicas and (is_ours or not room):
+        what = "GPUs" if needs.gpus else "CPU cores"
+        raise InputError(
+            f"there is room for {room} replicas of {fleet.ranks} ranks on a machine each ({what} of {len(machines)} "
+            f"machines): give fewer replicas than {fleet.replicas}, or fewer ranks"
+        )
+    return needs

@@ -1,0 +1,164 @@
+"""The videos that clients have asked a server for: what each is, whose it is, and what has become of it.
+
+Each is a file of JSON and, once it is made, a file beside it, in a directory of the server's own. Their names are made
+here; what a client sends is only looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvcompile import outputs
+from hvcompile.app.request.ask import Ask
+from hvcompile.errors import OutputError
+
+QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
+MOST_KEPT = 10_000
+"""Videos that have ended and are kept, however young."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A video that a client asked for.
+
+    Attributes:
+        id: made at random.
+        owner: a digest of the client's key.
+        ask: what was asked for.
+        status: as clients know it.
+        created: seconds since the epoch, as the others.
+        completed: when it ended.
+        progress: percent.
+        error: a code and a message, where it failed.
+        suffix: of its file.
+        attempts: how often it was begun.
+
+    """
+
+    id: str
+    owner: str
+    ask: Ask
+    status: str = QUEUED
+    created: int = 0
+    completed: int | None = None
+    progress: int = 0
+    error: dict[str, str] | None = None
+    suffix: str = ""
+    attempts: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self.status in (COMPLETED, FAILED)
+
+
+@dataclass(eq=False)
+class Jobs:
+    """All videos of a server.
+
+    Args:
+        directory: where they are kept. What is found there of an earlier process is taken over; what that one had not
+            ended waits again.
+        keep_seconds: for which one that has ended is kept.
+
+    """
+
+    directory: Path
+    keep_seconds: float
+    known: dict[str, Job] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Read what is there."""
+        for path in sorted(self.directory.glob("video_*.json")):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                content = json.loads(path.read_text())
+                job = Job(**content | {"ask": Ask(**content["ask"])})
+                if job.status == RUNNING:
+                    job.status, job.progress = QUEUED, 0
+                self.known[job.id] = job
+
+    def create(self, ask: Ask, owner: str) -> Job:
+        """Add a video; raises OutputError where the disk takes no more."""
+        job = Job(id=f"video_{secrets.token_hex(16)}", owner=owner, ask=ask, created=int(time.time()))
+        self.save(job)
+        self.known[job.id] = job
+        return job
+
+    def find(self, identity: str, owner: str) -> Job | None:
+        """A client's own video; None where it has none of this name."""
+        job = self.known.get(identity)
+        return job if job is not None and secrets.compare_digest(job.owner, owner) else None
+
+    def of(self, owner: str) -> Iterator[Job]:
+        """A client's own videos, the youngest first."""
+        return (job for job in reversed(self.known.values()) if job.owner == owner)
+
+    def save(self, job: Job) -> None:
+        """Keep what a video is at."""
+        outputs.write_json(dataclasses.asdict(job), self.directory / f"{job.id}.json")
+
+    def complete(self, job: Job, content: bytes, suffix: str) -> None:
+        """Keep a video's file, and then that it is there; raises OutputError where the disk takes no more."""
+        job.suffix = suffix
+        with outputs.replacing(self.place(job)) as part:
+            part.write_bytes(content)
+        self._end(job, COMPLETED)
+        job.progress = 100
+        self.save(job)
+
+    def fail(self, job: Job, code: str, message: str) -> None:
+        """Keep why there is no video."""
+        job.error = {"code": code, "message": message}
+        self._end(job, FAILED)
+        with contextlib.suppress(OutputError):
+            self.save(job)
+
+    def delete(self, job: Job) -> None:
+        """Forget a video, and its file."""
+        self.known.pop(job.id, None)
+        for path in (self.place(job) if job.suffix else None, self.directory / f"{job.id}.json"):
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def expire(self) -> None:
+        """Forget what has ended long ago, and the oldest of too many."""
+        ended = [job for job in self.known.values() if job.has_ended]
+        for number, job in enumerate(ended):
+            is_old = time.time() - (job.completed or 0) > self.keep_seconds
+            if is_old or number < len(ended) - MOST_KEPT:
+                self.delete(job)
+
+    def place(self, job: Job) -> Path:
+        """Where a video's file is."""
+        return self.directory / f"{job.id}{job.suffix}"
+
+    def _end(self, job: Job, status: str) -> None:
+        job.status, job.completed = status, int(time.time())
+
+
+def shown(job: Job, model: str) -> dict[str, Any]:
+    """A video as clients know it."""
+    ask = job.ask
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": model,
+        "status": job.status,
+        "progress": job.progress,
+        "created_at": job.created,
+        "completed_at": job.completed if job.status == COMPLETED else None,
+        "expires_at": None,
+        "prompt": ask.prompt,
+        "size": f"{ask.width}x{ask.height}",
+        "seconds": f"{(ask.frames or 0) / ask.fps:g}",
+        "error": job.error,
+        "remixed_from_video_id": None,
+    }

@@ -1,0 +1,464 @@
+"""Serving: what a client may send, whose video is whose, and the official client against a server on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fleet_cases
+import pytest
+import tiny_pipelines
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from test_batch_command import _no_process_is_left, ray_processes  # noqa: F401
+from test_extras import run as run_without
+from typer.testing import CliRunner
+
+from hvcompile.app import cli
+from hvcompile.app.fleet.asked import MOST_BYTES, Limits, asked
+from hvcompile.app.fleet.gate import Gate
+from hvcompile.app.fleet.jobs import COMPLETED, QUEUED, RUNNING, Jobs
+from hvcompile.app.fleet.serving import serving
+from hvcompile.app.fleet.thread import FAILED, MADE, STOPPED, Outcome
+from hvcompile.app.fleet.worker import Made
+from hvcompile.app.request.ask import Ask
+from hvcompile.app.request.serve import KEYS, Request, Size
+from hvcompile.errors import InputError
+
+pytestmark = pytest.mark.xdist_group("fleet")
+
+LIMITS = Limits(
+    sizes=(Size(width=48, height=32, frames=5), Size(width=32, height=32, frames=49)), most_steps=50, fps=24
+)
+KEY, OTHER_KEY = "k" * 20, "o" * 20
+
+
+# What a client sends.
+
+
+def form(**fields: str) -> tuple[bytes, str]:
+    parts = [f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in fields.items()]
+    return ("".join(parts) + "--b--\r\n").encode(), "multipart/form-data; boundary=b"
+
+
+def test_what_a_client_may_ask_for() -> None:
+    expected = Ask(prompt="a cat", width=48, height=32, frames=5, seed=3, steps=4)
+    assert asked(b'{"prompt": "a cat", "seed": 3, "steps": 4, "model": "x"}', "application/json", LIMITS) == expected
+    assert asked(*form(prompt="a cat", seed="3", steps="4", size="48x32"), LIMITS) == expected
+    longer = asked(*form(prompt="a cat", seconds="2", guidance="3.5"), LIMITS)
+    assert (longer.frames, longer.guidance) == (49, 3.5)
+    odd = 'ünï</p><script>alert(1)</script>\u202e 猫 \x00 "; DROP TABLE'
+    assert asked(json.dumps({"prompt": odd}).encode(), "application/json", LIMITS).prompt == odd
+    assert asked(*form(prompt=odd), LIMITS).prompt == odd
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is no JSON"),
+        (b"{", "the body is no JSON"),
+        (b"[]", "the body is no JSON object"),
+        (b"\xff\xfe", "the body is no JSON in UTF-8"),
+        (b"[" * 50_000, "the body is no JSON"),
+        (b'{"prompt": "a", "guidance": NaN}', "the body is no JSON"),
+        (b"{}", "prompt is missing"),
+        (b'{"prompt": ["a"]}', "prompt is no text"),
+        (b'{"prompt": " "}', "prompt is empty"),
+        (b'{"prompt": "\\ud800"}', "prompt is no valid text"),
+        (b'{"prompt": "a", "steps": 51}', "steps is over 50"),
+        (b'{"prompt": "a", "steps": 0}', "steps is 0"),
+        (b'{"prompt": "a", "steps": 1.5}', "steps is no number"),
+        (b'{"prompt": "a", "seed": true}', "seed is no number"),
+        (b'{"prompt": "a", "seed": 1e999}', "the body is no JSON"),
+        (b'{"prompt": "a", "seed": 99999999999999999999999}', "seed is 99999999999999999999999: give"),
+        (b'{"prompt": "a", "guidance": 1e9}', "guidance is not from 0 to 1000"),
+        (b'{"prompt": "a", "size": "4096x4096"}', "size or seconds is not served: allowed are 48x32 with 5 frames"),
+        (b'{"prompt": "a", "size": {"a": 1}}', "size or seconds is not served"),
+        (b'{"prompt": "a", "seconds": "9"}', "size or seconds is not served"),
+        (b'{"prompt": "a", "image": "/etc/passwd"}', "a field is unknown"),
+        (b'{"prompt": "a", "options": {"dump": "/tmp/x"}}', "a field is unknown"),
+        (b'{"prompt": "a", "input_reference": {"image_url": "file:///etc/passwd"}}', "input_reference is not served"),
+    ],
+)
+def test_what_a_client_may_not_ask_for(body: bytes, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        asked(body, "application/json", LIMITS)
+    assert message in str(raised.value)
+
+
+def test_forms_that_are_none() -> None:
+    for body, kind, message in (
+        (b"x", "multipart/form-data", "its boundary is missing"),
+        (b"x", "multipart/form-data; boundary=b\r\nX: y", "the content type can't be read"),
+        (b"--b\r\n\r\nx\r\n--b--", "multipart/form-data; boundary=b", "a field without a name"),
+        (form(prompt="a")[0].replace(b"--b--", b"") + form(prompt="b")[0], form()[1], "one twice"),
+        (*form(**{f"f{number}": "" for number in range(40)}), "or too many"),
+        (*form(prompt="a", steps="9" * 30), "steps is no number"),
+        (*form(prompt="a", seed="١٢"), "seed is "),
+    ):
+        with pytest.raises(InputError, match=message):
+            asked(body, kind, LIMITS)
+    bomb = b"\x89PNG\r\n\x1a\n" + bytes(1000)
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--b\r\nContent-Disposition: form-data; '
+        b'name="input_reference"; filename="../../a.png"\r\nContent-Type: image/png\r\n\r\n' + bomb + b"\r\n--b--\r\n"
+    )
+    with pytest.raises(InputError, match="input_reference is not served"):
+        asked(body, "multipart/form-data; boundary=b", LIMITS)
+
+
+# Whose video is whose.
+
+
+def test_videos_are_found_again_after_a_restart(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, 100)
+    first, second, third = (jobs.create(Ask(prompt=text), "me") for text in "abc")
+    jobs.complete(first, b"video", ".mp4")
+    second.status = RUNNING
+    jobs.save(second)
+    jobs.fail(third, "code", "reason")
+    (tmp_path / "video_cut.json").write_text("{")
+    again = Jobs(tmp_path, 100)
+    assert {job.id: job.status for job in again.known.values()} == {
+        first.id: COMPLETED,
+        second.id: QUEUED,
+        third.id: "failed",
+    }
+    found = again.find(first.id, "me")
+    assert found is not None
+    assert again.place(found).read_bytes() == b"video"
+    assert again.find(first.id, "you") is None
+    assert again.find("../../etc/passwd", "me") is None
+    found.completed = 0
+    again.expire()
+    assert again.find(first.id, "me") is None
+    assert not (tmp_path / f"{first.id}.mp4").exists()
+
+
+# The gate, without Ray: its makers are stood in for.
+
+
+class Makers:
+    """Stands in for a deployment's handle."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome | Exception] = []
+        self.hold = asyncio.Event()
+        self.cancelled = 0
+        self.make = self.warm = self
+
+    def options(self, **_: Any) -> Makers:
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        return self._stream() if _ else self._nothing()
+
+    async def _nothing(self) -> None:
+        return None
+
+    async def _stream(self) -> AsyncIterator[dict[str, Any]]:
+        yield {"step": 1, "num_steps": 4}
+        try:
+            await self.hold.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        yield {"outcome": outcome, "memory": [7], "replica": 1}
+
+
+def made() -> Outcome:
+    sizes = {"frames": 5, "height": 32, "width": 48, "steps": 4, "reused": 1, "captured": 0}
+    video = Made(content=b"video", suffix=".mp4", seconds=1.0, compile_seconds=0.0, peak_bytes=None, **sizes)
+    return Outcome(number=1, kind=MADE, made=video)
+
+
+def gate(makers: Makers, folder: Path, *keys: str, most_queued: int = 2) -> Gate:
+    digests = tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+    return Gate(makers, 1, digests, LIMITS, most_queued, 5.0, 100.0, str(folder), "tiny")
+
+
+async def call(
+    gate: Gate, method: str, path: str, body: bytes = b"", key: str = "", query: str = "", **headers: str
+) -> tuple[int, Any, Response]:
+    parts = [body[start : start + 1000] for start in range(0, len(body), 1000)] or [b""]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    sent = {"content-type": "application/json", **headers} | ({"authorization": f"Bearer {key}"} if key else {})
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in sent.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": query.encode()}
+    response = await gate(HttpRequest(scope, receive))
+    is_json = response.headers.get("content-type") == "application/json"
+    return response.status_code, json.loads(bytes(response.body)) if is_json else None, response
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+BODY = b'{"prompt": "<b>a cat</b>"}'
+
+
+def test_the_gate_from_request_to_file(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        makers = Makers()
+        door = gate(makers, tmp_path)
+        status, video, response = await call(door, "POST", "/v1/videos", BODY)
+        assert (status, video["status"], video["size"]) == (200, "queued", "48x32")
+        assert response.headers["x-content-type-options"] == "nosniff"
+        place = f"/v1/videos/{video['id']}"
+        await until(lambda: door._jobs.known[video["id"]].progress == 25)
+        assert (await call(door, "GET", place))[1]["status"] == "in_progress"
+        assert (await call(door, "GET", f"{place}/content"))[0] == 409
+        makers.outcomes = [RuntimeError("its rank died"), made()]
+        makers.hold.set()
+        await until(lambda: door._jobs.known[video["id"]].has_ended)
+        assert (await call(door, "GET", place))[1]["status"] == "completed"
+        status, _, response = await call(door, "GET", f"{place}/content")
+        assert (status, response.headers["content-type"]) == (200, "video/mp4")
+        status, listed, _ = await call(door, "GET", "/v1/videos", query="limit=1")
+        assert [item["id"] for item in listed["data"]] == [video["id"]]
+        assert (await call(door, "GET", "/v1/videos", query=f"after={video['id']}"))[1]["data"] == []
+        assert (await call(door, "GET", "/v1/videos", query="limit=99999"))[0] == 400
+        figures = bytes((await call(door, "GET", "/metrics"))[2].body).decode()
+        for line in ('videos_total{status="completed"} 1.0', 'steps_total{kind="reused"} 1.0', "retried_total 1.0"):
+            assert f"hvcompile_{line}" in figures
+        assert "cat" not in figures
+        assert (await call(door, "DELETE", place))[1] == {"id": video["id"], "object": "video.deleted", "deleted": True}
+        assert (await call(door, "GET", place))[0] == 404
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_queue_that_is_full_and_videos_that_are_cancelled(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        makers = Makers()
+        door = gate(makers, tmp_path)
+        ids = []
+        for _ in range(3):
+            ids.append((await call(door, "POST", "/v1/videos", BODY))[1]["id"])
+            await until(lambda: len(door._running) == 1)
+        status, refused, response = await call(door, "POST", "/v1/videos", BODY)
+        assert (status, refused["error"]["code"], response.headers["retry-after"]) == (429, "queue_full", "5")
+        assert (await call(door, "DELETE", f"/v1/videos/{ids[1]}"))[0] == 200  # waits
+        assert (await call(door, "DELETE", f"/v1/videos/{ids[0]}"))[0] == 200  # is being made
+        await until(lambda: makers.cancelled == 1)
+        makers.outcomes = [made()]
+        makers.hold.set()
+        await until(lambda: door._jobs.known[ids[2]].has_ended)
+        assert list(door._jobs.known) == [ids[2]]
+        assert await door.drain(1.0) == 0
+        status, refused, _ = await call(door, "POST", "/v1/videos", BODY)
+        assert (status, refused["error"]["code"]) == (503, "draining")
+        assert (await call(door, "GET", "/healthz"))[0] == 503
+        assert (await call(door, "GET", f"/v1/videos/{ids[2]}"))[0] == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (Outcome(number=1, kind=STOPPED, reason="late"), "timeout"),
+        (Outcome(number=1, kind=FAILED, reason="/home/me/secret is NaN"), "generation_failed"),
+        (None, "server_error"),
+    ],
+)
+def test_what_fails_says_why_and_no_more(outcome: Outcome | None, code: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        makers = Makers()
+        door = gate(makers, tmp_path)
+        makers.outcomes = [outcome] if outcome else [RuntimeError("/home/me/secret")] * 3
+        makers.hold.set()
+        identity = (await call(door, "POST", "/v1/videos", BODY))[1]["id"]
+        await until(lambda: door._jobs.known[identity].has_ended)
+        status, video, _ = await call(door, "GET", f"/v1/videos/{identity}")
+        assert (status, video["status"], video["error"]["code"]) == (200, "failed", code)
+        assert "secret" not in json.dumps(video)
+
+    asyncio.run(scenario())
+
+
+def test_keys_and_owners(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        door = gate(Makers(), tmp_path, KEY, OTHER_KEY)
+        for key in ("", "wrong", KEY[:-1], KEY + "x", f"{KEY},{OTHER_KEY}", "ü" * 20):
+            status, refused, response = await call(door, "POST", "/v1/videos", BODY, key)
+            assert (status, refused["error"]["code"]) == (401, "invalid_api_key")
+            assert "www-authenticate" in response.headers
+        identity = (await call(door, "POST", "/v1/videos", BODY, KEY))[1]["id"]
+        for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+            assert (await call(door, method, f"/v1/videos/{identity}{path}", b"", OTHER_KEY))[0] == 404
+        assert (await call(door, "GET", "/v1/videos", b"", OTHER_KEY))[1]["data"] == []
+        assert (await call(door, "GET", f"/v1/videos/{identity}", b"", KEY))[0] == 200
+        assert (await call(door, "GET", "/healthz"))[0] == 200
+        assert KEY not in "".join(path.read_text() for path in tmp_path.iterdir())
+
+    asyncio.run(scenario())
+
+
+def test_paths_and_bodies_of_an_attacker(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        door = gate(Makers(), tmp_path / "store")
+        for path in (
+            "/",
+            "/etc/passwd",
+            "/v1/videos/../../etc/passwd",
+            "/v1/videos/%2e%2e%2fx",
+            "/v1/videos/x/content",
+        ):
+            assert (await call(door, "GET", path))[0] == 404
+        for method in ("PUT", "PATCH", "POST"):
+            assert (await call(door, method, "/v1/videos/x"))[0] == 404
+        large = b'{"prompt": "' + b"a" * MOST_BYTES + b'"}'
+        assert (await call(door, "POST", "/v1/videos", large))[0] == 413  # with no length told
+        assert (await call(door, "POST", "/v1/videos", b"{}", content_length="9" * 15))[0] == 413
+        assert (await call(door, "POST", "/v1/videos", b"{}", content_length="-1"))[0] == 400
+        bomb = gzip.compress(bytes(10_000_000))
+        assert (await call(door, "POST", "/v1/videos", bomb, content_encoding="gzip"))[0] == 415
+        status, refused, _ = await call(door, "POST", "/v1/videos", b'{"prompt": 1, "<script>": 2}')
+        assert status == 400
+        assert "<script>" not in json.dumps(refused)
+        assert list((tmp_path / "store").iterdir()) == []
+
+    (tmp_path / "store").mkdir()
+    asyncio.run(scenario())
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys", "message"),
+    [
+        (("--port", "0"), "", "port is 0: give 1 to 65535"),
+        (("--host", "0.0.0.0"), "", "may be reached by others, and HVCOMPILE_API_KEYS has no keys"),
+        ((), "short", "has a key of fewer than 16 characters"),
+        (("--sizes", "48x32"), "", "sizes has '48x32': give WIDTHxHEIGHTxFRAMES"),
+        (("--model-x",), "", "No such option"),
+        (("/none",), "", "sizes are not given"),
+        (("/none", "--sizes", "48x32x5"), "", "model '/none' is neither a directory nor a hub id"),
+        (("--most-queued", "0"), "", "most-queued is 0: give 1 to 100000"),
+        (("--store", "/none"), "", "store '/none' is no directory"),
+        (("--timeout", "0"), "", "timeout is 0: give a number of seconds above 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    arguments: tuple[str, ...], keys: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEYS, keys)
+    done = CliRunner().invoke(cli.app, ("serve", *arguments))
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        done = CliRunner().invoke(cli.app, ("serve", "--port", str(port)))
+    assert done.exit_code == 2
+    assert f"port {port} can't be listened on (Address already in use)" in " ".join(done.output.split())
+
+
+def test_without_ray(tmp_path: Path) -> None:
+    done = run_without(tmp_path, ["ray"], "serve")
+    line = "error: hvcompile serve needs ray, which is not installed: pip install 'hvcompile[cli,diffusers,ray]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+# A server on loopback.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipelines.write("hunyuan_video", tmp_path_factory.mktemp("model"))
+
+
+@contextlib.contextmanager
+def server(model: Path, **more: Any) -> Iterator[tuple[int, Callable[[], int]]]:
+    """A port, and what drains the server that listens there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    request = Request(
+        model=str(model), device="cpu", backend_settings=fleet_cases.OPTIONS, port=port, sizes=("48x32x5",), **more
+    )
+    with serving(request) as drain:
+        yield port, drain
+
+
+def test_the_official_client(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes, follows, fetches, lists, cancels and deletes; a rank that is killed costs one video nothing."""
+    openai = pytest.importorskip("openai")
+    monkeypatch.setenv(KEYS, f"{KEY},{OTHER_KEY}")
+    with server(model, most_queued=1) as (port, drain):
+        make: dict[str, Any] = {"base_url": f"http://127.0.0.1:{port}/v1", "max_retries": 0}
+        client = openai.OpenAI(api_key=KEY, **make)
+        videos: Any = client.videos
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(api_key="wrong", **make).videos.create(prompt="x")
+        with pytest.raises(openai.BadRequestError, match="size or seconds is not served"):
+            videos.create(prompt="a red ball", size="720x1280")
+        ask = Ask(prompt="a red ball", seed=3, **fleet_cases.SIZE)
+        video = videos.create(prompt=ask.prompt, size="48x32", extra_body={"seed": 3, "steps": 4})
+        done = videos.poll(video.id, poll_interval_ms=100)
+        assert (done.status, done.progress) == ("completed", 100)
+        content = videos.download_content(video.id).read()
+        assert content == fleet_cases.generated(model, ask, tmp_path)
+        assert [item.id for item in videos.list()] == [video.id]
+
+        long = videos.create(prompt="a red ball", extra_body={"steps": 100})
+        waits_until(lambda: videos.retrieve(long.id).status == "in_progress")
+        queued = videos.create(prompt=ask.prompt, extra_body={"seed": 3, "steps": 4})
+        with pytest.raises(openai.RateLimitError, match="videos wait"):
+            videos.create(prompt="a red ball")
+        waits_until(lambda: videos.retrieve(long.id).progress >= 2)
+        videos.delete(long.id)
+        assert videos.poll(queued.id, poll_interval_ms=100).status == "completed"
+        assert videos.download_content(queued.id).read() == content
+
+        killed = videos.create(prompt=ask.prompt, extra_body={"seed": 3, "steps": 4})
+        (rank,) = [item for item in ray_processes() if " ".join(item.cmdline()).startswith("ray::Rank")]
+        os.kill(rank.pid, signal.SIGKILL)
+        assert videos.poll(killed.id, poll_interval_ms=200).status == "completed"
+        assert videos.download_content(killed.id).read() == content
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/metrics")
+        figures = connection.getresponse().read().decode()
+        assert "hvcompile_captures_total 0.0" in figures
+        assert 'hvcompile_videos_total{status="cancelled"} 1.0' in figures
+        assert drain() == 0
+
+
+def waits_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_what_all_videos_share_leaves_sizes_to_clients() -> None:
+    request = Request(steps=7)
+    assert dataclasses.asdict(request.base)["steps"] == 7
+    assert [str(size) for size in request.served] == ["48x32"]
