@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from hvcompile.graph.paths import parameter_path
 from hvcompile.pipeline import Context
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import num_bytes, numel_hint, size_hint, value
-from hvcompile.trunk.linears import Linear, linears_of, may_join
+from hvcompile.trunk.linears import Linear, linears_of, may_join, special_linears
 from hvcompile.trunk.low_rank import branches_of
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
@@ -188,6 +189,12 @@ class Plan:
             if reason:
                 found.setdefault(reason, []).append(self.path(*key))
         rows = [(_span(paths), reason) for reason, paths in found.items()]
+        special = collections.Counter[str]()
+        for body in self.trunk.bodies:
+            num_blocks = sum(block.body is body for block in self.trunk.blocks)
+            for reason in special_linears(body):
+                special[reason] += num_blocks
+        rows += [(f"{count} linear layers", reason) for reason, count in special.items()]
         for pattern in sorted(self.unused):
             log.warning("fp8.skip: %r matches no linear layer of the blocks", pattern)
             rows.append((repr(pattern), "fp8.skip names it, and no linear layer of the blocks is called so"))
