@@ -25,6 +25,7 @@ from hvcompile.version import __version__
 if TYPE_CHECKING:
     from hvcompile.artifacts import Artifacts, load_artifacts, save_artifacts
     from hvcompile.explanation.explain import explain
+    from hvcompile.float8.saved import load_float8, save_float8
     from hvcompile.float8.weights import Restored
     from hvcompile.inputs import load_options
     from hvcompile.lowered.lower import Lowered, lower
@@ -51,11 +52,13 @@ __all__ = [
     "__version__",
     "explain",
     "load_artifacts",
+    "load_float8",
     "load_options",
     "lower",
     "reset",
     "restore",
     "save_artifacts",
+    "save_float8",
     "stats",
 ]
 
@@ -64,6 +67,7 @@ _MODULES = {
     "explain": "hvcompile.explanation.explain",
     **dict.fromkeys(("Artifacts", "load_artifacts", "save_artifacts"), "hvcompile.artifacts"),
     "Restored": "hvcompile.float8.weights",
+    **dict.fromkeys(("load_float8", "save_float8"), "hvcompile.float8.saved"),
     "load_options": "hvcompile.inputs",
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),
     **dict.fromkeys(("Stats", "Step", "reset", "restore", "stats"), "hvcompile.runtime.state"),

@@ -249,8 +249,8 @@ def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     if joined.data.device != device or weight.device == device:
         joined = joined.copied_to(device)
     moved: Any = torch.nn.Parameter(torch.empty(0, dtype=weight.dtype, device=device), requires_grad=False)
-    moved.data = _hollow(weight, device)
-    _refuse_values(moved, weight.path)
+    moved.data = hollow_like(weight, device)
+    refuse_values(moved, weight.path)
     moved.joined, moved.start, moved.original = joined, weight.start, weight.original
     return moved  # type: ignore[no-any-return]
 
@@ -262,13 +262,13 @@ def _take_place(weight: QuantizedWeight, moved: Any) -> bool:
         return False
     if moved.shape != weight.shape or moved.dtype != weight.dtype or not weight.joined.take(moved.joined):
         return False
-    plain, hollow, own = weight.requires_grad, _hollow(weight, moved.device), weight.own
+    plain, hollow, own = weight.requires_grad, hollow_like(weight, moved.device), weight.own
     weight.__class__ = torch.nn.Parameter  # type: ignore[assignment]
     if own is None:
         weight.data = hollow
     else:
         storages.allow_operators(weight, own, hollow)
-    _refuse_values(weight, weight.path)
+    refuse_values(weight, weight.path)
     weight.requires_grad_(plain)
     return True
 
@@ -354,18 +354,18 @@ def _free(weight: torch.Tensor, path: str, *, keep_original: bool) -> None:
     weight.original = weight.detach().to("cpu", copy=True) if keep_original else None  # type: ignore[attr-defined]
     like = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
     weight.data = weight.data.new_empty(0)  # before another is made
-    weight.data = _hollow(like, weight.device)
-    _refuse_values(weight, path)
+    weight.data = hollow_like(like, weight.device)
+    refuse_values(weight, path)
 
 
-def _hollow(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+def hollow_like(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of such a shape, strides and dtype without memory."""
     hollow = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     hollow.untyped_storage().resize_(0)
     return hollow
 
 
-def _refuse_values(weight: torch.Tensor, path: str) -> None:
+def refuse_values(weight: torch.Tensor, path: str) -> None:
     """Make a parameter without memory a ``QuantizedWeight``."""
     # For what reaches it past __torch_function__: torch.tensor(weight), torch.Tensor(weight), compiled code.
     is_refusing = storages.forbid_address(weight, f"{path} is kept in float8 alone and has no values: {_CURE}")
