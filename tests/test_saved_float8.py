@@ -173,3 +173,49 @@ def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no weight of this Wide is in float8"):
         save_float8(Wide(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"load": "none"}, "holds no transformer with float8 weights"),
+        ({"save": "new", "fp8": False}, "no-fp8 rules them out"),
+        ({"load": "saved", "mode": "exact"}, "mode exact rules them out"),
+        ({"load": "saved", "save": "new"}, "give one of them"),
+        ({"load": "saved", "lora": ("style.safetensors",)}, "lora can't be fused"),
+        ({"load": "saved", "compare": True}, "leave one of the two out"),
+        ({"save": "file"}, "is a file: give a directory"),
+        ({"save": "full"}, "holds something else"),
+    ],
+)
+def test_the_command_line_refuses(directory: Path, tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
+    from hvcompile.app.request.generate import Request
+
+    shutil.copytree(directory, tmp_path / "saved" / "transformer")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    places = {f"{name}_fp8": tmp_path / arguments.pop(name) for name in ("load", "save") if name in arguments}
+    with pytest.raises(InputError, match=said):
+        Request(prompt="x", **places, **arguments).check()
+
+
+def test_transformers_of_a_pipeline(tmp_path: Path) -> None:
+    """Each has a folder, and comes back by its name in the pipeline; another dtype is refused."""
+    from types import SimpleNamespace
+
+    from hvcompile.app import saved as of_pipelines
+
+    plain: Any = zoo.FAMILIES["hunyuan_video"].build(width=64)
+    inputs = {**zoo.FAMILIES["hunyuan_video"].inputs(3), "return_dict": False}
+    options = {"lower": "eager", "fp8": True, "first_block_cache": False}
+    with torch.no_grad():
+        expected = first(hvfast(plain, fullgraph=True, options=options)(**inputs))
+    of_pipelines.save(SimpleNamespace(components={"transformer": plain, "vae": torch.nn.Linear(1, 1)}), tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["transformer"]
+    (model,) = of_pipelines.load(tmp_path, torch.float32).values()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(first(hvfast(model, fullgraph=True, options=options)(**inputs)), expected)
+    with pytest.raises(InputError, match="computes in float32: give dtype float32"):
+        of_pipelines.load(tmp_path, torch.bfloat16)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvcompile import outputs
-from hvcompile.app import adapters, metrics, pictures, pipelines, quiet, sheet, video
+from hvcompile.app import adapters, metrics, pictures, pipelines, quiet, saved, sheet, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.notes import notes, written
@@ -50,14 +50,14 @@ def generate(
         OutputError: a file can't be written; what was made is kept elsewhere, and the message says where.
 
     """
-    with ready(request, observe, loaded) as (pipeline, arguments):
+    with ready(request, observe, loaded, request.load_fp8) as (pipeline, arguments):
         (job,) = request.jobs(output_of(request, pipeline))
         return _generate(request, job, observe, pipeline, arguments)
 
 
 @contextlib.contextmanager
 def ready(
-    request: Clips, observe: Observer, loaded: pipelines.Loaded | None
+    request: Clips, observe: Observer, loaded: pipelines.Loaded | None, float8: Path | None = None
 ) -> Iterator[tuple[pipelines.Loaded, dict[str, Any]]]:
     """Check all that can be checked, load, and join the other ranks; gives the pipeline and its call's arguments."""
     request.check()
@@ -70,7 +70,9 @@ def ready(
     if loaded is None:
         observe("loading")
         with quiet.loading():
-            loaded = pipelines.load(request.model, request.dtype, device, is_offloaded=request.is_offloaded)
+            loaded = pipelines.load(
+                request.model, request.dtype, device, is_offloaded=request.is_offloaded, float8=float8
+            )
             adapters.fuse(loaded.pipe, request.lora)
             pipelines.offload(loaded, request.offload)
     pipelines.tile(loaded, request.vae_tiling)
@@ -123,6 +125,8 @@ def _generate(
         comparison = metrics.Comparison(run=run, plain=plain, quality=quality)
         result = dataclasses.replace(result, comparison=comparison, sheet=request.sheet_path(job.output))
         problems += written((result.sheet, lambda path: _draw(comparison, path)))
+    if request.save_fp8 is not None:
+        saved.save(loaded.pipe, request.save_fp8)
     figures |= result.comparison.record() if result.comparison is not None else {}
     problems += written((request.json_file, lambda path: outputs.write_json(figures | {"error": None}, path)))
     if request.html_file is not None:
