@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -104,6 +105,14 @@ KINDS: dict[str, Callable[[nn.Module], None]] = {
     "GGUF Q4_0": _gguf("Q4_0"),
 }
 """What quantises the linear layers of a module in place, by what it makes of them."""
+
+
+def skip_where_torch_lacks(kind: str) -> None:
+    """On CPUs, products with a scale a row came with torch 2.13, and GGUF is a package of its own."""
+    if kind.startswith("GGUF"):
+        pytest.importorskip("gguf")
+    if "a scale a row" in kind and torch.torch_version.TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("torch before 2.13 has no product with a scale a row on CPUs")
 
 
 def rows_of(model: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ import sharded_cases
 import torch
 import zoo
 from oracle import denoise, diffusers_cached, first, hvfast, relative_error
-from quantised_cases import KINDS, rows_of
+from quantised_cases import KINDS, rows_of, skip_where_torch_lacks
 from slow import SLOW
 from wide import Wide, wide_inputs
 
@@ -29,8 +29,7 @@ TORCHAO = [kind for kind in KINDS if kind not in GGUF]
 
 
 def quantised(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    if kind in GGUF:
-        pytest.importorskip("gguf")
+    skip_where_torch_lacks(kind)
     model = Wide(seed=seed).to(dtype)
     KINDS[kind](model.blocks)
     return model
@@ -72,8 +71,7 @@ def test_compiled_by_inductor(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["int8 weights", "float8 dynamic, a scale a row", "GGUF Q4_0"])
 def test_decides_as_diffusers_own_cache(kind: str) -> None:
     """The same steps reused, and the same sample, over a schedule of HunyuanVideo's."""
-    if kind in GGUF:
-        pytest.importorskip("gguf")
+    skip_where_torch_lacks(kind)
     family, threshold = zoo.FAMILIES["hunyuan_video"], 0.6
 
     def made() -> Any:  # twice: a copy of diffusers' weights in GGUF does not know their kind
@@ -228,8 +226,7 @@ def was_reused(model: Any) -> bool:
     ],
 )
 def test_sharded(kind: str, cache: bool) -> None:
-    if kind in GGUF:
-        pytest.importorskip("gguf")
+    skip_where_torch_lacks(kind)
     for error, reused, said in ranks.results(ranks.launch(on_two_ranks, 2, kind, cache)):
         assert error < (1e-3 if "dynamic" in kind else 1e-4)
         assert "rank" in said
@@ -273,6 +270,7 @@ def test_caches_know_what_a_weight_is_made_with() -> None:
     """The node that puts a weight together is called differently where it makes another one."""
     from hvcompile.torch_private.subclasses import Together, mixes_rows, parts_of
 
+    skip_where_torch_lacks("float8 dynamic, a scale a row")
     weights = [quantised(kind).blocks[0].up.weight for kind in TORCHAO]
     made = [Together(parts_of(weight), mixes_rows(weight)) for weight in weights]
     assert len({item.__name__ for item in made}) == len(made) == len(set(made))

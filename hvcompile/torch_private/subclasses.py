@@ -8,11 +8,14 @@ All names were checked on torch 2.11.0 and 2.13.0, and with torchao 0.18.
 
 - ``__tensor_flatten__`` and ``__tensor_unflatten__``: torch's protocol for such classes, by which AOTAutograd takes
   them apart too. It is described in the documentation of ``torch.utils._python_dispatch`` alone.
+- ``torch._dispatch.python.enable_python_dispatcher``: what Dynamo runs an operation on fake tensors within. Without it
+  2.11 can't multiply such a weight by an input of symbolic sizes.
 - ``torch._dynamo.source.AttrSource``: where Dynamo would look for a tensor within another.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +25,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import AttrSource
+
+
+def as_dynamo_runs() -> contextlib.AbstractContextManager[Any]:
+    """Within, operations on fake tensors run as they do while Dynamo captures a graph."""
+    return enable_python_dispatcher()
 
 
 def is_wrapper(tensor: object) -> bool:
