@@ -26,6 +26,7 @@ from hvcompile.version import __version__
 if TYPE_CHECKING:
     from hvcompile.artifacts import Artifacts, load_artifacts, save_artifacts
     from hvcompile.explanation.explain import explain
+    from hvcompile.float8.saved import load_float8, save_float8
     from hvcompile.float8.weights import Restored
     from hvcompile.hollow.host import Offloaded, offload
     from hvcompile.inputs import load_options
@@ -55,12 +56,14 @@ __all__ = [
     "__version__",
     "explain",
     "load_artifacts",
+    "load_float8",
     "load_options",
     "lower",
     "offload",
     "reset",
     "restore",
     "save_artifacts",
+    "save_float8",
     "stats",
 ]
 
@@ -69,6 +72,7 @@ _MODULES = {
     "explain": "hvcompile.explanation.explain",
     **dict.fromkeys(("Artifacts", "load_artifacts", "save_artifacts"), "hvcompile.artifacts"),
     "Restored": "hvcompile.float8.weights",
+    **dict.fromkeys(("load_float8", "save_float8"), "hvcompile.float8.saved"),
     "load_options": "hvcompile.inputs",
     **dict.fromkeys(("Offloaded", "offload"), "hvcompile.hollow.host"),
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),

@@ -26,6 +26,7 @@ from hvcompile.dump.write import Dump
 from hvcompile.errors import InvalidRewriteError, QuantizedWeightError
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.aliasing import shared_memory
+from hvcompile.graph.apart import with_plain_tensors
 from hvcompile.graph.breaks import ends_early, is_minor, piece_note
 from hvcompile.graph.costs import Device
 from hvcompile.graph.nodes import is_tensor
@@ -90,7 +91,7 @@ def hvfast(
     look_after(is_compiling=True)
     capture_again_for_scales(graph_module.graph)
     handle = next(reversed(_HANDLERS.values()), compile_graph)
-    run = handle(graph_module, example_inputs, settings)
+    run = with_plain_tensors(handle, graph_module, example_inputs, settings)
     if settings.guards == "quick":  # Dynamo makes its guards next
         look_first(Look)
     return looked_after(run) if is_in_a_piece() else run

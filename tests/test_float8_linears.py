@@ -383,25 +383,6 @@ def test_dump(tmp_path: Path) -> None:
     assert bisect.bisect(folder).finding is None
 
 
-def test_weights_that_torchao_has_quantised_pass_through() -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    def made() -> Wide:
-        model = Wide()
-        quantize_(model.blocks, Int8WeightOnlyConfig())
-        return model
-
-    inputs = wide_inputs()
-    with torch.no_grad():
-        expected = made()(**inputs)
-        for options in ({}, {"fp8": False}):
-            torch._dynamo.reset()
-            run = hvfast(made(), fullgraph=True, options={"lower": "aot", **options})
-            assert relative(run(**inputs), expected) < 1e-5
-        with pytest.raises(Exception, match=r"options ask for 'fp8'.*no subgraph takes"):
-            compiled(made())(**inputs)
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

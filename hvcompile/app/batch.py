@@ -29,7 +29,7 @@ def generate_all(
     sheet and the JSON file are of what was made by then. Arguments and errors are those of ``generate.generate``,
     errors of single jobs aside.
     """
-    with ready(request, observe, loaded) as (pipeline, arguments):
+    with ready(request, observe, loaded, request.load_fp8) as (pipeline, arguments):
         output = output_of(request, pipeline)
         jobs = request.jobs(output)
         runner = Runner(pipeline, BACKEND, request.compile_arguments(), observe)

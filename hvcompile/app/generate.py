@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvcompile import outputs
-from hvcompile.app import adapters, metrics, pictures, pipelines, quiet, sheet, video
+from hvcompile.app import adapters, metrics, pictures, pipelines, quiet, saved, sheet, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.notes import notes, written
@@ -50,22 +50,24 @@ def generate(
         OutputError: a file can't be written; what was made is kept elsewhere, and the message says where.
 
     """
-    with ready(request, observe, loaded) as (pipeline, arguments):
+    with ready(request, observe, loaded, request.load_fp8) as (pipeline, arguments):
         (job,) = request.jobs(output_of(request, pipeline))
         return _generate(request, job, observe, pipeline, arguments)
 
 
 @contextlib.contextmanager
 def ready(
-    request: Clips, observe: Observer, loaded: pipelines.Loaded | None
+    request: Clips, observe: Observer, loaded: pipelines.Loaded | None, float8: Path | None = None
 ) -> Iterator[tuple[pipelines.Loaded, dict[str, Any]]]:
     """Check all that can be checked, load, and join the other ranks; gives the pipeline and its call's arguments."""
-    with opened(request, observe, loaded) as pipeline:
+    with opened(request, observe, loaded, float8) as pipeline:
         yield pipeline, call_arguments(request, pipeline)
 
 
 @contextlib.contextmanager
-def opened(request: Clips, observe: Observer, loaded: pipelines.Loaded | None = None) -> Iterator[pipelines.Loaded]:
+def opened(
+    request: Clips, observe: Observer, loaded: pipelines.Loaded | None = None, float8: Path | None = None
+) -> Iterator[pipelines.Loaded]:
     """As ``ready``, of a pipeline whose call's arguments are known later."""
     request.check()
     device = launch.device_of_this_rank(request.device)
@@ -77,7 +79,9 @@ def opened(request: Clips, observe: Observer, loaded: pipelines.Loaded | None = 
     if loaded is None:
         observe("loading")
         with quiet.loading():
-            loaded = pipelines.load(request.model, request.dtype, device, is_offloaded=request.is_offloaded)
+            loaded = pipelines.load(
+                request.model, request.dtype, device, is_offloaded=request.is_offloaded, float8=float8
+            )
             adapters.fuse(loaded.pipe, request.lora)
             pipelines.offload(loaded, request.offload)
     pipelines.tile(loaded, request.vae_tiling)
@@ -130,6 +134,8 @@ def _generate(
         comparison = metrics.Comparison(run=run, plain=plain, quality=quality)
         result = dataclasses.replace(result, comparison=comparison, sheet=request.sheet_path(job.output))
         problems += written((result.sheet, lambda path: _draw(comparison, path)))
+    if request.save_fp8 is not None:
+        saved.save(loaded.pipe, request.save_fp8)
     figures |= result.comparison.record() if result.comparison is not None else {}
     problems += written((request.json_file, lambda path: outputs.write_json(figures | {"error": None}, path)))
     if request.html_file is not None:

@@ -8,13 +8,14 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanVideoTransformer3DModel
 from safetensors import safe_open
 
-from hvcompile.app import incomplete
+from hvcompile.app import incomplete, saved
 from hvcompile.app.denoisers import denoisers
 from hvcompile.errors import InputError
 from hvcompile.hollow.host import offload as keep_on_host
@@ -73,7 +74,12 @@ class Loaded:
 
 
 def load(
-    model: str | None = None, dtype: str | None = None, device: str | None = None, *, is_offloaded: bool = False
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    is_offloaded: bool = False,
+    float8: Path | None = None,
 ) -> Loaded:
     """Load a pipeline.
 
@@ -82,6 +88,7 @@ def load(
         dtype: a key of ``DTYPES``; None for bfloat16 on a GPU and float32 on the CPU.
         device: as torch writes it ("cpu", "cuda:1"); None for a GPU where there is one.
         is_offloaded: leave it on the host, for ``offload``: it may be larger than the device.
+        float8: a directory of transformers with float8 weights, which take the place of the pipeline's own.
 
     Raises:
         InputError: no such directory, not a pipeline, a hub id that can't be fetched, a pipeline without a transformer
@@ -90,12 +97,13 @@ def load(
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
+    parts = saved.load(float8, precision) if float8 is not None else {}
     if model is not None:
         check_model(model)
-        return _loaded(_from_pretrained(model, precision), model, place, {}, is_offloaded)
+        return _loaded(_from_pretrained(model, precision, parts), model, place, {}, is_offloaded)
     from hvcompile.app import tiny
 
-    pipe = _from_pretrained(str(tiny.DIRECTORY), precision)
+    pipe = _from_pretrained(str(tiny.DIRECTORY), precision, parts)
     return _loaded(pipe, "the tiny pipeline", place, tiny.DEFAULTS, is_offloaded)
 
 
@@ -225,13 +233,13 @@ def _place(model: str) -> str:
     return str(path) if path.is_dir() else model
 
 
-def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
+def _from_pretrained(model: str, dtype: torch.dtype, parts: Mapping[str, Any] = MappingProxyType({})) -> Any:
     is_local = Path(model).expanduser().is_dir()
     if is_local:
         _check_weights(model)
     with incomplete.refused(model):
         try:
-            return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype)
+            return DiffusionPipeline.from_pretrained(_place(model), dtype=dtype, **parts)
         except Exception as error:  # every library below raises its own kind; the cause stays attached
             if is_local:
                 raise InputError(
@@ -272,7 +280,7 @@ def _loaded(
         )
     pipe.set_progress_bar_config(disable=True)
     for part, module in pipe.components.items():
-        tensors = module.state_dict() if isinstance(module, torch.nn.Module) else {}
+        tensors = module.state_dict(keep_vars=True) if isinstance(module, torch.nn.Module) else {}
         lacking = [tensor for tensor, held in tensors.items() if held.is_meta]
         if lacking:
             raise InputError(

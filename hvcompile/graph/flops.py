@@ -20,6 +20,7 @@ import hvcompile.float8.attention
 import hvcompile.graph.block_sparse  # noqa: F401 - registers its operator, as the one above does
 from hvcompile.torch_private import kernels
 from hvcompile.torch_private.fakes import FAKES, numel_hint, size_hint, value
+from hvcompile.torch_private.subclasses import is_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _described(node: fx.Node) -> Any:
 
 
 def _describe(argument: Any) -> Any:
-    if type(argument) in _PLAIN:
+    if type(argument) in _PLAIN or is_wrapper(argument):
         return _Shape(tuple(map(size_hint, argument.shape)), argument.dtype)
     if isinstance(argument, torch.SymInt):
         return size_hint(argument)

@@ -10,6 +10,7 @@ from torch import fx
 
 from hvcompile.torch_private import fakes, kernels
 from hvcompile.torch_private.fakes import TAG, value
+from hvcompile.torch_private.subclasses import as_dynamo_runs, is_wrapper
 
 
 def inline(
@@ -60,6 +61,13 @@ def run_on_fakes(node: fx.Node) -> Any:
 
 def run_on(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
     """Run a node's operation on the values that ``values`` has for its inputs."""
+    if any(map(is_wrapper, map(values, node.all_input_nodes))):
+        with as_dynamo_runs():
+            return _run_on(node, values)
+    return _run_on(node, values)
+
+
+def _run_on(node: fx.Node, values: Callable[[fx.Node], Any]) -> Any:
     args: Any = fx.map_arg(node.args, values)
     kwargs: Any = fx.map_arg(node.kwargs, values)
     target: Any = node.target

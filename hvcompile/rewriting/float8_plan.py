@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import fx
 
 from hvcompile.errors import QuantizedWeightError
 from hvcompile.float8.format import Granularity
+from hvcompile.float8.saved import source_of
 from hvcompile.float8.weights import QuantizedWeight
 from hvcompile.graph.nodes import is_parameter
 from hvcompile.graph.paths import parameter_path
@@ -19,7 +21,7 @@ from hvcompile.hollow.host import HostWeight
 from hvcompile.pipeline import Context
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import num_bytes, numel_hint, size_hint, value
-from hvcompile.trunk.linears import Linear, linears_of, may_join
+from hvcompile.trunk.linears import Linear, linears_of, may_join, special_linears
 from hvcompile.trunk.low_rank import branches_of
 from hvcompile.trunk.trunk import BlockCall, Body, Trunk
 
@@ -64,12 +66,12 @@ class Plan:
             if isinstance(given, QuantizedWeight) and not reason and given.joined.granularity != granularity:
                 raise QuantizedWeightError(
                     f"{given.path} is kept in float8 with a scale a {given.joined.granularity}, and fp8.granularity is "
-                    f"{granularity!r} now. Call hvcompile.restore(model) before compiling it with other options"
+                    f"{granularity!r} now. {_way_back(given)}"
                 )
             if reason and isinstance(given, QuantizedWeight):
                 raise QuantizedWeightError(
                     f"{given.path} is kept in float8 alone since this model was first compiled, and is not to be "
-                    f"quantised now: {reason}. Call hvcompile.restore(model) before compiling it with other options"
+                    f"quantised now: {reason}. {_way_back(given)}"
                 )
 
     def operand(self, block: BlockCall, name: str) -> fx.Node:
@@ -180,7 +182,13 @@ class Plan:
             f"{len(done)} of {len(self.reasons)} linear layers as {products} float8 products, "
             f"scaled by {self.granularity}; their weights take {after / 2**20:.4g} MiB instead of "
             f"{before / 2**20:.4g}",
+            *(f"weights loaded in float8 from {source}" for source in sorted(self._sources())),
         )
+
+    def _sources(self) -> set[str]:
+        """The directories that weights were loaded from in float8."""
+        given = [item for item in self.context.given.values() if isinstance(item, QuantizedWeight)]
+        return {source for item in given if (source := source_of(item))}
 
     def declined(self) -> tuple[tuple[str, str], ...]:
         """Each reason once, with the layers it holds for."""
@@ -189,6 +197,12 @@ class Plan:
             if reason:
                 found.setdefault(reason, []).append(self.path(*key))
         rows = [(_span(paths), reason) for reason, paths in found.items()]
+        special = collections.Counter[str]()
+        for body in self.trunk.bodies:
+            num_blocks = sum(block.body is body for block in self.trunk.blocks)
+            for reason in special_linears(body):
+                special[reason] += num_blocks
+        rows += [(f"{count} linear layers", reason) for reason, count in special.items()]
         for pattern in sorted(self.unused):
             log.warning("fp8.skip: %r matches no linear layer of the blocks", pattern)
             rows.append((repr(pattern), "fp8.skip names it, and no linear layer of the blocks is called so"))
@@ -213,6 +227,14 @@ class Plan:
             "bytes_after": before if reason else numel_hint(weight) + 4 * scales,
             **audited,
         }
+
+
+def _way_back(weight: QuantizedWeight) -> str:
+    """What to do where a weight is in float8 otherwise than options want it."""
+    source = source_of(weight)
+    if source:
+        return f"It was loaded from {source}: compile it with the options that it was saved with"
+    return "Call hvcompile.restore(model) before compiling it with other options"
 
 
 def _span(paths: Sequence[str]) -> str:

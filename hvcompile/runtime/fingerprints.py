@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hvcompile.torch_private.storages import mark_of
+from hvcompile.torch_private.subclasses import without_class
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
@@ -16,7 +17,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
     It is a sum modulo 2**64 with odd weights that depend on the position, so order matters. It takes one reduction.
     """
-    return int(hash_of(tensor).item())
+    return int(hash_of(without_class(tensor)).item())
 
 
 def hash_of(tensor: Any, like: torch.Tensor | None = None) -> Any:
@@ -47,7 +48,7 @@ def hash_of(tensor: Any, like: torch.Tensor | None = None) -> Any:
 def sketch(tensor: torch.Tensor) -> torch.Tensor:
     """``hash_of`` at most 512 elements, spread evenly over a tensor; cheap however large it is."""
     # As it lies in memory: to lay out a large tensor anew would cost a copy.
-    flat = tensor.detach()
+    flat = without_class(tensor).detach()
     if flat.layout is torch.strided:
         flat = flat.permute(sorted(range(flat.ndim), key=lambda dim: flat.stride()[dim], reverse=True))
     flat = flat.reshape(-1)

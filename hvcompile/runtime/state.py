@@ -23,6 +23,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hvcompile.errors import UncompiledModelError
+from hvcompile.float8.saved import refuse_to_restore
 from hvcompile.float8.weights import Restored, restore_weights
 from hvcompile.journal import JournalRow
 from hvcompile.runtime.agreement import Agreement
@@ -301,11 +302,13 @@ def restore(model: torch.nn.Module | Callable[..., Any]) -> Restored:
 
     Raises:
         TypeError: ``model`` is neither.
+        QuantizedWeightError: its weights were loaded by ``load_float8``: what they were made from was never here.
 
     """
     module = compiled_module(model)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, or what torch.compile made of it, got {type(model).__name__}")
+    refuse_to_restore(module)
     restored = restore_weights(module)
     for state in _states_in(module):
         with state.lock:

@@ -37,6 +37,7 @@ from hvcompile.torch_private.caching import inductors_decompositions, marked_for
 from hvcompile.torch_private.compilers import why_no_compiling
 from hvcompile.torch_private.distributed import is_left_running
 from hvcompile.torch_private.floats import unread_floats_stay_inputs
+from hvcompile.torch_private.subclasses import without_class
 
 Compiled = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -102,13 +103,21 @@ def to_aot(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     from functorch.compile import aot_module_simplified, nop
 
     with unread_floats_stay_inputs(module):
-        return aot_module_simplified(module, list(inputs), fw_compiler=nop)  # type: ignore[no-any-return]
+        return _as_captured(aot_module_simplified(module, list(inputs), fw_compiler=nop))
 
 
 def to_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     """Run the rewritten graph as it is."""
     del inputs  # nothing is specialised
-    return module.forward
+    return _as_captured(module.forward)
+
+
+def _as_captured(run: Compiled) -> Compiled:
+    """Have a graph's operations run as they are written, whatever the class of a weight would make of them.
+
+    Dynamo has seen to that: what is in the graph is what such a class, as diffusers' of weights in GGUF, made of them.
+    """
+    return lambda *args: run(*map(without_class, args))
 
 
 LOWERINGS: Mapping[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {

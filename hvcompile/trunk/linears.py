@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from hvcompile.graph.inline import run_on
-from hvcompile.graph.nodes import is_tensor, mutated_operand, op_name, storage
+from hvcompile.graph.nodes import argument, is_tensor, mutated_operand, op_name, storage
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
+from hvcompile.torch_private.subclasses import is_together
 from hvcompile.trunk.trunk import Body
 
 
@@ -51,6 +52,19 @@ def linears_of(body: Body) -> Iterator[Linear]:
             read = {storage(item) for item in (source, *node.all_input_nodes) if is_tensor(item)}
             is_written_to = not written.isdisjoint(read)
             yield Linear(node=node, weight=weight, bias=bias, source=source, is_written_to=is_written_to)
+
+
+def special_linears(body: Body) -> Iterator[str]:
+    """Of each linear layer whose weight is no operand, what it is instead."""
+    for node in body.module.graph.nodes:
+        if node.op != "call_function" or op_name(node) != "linear":
+            continue
+        weight = argument(node, 1, "weight")
+        if isinstance(weight, fx.Node) and is_together(weight):
+            kind = type(value(weight)).__name__
+            yield f"its weight is quantised already, as a {kind}, and is left as it is"
+        elif isinstance(weight, fx.Node) and weight.op != "placeholder":
+            yield "its weight is computed in every step, as from a checkpoint in GGUF, and is left as it is"
 
 
 def may_join(linears: Sequence[Linear]) -> bool:

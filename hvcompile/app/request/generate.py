@@ -50,6 +50,14 @@ class Request(Clips):
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a report: the clip, each step, the trunk, the passes (.html).")
     ] = None
+    save_fp8: Annotated[
+        Path | None,
+        typer.Option("--save-fp8", help="Write the transformers with float8 weights here.", rich_help_panel=COMPILING),
+    ] = None
+    load_fp8: Annotated[
+        Path | None,
+        typer.Option("--load-fp8", help="Take the transformers that --save-fp8 wrote here.", rich_help_panel=COMPILING),
+    ] = None
     dump: Annotated[Path | None, typer.Option(help="Directory for the graphs before and after each pass.")] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but notes and errors.")] = False
 
@@ -64,8 +72,27 @@ class Request(Clips):
             raise InputError("compare has nothing to compare where TORCHDYNAMO_DISABLE=1 switches compiling off")
         if self.dump is not None and self.dump.exists() and not self.dump.is_dir():
             raise InputError(f"dump {str(self.dump)!r} is a file: give a directory")
+        self._check_float8()
         super().check()
         self._check_files()
+
+    def _check_float8(self) -> None:
+        from hvcompile.app import saved
+
+        for name, place in (("save-fp8", self.save_fp8), ("load-fp8", self.load_fp8)):
+            if place is not None and (self.fp8 is False or self.mode == "exact"):
+                other = "no-fp8" if self.fp8 is False else "mode exact"
+                raise InputError(f"{name} needs float8 weights, and {other} rules them out: leave one of the two out")
+        if self.save_fp8 is not None:
+            saved.check_place(self.save_fp8)
+        if self.load_fp8 is not None:
+            saved.check(self.load_fp8)
+            if self.lora:
+                raise InputError("lora can't be fused into weights that load-fp8 gives: fuse it when you save them")
+            if self.save_fp8 is not None:
+                raise InputError("save-fp8 and load-fp8 are both given: give one of them")
+            if self.compare:
+                raise InputError("compare needs the weights that load-fp8 does without: leave one of the two out")
 
     def _check_files(self) -> None:
         from hvcompile.app.compare import check_files
@@ -75,7 +102,8 @@ class Request(Clips):
         outputs.check(output, name="output", kind="video or picture file", suffixes=(*VIDEOS, *PICTURES))
         places = [job.output for job in self.jobs(output)]
         is_one = len(places) == 1
-        for name, is_given in (("compare", self.compare), ("html", self.html_file is not None)):
+        singles = {"compare": self.compare, "html": self.html_file is not None, "save-fp8": self.save_fp8 is not None}
+        for name, is_given in singles.items():
             if is_given and not is_one:
                 raise InputError(f"{name} can't be given with several prompts or seeds: give one of each")
         if self.sheet_file is not None and is_one and not self.compare:
@@ -106,6 +134,8 @@ class Request(Clips):
     def own_options(self) -> dict[str, Any]:
         """Options of the backend that parameters of their own give."""
         own = super().own_options()
+        if self.save_fp8 is not None or self.load_fp8 is not None:
+            own["fp8"] = True
         if self.threshold is not None:
             own["first_block_cache"] = {"threshold": self.threshold}
         if self.dump is not None:

@@ -23,6 +23,7 @@ from hvcompile.graph.nodes import contexts, is_tensor, mutated_operand, op_name,
 from hvcompile.ranks.split import Layout, Layouts, Split, delocalise, localise
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import TAG, provenance, shape_key, value
+from hvcompile.torch_private.subclasses import is_together, is_wrapper
 
 
 class CannotShard(Exception):  # noqa: N818  (a verdict, caught by the pass, not an error of the user's)
@@ -272,8 +273,25 @@ class Resharder:
         elif rule is None:
             raise self.refuse(node, "is not known to work on a part of the tokens")
         else:
+            self._check_weight(node)
             self.env[node], self.layouts[node] = rule(self, node)
         self._prove(node)
+
+    def _check_weight(self, node: fx.Node) -> None:
+        """Refuse what computes with a quantised weight, unless it is known to take each row of its input by itself."""
+        for weight in node.all_input_nodes:
+            if not is_wrapper(value(weight)):
+                continue
+            kind = type(value(weight)).__name__
+            if op_name(node) != "linear" or not is_together(weight):
+                raise self.refuse(node, f"it reads a {kind} otherwise than as a linear layer's weight")
+            if weight.target.mixes_rows is not False:  # type: ignore[union-attr]
+                why = "can't be tried out without its values" if weight.target.mixes_rows is None else "is so"  # type: ignore[union-attr]
+                raise self.refuse(
+                    node,
+                    f"its weight is a {kind} that may quantise the whole input with one scale (which {why}), and each "
+                    "rank would have a scale of its own: quantise with a scale a row, in torchao granularity=PerRow()",
+                )
 
     def _check_write(self, node: fx.Node) -> None:
         """Refuse a write in place that would go into a copy, or that an earlier copy would not see."""
