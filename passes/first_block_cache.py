@@ -65,7 +65,7 @@ class FirstBlockCache(Pass):
         decide_by: what is compared with the threshold. "change" is as above. "error" is how far block 1's own forecast
             is off, summed since the last computed step, plus half of the change; it needs a forecast.
         guidance: where guidance calls the model several times a step, "together" has the later calls reuse or compute
-            as the first one did, if they may; see ``rewriting.guidance``. Halves of one call that ranks share out
+            as the first one did, if they hold the same step; see ``rewriting.guidance``. Halves that ranks share out
             (``context_parallel.cfg``) decide by both. "apart" has each decide by its own change.
 
     The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
@@ -106,14 +106,14 @@ class FirstBlockCache(Pass):
             ...
             isfinite: bool[] = where_3.isfinite()
             le: bool[] = le(where_3, 0.06)
-            or__7: bool[] = or_(le, and__7)
-            and__9: bool[] = and_(isfinite, or__7)
-            and__10: bool[] = and_(and__9, and__8)
+            or__7: bool[] = or_(le, and__10)
+            and__11: bool[] = and_(isfinite, or__7)
+            and__12: bool[] = and_(and__11, and__9)
             ...
-            cond = cond(and__10, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
-            getitem_8: f32[1, 12, 16] = cond[0]
+            cond = cond(and__12, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
+            getitem_15: f32[1, 12, 16] = cond[0]
             ...
-            linear: f32[1, 12, 16] = linear(getitem_8, head.weight, head.bias)
+            linear: f32[1, 12, 16] = linear(getitem_15, head.weight, head.bias)
         ...
         cache_hit:
             ...
@@ -311,7 +311,8 @@ def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], optio
     if options.decide_by == "error":
         small["summed_error"] = trunk.add_state("summed_error", (), torch.float32, main.device)
     if options.guidance == "together":
-        kinds = (clock_shape, torch.float64), (value(given["marks"]).shape, torch.int64), ((), torch.bool)
+        small["past_marks"] = trunk.add_state("past_marks", (2,), torch.int64, main.device)
+        kinds = (clock_shape, torch.float64), ((value(given["marks"]).shape[0] + 1,), torch.int64), ((), torch.bool)
         for name, (shape, dtype) in zip(RECORD, kinds, strict=True):
             small[name] = trunk.add_state(name, shape, dtype, main.device)
             small[name].is_shared = True
@@ -350,8 +351,8 @@ def _add_decision(
         )
         lead = APART
         if options.guidance == "together":
-            record = {name: operands.pop(name) for name in ("marks", *RECORD)}
-            lead = Lead(clock=operands["clock"], **record)
+            record = {name: operands.pop(name) for name in ("marks", "past_marks", *RECORD)}
+            lead = Lead(clock=operands["clock"], last_clock=operands["last_clock"], **record)
         return options.decide(group=group, lead=lead, forecasting=forecasting, **operands)
 
     decided = inline(trunk.graph, decide, operands, before=anchor, tag=FirstBlockCache.__name__)

@@ -184,7 +184,7 @@ def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert [line.split(":")[0] for line in lines] == ["outline", *(item.__name__ for item in PASSES)]
     assert lines[0] == "outline: blocks x 4: 4 blocks share 1 bodies"
     assert lines[2].startswith("UnmaskedAttention: 1 values that follow from sizes are computed once")
-    assert lines[-1].startswith("FirstBlockCache: blocks.1 .. blocks.3 run on a miss; cached: ")
+    assert lines[-2].startswith("FirstBlockCache: blocks.1 .. blocks.3 run on a miss; cached: ")
 
 
 def test_a_missing_compiler_is_an_error_of_one_line() -> None:

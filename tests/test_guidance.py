@@ -268,3 +268,59 @@ def test_ranks_follow_as_one_does(size: int) -> None:
         assert any(one for one, _ in alone)
     lost = [rows for rows, *_ in ranks.results(ranks.launch(cases.guided, size, True))]
     assert all(rows == lost[0] for rows in lost)
+
+
+def negative_now_and_then(steps: list[int], **fields: Any) -> list[tuple[bool, float]]:
+    """What the second call decides, and its error, where it is made in these steps alone."""
+    conditions, path, fast, model = texts(), samples(steps=STEPS), compiled(Toy(), **fields), Toy()
+    found = []
+    with torch.no_grad():
+        for place, sample in enumerate(path):
+            clock = torch.full((1,), 900.0 - 20 * place)
+            for half, text in enumerate(conditions[: 2 if place in steps else 1]):
+                output = fast(sample=sample, timestep=clock, text=text)
+                if half:
+                    reused = hvcompile.stats(fast).steps[-1].reused
+                    found.append((reused, relative_error(output, model(sample, clock, text))))
+    return found
+
+
+def test_a_call_that_was_left_out_of_steps_decides_by_itself() -> None:
+    """It holds another step than the first call does, so following it would repeat what is long past."""
+    together, apart = (negative_now_and_then([0, 1, 8, 9, 10], guidance=how) for how in ("together", "apart"))
+    assert together[2][0] is False
+    assert max(error for _, error in together) <= 2 * max(0.02, *(error for _, error in apart))
+
+
+def test_requests_in_turn_may_share_a_negative_prompt() -> None:
+    """Two prompts with samples of their own, and one slot of both for the negative one: never the other's residual."""
+    (one, other, negative), model = texts(3), Toy()
+    paths = [samples(7, 10), samples(8, 10)]
+    fast = compiled(Toy())
+    with torch.no_grad():
+        for place in range(10):
+            clock = torch.full((1,), 900.0 - 20 * place)
+            for path, text in zip(paths, (one, other), strict=True):
+                for condition in (text, negative):
+                    output = fast(sample=path[place], timestep=clock, text=condition)
+                assert relative_error(output, model(path[place], clock, negative)) < 0.1
+
+
+def test_no_change_is_still_no_change() -> None:
+    """At a threshold of 0 a call reuses what it computed of this very sample, whatever the first one did."""
+    fast, (text, negative), path = compiled(Toy(), threshold=0.0), texts(), samples(steps=3)
+    with torch.no_grad():
+        fast(sample=path[0], timestep=torch.full((1,), 900.0), text=negative)
+        for condition in (text, text, negative):
+            fast(sample=path[2], timestep=torch.full((1,), 880.0), text=condition)
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, False, True, False]
+
+
+def test_the_same_two_calls_again_and_again() -> None:
+    """A record of a text that comes no more keeps no other from reusing."""
+    fast, (one, other) = compiled(Toy()), texts()
+    inputs = toy_inputs()
+    with torch.no_grad():
+        for text in (one, other, other, other, one):
+            fast(sample=inputs["sample"], timestep=inputs["timestep"], text=text)
+    assert [step.reused for step in hvcompile.stats(fast).steps] == [False, False, True, True, True]

@@ -19,6 +19,7 @@ from oracle import hvfast
 from rich.console import Console
 from slow import SLOW
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.torch_version import TorchVersion
 from toy import Toy, toy_inputs
 from wide import Wide, wide_inputs
@@ -511,3 +512,94 @@ def test_golden_and_a_second_time() -> None:
     assert not report.applied
     assert "already" in report.declined[0][1]
     assert golden.text_of(trunk) == after
+
+
+class Normed(nn.Linear):
+    """Writes its own weight as it runs."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        self.weight.copy_(nn.functional.normalize(self.weight, dim=1))
+        return nn.functional.linear(given, self.weight, self.bias)
+
+
+def test_a_model_that_writes_its_weights_is_refused() -> None:
+    model: Any = Toy()
+    for block in model.blocks:
+        block.out.__class__ = Normed
+    hvcompile.offload(model, "cpu")
+    fast = hvfast(model, options={"lower": "eager", "first_block_cache": False})
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="writes into blocks"):
+        fast(**toy_inputs())
+
+
+def test_what_is_done_to_an_entry_of_a_state_dict_is_not_done_to_the_model() -> None:
+    """But for its values, which are the model's, as ever."""
+    model: Any = Toy()
+    plain: Any = Toy()
+    inputs = toy_inputs()
+    hvcompile.offload(model, "cpu")
+    changes: list[Callable[[torch.Tensor], Any]] = [
+        torch.Tensor.t_,
+        torch.Tensor.requires_grad_,
+        lambda item: setattr(item, "data", torch.zeros(16, 16)),
+        lambda item: item.unsqueeze_(0),
+    ]
+    for change in changes:
+        change(model.state_dict()["blocks.1.out.weight"])
+    fast = hvfast(model, options={"lower": "eager", "first_block_cache": False})
+    with torch.no_grad():
+        assert torch.equal(fast(**inputs), plain(**inputs))
+        assert not model.state_dict()["blocks.1.out.weight"].requires_grad
+        model.state_dict()["blocks.1.out.weight"].zero_()
+        plain.blocks[1].out.weight.zero_()
+        assert torch.equal(fast(**inputs), plain(**inputs))
+
+
+def test_a_device_without_room_costs_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvcompile.hollow import parameter
+
+    model, plain, calls, real = Toy(), Toy(), [0], parameter.hollow_like
+
+    def full(*given: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(*given)
+
+    monkeypatch.setattr(parameter, "hollow_like", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        hvcompile.offload(model, "cpu")
+    hvcompile.restore(model)
+    assert all(torch.equal(item, plain.state_dict()[name]) for name, item in model.state_dict().items())
+    with pytest.raises(hvcompile.errors.InputError, match="'meta'"):
+        hvcompile.offload(model, "meta")
+
+
+def test_who_makes_another_of_its_class_gets_an_ordinary_parameter() -> None:
+    """As accelerate's ``set_module_tensor_to_device`` does."""
+    model: Any = Toy()
+    hvcompile.offload(model, "cpu")
+    made = type(model.blocks[1].out.weight)(torch.zeros(16, 16), requires_grad=False)
+    assert type(made) is nn.Parameter
+    model.blocks[1].out.weight = made
+    assert not model.state_dict()["blocks.1.out.weight"].any()
+    hvcompile.restore(model)
+
+
+def test_weights_of_kinds_that_can_not_stay_are_said() -> None:
+    class Special(nn.Parameter):
+        pass
+
+    model: Any = Toy()
+    for weight in model.blocks.parameters():
+        weight.__class__ = Special
+    with pytest.raises(hvcompile.errors.InputError, match="Special"):
+        hvcompile.offload(model, "cpu")
+
+
+def test_inference_mode_makes_no_difference() -> None:
+    model, plain = Toy(), Toy()
+    with torch.inference_mode():
+        hvcompile.offload(model, "cpu")
+        fast = hvfast(model, options={"lower": "eager", "first_block_cache": False})
+        assert torch.equal(fast(**toy_inputs()), plain(**toy_inputs()))

@@ -189,7 +189,7 @@ def test_reset_and_stats() -> None:
     stats = hvcompile.stats(model)
     assert (stats.hits, stats.misses, stats.slots) == (len(SCHEDULE) - 1, 1, 1)
     tensors = 2 * TOKENS * WIDTH * 4 + TOKENS * WIDTH * 4  # first residual, cached residual, last sample
-    tensors += 2 * 8  # the content of the weights and of the text
+    tensors += 2 * 8 + 2 * 8  # the content of the weights and of the text; which samples were seen and computed
     assert tensors <= stats.bytes <= tensors + 64
     assert stats.steps[0].difference == float("inf")
     assert all(step.slot == 0 and step.difference >= 0 for step in stats.steps)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from hvcompile.app import metrics
+from hvcompile.app.denoisers import denoisers
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.runner import Runner, is_out_of_memory
 from hvcompile.app.steps import Observer
 from hvcompile.errors import InputError
+from hvcompile.hollow.host import HostWeight
 
 PLAIN, EXACT = "inductor", "hvfast, exact"
 """Systems that make a reference, by the names that stand in tables."""
@@ -42,6 +44,10 @@ class Reference:
         self.name = PLAIN
         self.notes: list[str] = []
         self._runner = Runner(loaded, PLAIN, self._dynamic, observe)
+        if any(
+            isinstance(weight, HostWeight) for model in denoisers(loaded.pipe).values() for weight in model.parameters()
+        ):
+            self._make_exactly("plain torch.compile can't read weights that are on the host")
 
     def run(self, job: Job, arguments: Mapping[str, Any]) -> metrics.Run:
         """Make a clip; arguments and errors are those of ``Runner.run``."""
@@ -50,13 +56,14 @@ class Reference:
         except InputError as error:
             if self.name != PLAIN or error.__cause__ is None or not is_out_of_memory(error.__cause__):
                 raise
-        self.name = EXACT
-        self.notes.append(
-            "plain torch.compile does not fit in the memory: hvfast in its exact mode made what was compared with"
-        )
+        self._make_exactly("plain torch.compile does not fit in the memory")
         _free(self._loaded.device)
-        self._runner = Runner(self._loaded, "hvfast", {**self._dynamic, "mode": "exact"}, self._observe, name=EXACT)
         return self._runner.run(job, arguments)
+
+    def _make_exactly(self, why: str) -> None:
+        self.name = EXACT
+        self.notes.append(f"{why}: hvfast in its exact mode made what was compared with")
+        self._runner = Runner(self._loaded, "hvfast", {**self._dynamic, "mode": "exact"}, self._observe, name=EXACT)
 
 
 def _free(device: torch.device) -> None:

@@ -53,7 +53,7 @@ class HostWeight(HollowParameter):
     def answer(cls, name: str, args: Sequence[Any], kwargs: Any) -> Any:
         """What ``state_dict`` and ``load_state_dict`` ask for: the host's tensor, and a write into it."""
         if name == "detach":
-            return _settled(args[0])
+            return _settled(args[0]).detach()  # shares values and version, and no more: its shape is the caller's
         if name == "copy_" and len(args) > 1:
             target, source = (_settled(item) if isinstance(item, HostWeight) else item for item in args[:2])
             target.copy_(source)
@@ -84,12 +84,17 @@ def values_on_host(weight: torch.Tensor) -> torch.Tensor:
     return weight.host if isinstance(weight, HostWeight) else weight
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def put_on_host(weight: torch.Tensor, path: str, device: torch.device, memory: HostMemory) -> None:
     """Make a parameter a ``HostWeight`` of a device; at no time is it there."""
     requires_grad = weight.requires_grad
     host = memory.copy_of(weight)
-    empty_out(weight, path, HostWeight, device)
+    try:
+        empty_out(weight, path, HostWeight, device)
+    except BaseException:
+        weight.data = host  # it has let go of its own, and no value may be lost
+        raise
     weight.host, weight.memory = host, memory  # type: ignore[attr-defined]
     weight.requires_grad_(requires_grad)
 
@@ -121,6 +126,7 @@ class Offloaded(NamedTuple):
     resident_blocks: int
 
 
+@torch.inference_mode(False)
 def offload(model: torch.nn.Module, device: torch.device | str = "cuda", *, resident_blocks: int = 1) -> Offloaded:
     """Keep the matrices of a model's repeated blocks on the host, for hvfast to fetch block by block.
 
@@ -159,6 +165,12 @@ def offload(model: torch.nn.Module, device: torch.device | str = "cuda", *, resi
     _refuse_hollow(inner)
     per_block = list(_put_blocks_on_host(inner, blocks, set(spread(len(blocks), resident_blocks)), place))
     weights = {id(weight): weight for own in per_block for weight in own}
+    if not weights and resident_blocks < len(blocks):
+        kinds = sorted({type(weight).__name__ for _, block in blocks for weight in block.parameters()})
+        raise InputError(
+            f"no matrix of the blocks can be kept on the host: their weights are {', '.join(kinds)}, or other modules "
+            "read them too. Nothing was moved. Move the model with .to(device)"
+        )
     torch.nn.Module.to(inner, place)  # diffusers' own warns of what it does not know of
     rest = {id(item): item for item in itertools.chain(inner.parameters(), inner.buffers()) if id(item) not in weights}
     return Offloaded(
@@ -229,6 +241,8 @@ def _placed(device: torch.device | str) -> torch.device:
         place = torch.empty(0, device=device).device  # with the number of the current GPU
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without
         raise InputError(f"device {str(device)!r} is not there: {' '.join(str(error).split())[:120]}") from error
+    if place.type == "meta":
+        raise InputError("device is 'meta', on which nothing computes: give the one that the model runs on, as 'cuda'")
     return place
 
 

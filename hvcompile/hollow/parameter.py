@@ -82,6 +82,10 @@ class HollowParameter(torch.nn.Parameter):
     elsewhere: ClassVar[str]
     since: ClassVar[str]
 
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Give an ordinary parameter: who makes another of this one's class (accelerate) hands in its values."""
+        return torch.nn.Parameter(data, requires_grad)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvcompile.errors import OffloadedWeightError
 from hvcompile.float8.weights import QuantizedWeight
-from hvcompile.graph.nodes import is_tensor
+from hvcompile.graph.nodes import is_tensor, storage, writers
 from hvcompile.graph.paths import parameter_path
 from hvcompile.graph.subgraphs import callees
 from hvcompile.hollow.fetch import FETCH, FETCH_NOW
@@ -82,6 +83,7 @@ def fetch_ahead(trunk: Trunk, nodes: Sequence[fx.Node], tag: str) -> Fetched:
         tag: the pass's name.
 
     """
+    _refuse_written(trunk.graph, nodes)
     sizes = tuple(_sizes(trunk, nodes))
     for graph, local in _where_read(trunk, _take_from_host(trunk, nodes)).items():
         blocks = [block for block in trunk.blocks if block.call.graph is graph]
@@ -104,6 +106,7 @@ def fetch_where_read(trunk: Trunk, given: Mapping[fx.Node, Any]) -> bool:
     """
     rest = hosted_in(trunk, given)
     if rest:
+        _refuse_written(trunk.graph, rest)
         _fetch_elsewhere(trunk.graph, _take_from_host(trunk, rest), WHERE_READ)
         trunk.module.graph.lint()
         trunk.module.recompile()
@@ -124,6 +127,7 @@ def fetch_in_plain(captured: fx.GraphModule, places: Iterable[int]) -> tuple[fx.
     module = dynamo.clone_graph_module(captured)
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     nodes = [placeholders[place] for place in places]
+    _refuse_written(module.graph, nodes)
     hosts, last = [], placeholders[-1]
     for node in nodes:
         last = _host_placeholder(module.graph, node, last)
@@ -135,6 +139,17 @@ def fetch_in_plain(captured: fx.GraphModule, places: Iterable[int]) -> tuple[fx.
     module.graph.lint()
     module.recompile()
     return module, hosts
+
+
+def _refuse_written(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Raise where a graph writes into a weight: what it writes into would be a copy on the device."""
+    written = writers(graph).keys()
+    for node in nodes:
+        if storage(node) in written:
+            raise OffloadedWeightError(
+                f"the model writes into {parameter_path(node)} as it runs, and hvcompile.offload keeps that on the "
+                "host, where the write would not arrive: call hvcompile.restore(model), and move it with .to(device)"
+            )
 
 
 def _host_placeholder(graph: fx.Graph, node: fx.Node, last: fx.Node) -> fx.Node:

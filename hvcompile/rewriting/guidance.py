@@ -4,8 +4,10 @@ A guided step adds the difference of two predictions, times a scale well above 1
 and the other repeats an earlier step, what they differ by is mostly that, and the scale enlarges it. Where both repeat
 the same step, their errors are alike and cancel.
 
-The first call of a step leaves a record: its timestep, its sample, what its conditions hold, and what it did. A call is
-of the same step where timestep, sample and weights are equal and the conditions are not.
+The first call of a step leaves a record: its timestep and sample, what its conditions and weights hold, what it did,
+and which step it holds. A call is of the same step where timestep and sample are equal, conditions or weights are not,
+and its own generation has not been there yet. Where the first one computed, it computes. Where the first one reuses, it
+does too if it holds the same step, and decides by its own change if not: it was left out of some steps, say.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from hvcompile.runtime.fingerprints import hash_of
 
 RECORD = ("lead_clock", "lead_marks", "lead_reused")
-"""The names of a record's parts: float64 ``[K]``, int64 ``[N + 1]`` and a bool scalar."""
+"""The names of a record's parts; see ``Lead``."""
 
 
 def marks(*, contents: Any, sample: Any, like: torch.Tensor, device: torch.device) -> dict[str, Any]:
@@ -44,41 +46,52 @@ class Lead:
 
     Attributes:
         clock: timesteps of this call, float64 ``[K]``.
+        last_clock: those of the last call of this call's own generation, same shape.
         marks: of this call, see the function; None where calls decide apart.
+        past_marks: hashes of the samples of the generation's last call and of its last computed one, int64 ``[2]``.
         lead_clock: timesteps of the first call, float64 ``[K]``.
-        lead_marks: its marks.
+        lead_marks: its marks, and the hash of the sample that what it holds was computed of; int64 ``[N + 2]``.
         lead_reused: whether it reused, bool scalar.
 
     """
 
     clock: Any = None
+    last_clock: Any = None
     marks: Any = None
+    past_marks: Any = None
     lead_clock: Any = None
     lead_marks: Any = None
     lead_reused: Any = None
 
     @functools.cached_property
     def _is_followed(self) -> Any:
-        """Whether this call is another of that step; a bool scalar."""
-        is_equal = self.marks == self.lead_marks  # weights, conditions, sample
-        is_same_step = (self.clock == self.lead_clock).all() & is_equal[0] & is_equal[-1]
-        return is_same_step & is_equal[1:-1].logical_not().any()
+        """Whether this call is another of that step, which its own generation has not been at yet; a bool scalar."""
+        is_equal = self.marks == self.lead_marks[:-1]  # weights, conditions, sample
+        is_other = is_equal[:-1].logical_not().any()
+        is_again = (self.clock == self.last_clock).all() & (self.marks[-1] == self.past_marks[0])
+        return (self.clock == self.lead_clock).all() & is_equal[-1] & is_other & is_again.logical_not()
 
     def flags(self, allowed: Any) -> list[Any]:
-        """Whether this call, which may reuse where ``allowed``, still may; and whether it need not change little."""
+        """Whether this call, which may reuse where ``allowed``, still may; and whether it need not change little.
+
+        It need not where the first call reuses and both hold the same step: else their errors are not alike.
+        """
         if self.marks is None:
             return [allowed, torch.zeros_like(allowed)]
-        return [allowed & (self.lead_reused | self._is_followed.logical_not()), self._is_followed]
+        holds_the_same = self.past_marks[1] == self.lead_marks[-1]
+        return [allowed & (self.lead_reused | self._is_followed.logical_not()), self._is_followed & holds_the_same]
 
     def follow(self, reused: Any) -> dict[str, Any]:
-        """The next record, by the names in ``RECORD``: the same, or this call's where it is the first of its step."""
+        """The next ``past_marks``, and the next record: the same, or this call's where it is the first of its step."""
         if self.marks is None:
             return {}
-        now = (self.clock, self.marks, reused)
+        computed = torch.where(reused, self.past_marks[1], self.marks[-1])
+        now = (self.clock, torch.cat([self.marks, computed.reshape(1)]), reused)
         before = (self.lead_clock, self.lead_marks, self.lead_reused)
-        return {
+        record = {
             name: torch.where(self._is_followed, old, new) for name, old, new in zip(RECORD, before, now, strict=True)
         }
+        return {"past_marks": torch.stack([self.marks[-1], computed]), **record}
 
 
 APART = Lead()
