@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fleet_cases
-import imageio.v3
-import numpy as np
 import psutil
 import pytest
 import ranks
@@ -304,9 +302,4 @@ def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monke
     assert len(records_of(tmp_path)) == len(lines)
     asks = [line.ask for line in asked.lines()]
     files, _ = ranks.results(ranks.launch(generated_by_all, 2, str(model), asks, str(tmp_path)))
-    # Over gloo, two runs of generate on two ranks differ in bits now and then; not by more than the encoder's rounding.
-    for line, expected in zip(asked.lines(), files, strict=True):
-        ours, theirs = (
-            imageio.v3.imread(item, extension=".mp4") for item in (asked.output / f"{line.stem}.mp4", expected)
-        )
-        assert np.abs(ours.astype(float) - theirs).mean() < 1.0
+    assert [(asked.output / f"{line.stem}.mp4").read_bytes() for line in asked.lines()] == files

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
-import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -355,7 +354,7 @@ def test_frames_that_no_file_takes_are_kept(error: Exception, tmp_path: Path, mo
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(imageio.v3, "imwrite", fails)
+    monkeypatch.setattr(av, "open", fails)
     with pytest.raises(
         OutputError, match=r"a\.mp4' can't be written \(.*\): the frames are kept in '.*\.npz'"
     ) as raised:

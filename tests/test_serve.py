@@ -59,6 +59,8 @@ def test_what_a_client_may_ask_for() -> None:
     assert asked(*form(prompt="a cat", seed="3", steps="4", size="48x32"), LIMITS) == expected
     longer = asked(*form(prompt="a cat", seconds="2", guidance="3.5"), LIMITS)
     assert (longer.frames, longer.guidance) == (49, 3.5)
+    shorter = asked(*form(prompt="a cat", seconds="0.208"), LIMITS)
+    assert shorter.frames == 5
     odd = 'ünï</p><script>alert(1)</script>\u202e 猫 \x00 "; DROP TABLE'
     assert asked(json.dumps({"prompt": odd}).encode(), "application/json", LIMITS).prompt == odd
     assert asked(*form(prompt=odd), LIMITS).prompt == odd

@@ -108,7 +108,7 @@ def _number(name: str, value: Any) -> int | float:
         is_whole = re.fullmatch(r"-?[0-9]{1,20}", value)
         is_decimal = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?", value)
         value = int(value) if is_whole else float(value) if is_decimal else None
-    is_number = isinstance(value, int) or (isinstance(value, float) and name in ("guidance", "true_cfg"))
+    is_number = isinstance(value, int) or (isinstance(value, float) and name not in ("seed", "steps"))
     if not is_number or isinstance(value, bool):
         raise InputError(f"{name} is no number that it may be")
     if name in ("guidance", "true_cfg") and not 0 <= value <= 1000:
