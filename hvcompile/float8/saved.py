@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +34,8 @@ def save_float8(model: nn.Module | Callable[..., Any], directory: str | Path) ->
 
     Args:
         model: that has run once under ``backend="hvfast"`` with ``fp8``; or what ``torch.compile`` made of it.
-        directory: made if missing; files of an earlier save are replaced.
+        directory: made if missing. Files of an earlier save are replaced once the new ones are whole; who has loaded
+            them keeps what they were.
 
     Returns:
         The directory.
@@ -48,10 +50,14 @@ def save_float8(model: nn.Module | Callable[..., Any], directory: str | Path) ->
     tensors, manifest = _described(module)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        (place / MANIFEST).unlink(missing_ok=True)  # until the tensors are all there, there is no model
-        tensor_file.write(tensors, place / TENSORS)
-        manifest |= {"bytes": (place / TENSORS).stat().st_size, "sha256": _sha256(place / TENSORS)}
-        (place / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        with tempfile.TemporaryDirectory(prefix=".hvcompile-", dir=place) as directory_of_parts:
+            parts = Path(directory_of_parts)
+            tensor_file.write(tensors, parts / TENSORS)
+            manifest |= {"bytes": (parts / TENSORS).stat().st_size, "sha256": _sha256(parts / TENSORS)}
+            (parts / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            # Not written in place: a file of that name may be mapped into memory, or be a link to one of others.
+            for name in (TENSORS, MANIFEST):
+                (parts / name).replace(place / name)
     except OSError as error:
         raise OutputError(f"the float8 model can't be written to {place}: {error}") from error
     return place

@@ -16,6 +16,8 @@ from hvcompile.torch_private.dynamo import is_float_of_module, is_of_module, sou
 from hvcompile.torch_private.fakes import STORED, shape_key, value
 
 _CONTEXT_SWITCHES = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+_KEYWORD_OPERATORS = {operator.and_, operator.or_, operator.not_, operator.is_}
+"""Whose names end in an underscore because the word alone is Python's."""
 _IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
@@ -134,7 +136,8 @@ def mutated_operand(node: fx.Node) -> fx.Node | None:
     if node.op == "call_function":
         in_place = node.target in _IN_PLACE_OPERATORS
         in_place = in_place or _argument(node, "inplace") is True or node.kwargs.get("out") is not None
-        in_place = in_place or (op_name(node).endswith("_") and not op_name(node).endswith("__"))
+        is_named_so = op_name(node).endswith("_") and not op_name(node).endswith("__")
+        in_place = in_place or (is_named_so and node.target not in _KEYWORD_OPERATORS)
     else:
         in_place = node.op == "call_method" and op_name(node).endswith("_") and not op_name(node).endswith("__")
     if not in_place or is_context_switch(node) or is_scalar(node):

@@ -22,7 +22,7 @@ class Manifest:
     """What is done in a directory; one process at a time has it, for as long as ``opened`` lasts.
 
     Attributes:
-        done: the records of files that are there, by identity.
+        done: the records of files that are there, by the file's name without its ending.
 
     """
 
@@ -61,18 +61,19 @@ class Manifest:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
                 if record["error"] is None:
-                    self.done[record["id"]] = record
+                    self.done[Path(record["output"]).stem] = record
 
     def has(self, line: Line) -> bool:
         """Whether a line's file was made, under the name that it has now, and is still there as it was."""
-        record = self.done.get(line.identity)
-        if record is None or Path(record["output"]).stem != line.stem:
+        record = self.done.get(line.stem)
+        if record is None or record["id"] != line.identity:
             return False
-        place = self._directory / record["output"]
         try:
-            return bool(place.stat().st_size == record["bytes"])
+            # Another line may have taken the name, and died before it wrote that down.
+            content = (self._directory / record["output"]).read_bytes()
         except OSError:
             return False
+        return bool(hashlib.sha256(content).hexdigest() == record["sha256"])
 
     def store(self, line: Line, content: bytes, suffix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write a line's file, and then that it is done.
@@ -89,8 +90,8 @@ class Manifest:
         digest = hashlib.sha256(content).hexdigest()
         record = self._record(line) | {"output": name, "bytes": len(content), "sha256": digest, "error": None}
         self._add(record | dict(figures))
-        self.done[line.identity] = record | dict(figures)
-        return self.done[line.identity]
+        self.done[line.stem] = record | dict(figures)
+        return self.done[line.stem]
 
     def fail(self, line: Line, reason: str, attempts: int) -> None:
         """Write why a line has no file; a later run tries it again."""
