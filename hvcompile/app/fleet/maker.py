@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -75,7 +76,7 @@ class Maker:
                     yield {"step": report.step, "num_steps": report.num_steps}
                 await asyncio.sleep(PAUSE_SECONDS)
             memory = [report.resident_bytes for report in self._replica.reports]
-            yield {"outcome": outcome, "memory": memory, "replica": self._replica.number}
+            yield {"outcome": outcome, "memory": memory, "replica": os.getpid()}  # numbers are of one maker alone
         finally:
             if self._replica.state == BUSY:
                 self._replica.cancel()
