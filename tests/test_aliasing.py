@@ -18,7 +18,7 @@ from trunks import recovered
 import hvcompile
 from hvcompile.errors import InvalidRewriteError
 from hvcompile.graph.aliasing import refresh, shared_memory
-from hvcompile.graph.nodes import is_tensor, is_weight, storage
+from hvcompile.graph.nodes import is_tensor, is_weight, mutated_operand, storage
 from hvcompile.journal import PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.pipeline import run as run_passes
@@ -323,3 +323,11 @@ def test_views_of_what_has_been_replaced_are_made_anew() -> None:
     assert all(storage(user) == storage(output) for user in readers)
     head = next(node for node in reversed(trunk.graph.nodes) if node.op == "call_function")
     assert before[head] is head.meta["example_value"]
+
+
+def test_and_and_or_write_nothing() -> None:
+    """Their names end in an underscore for another reason than those of what writes in place."""
+    graph = fx.symbolic_trace(lambda one, other: (one & other) | ~one).graph
+    for node in graph.nodes:
+        node.meta["example_value"] = torch.ones(2, dtype=torch.bool)
+    assert not [node for node in graph.nodes if mutated_operand(node) is not None]

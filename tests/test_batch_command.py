@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -156,6 +157,22 @@ def test_the_list_of_what_is_done(tmp_path: Path) -> None:
     (tmp_path / "3.mp4").unlink()
     with Manifest.opened(tmp_path) as manifest:
         assert [manifest.has(line) for line in (one, three)] == [False, False]
+
+
+def test_a_file_is_known_by_its_name_and_content(tmp_path: Path) -> None:
+    """A prompt that is changed and changed back is made again, whatever the sizes; equal lines are each done."""
+    first, changed = line_of(1), dataclasses.replace(line_of(1), identity="another")
+    twin = dataclasses.replace(line_of(2), identity=first.identity)
+    with Manifest.opened(tmp_path) as manifest:
+        manifest.store(first, b"video", ".mp4", {})
+        manifest.store(twin, b"video", ".mp4", {})
+        assert manifest.has(first)
+        assert manifest.has(twin)
+        manifest.store(changed, b"other", ".mp4", {})
+    with Manifest.opened(tmp_path) as manifest:
+        assert [manifest.has(line) for line in (first, changed, twin)] == [False, True, True]
+        (tmp_path / "2.mp4").write_bytes(b"third")
+        assert not manifest.has(twin)
 
 
 def test_a_disk_that_is_full_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,26 @@ def test_computes_the_same_bits(tmp_path: Path, granularity: str) -> None:
     assert f"weights loaded in float8 from {tmp_path}" in rows_of(fast)["Float8Linears"]
 
 
+def test_what_is_loaded_outlives_another_save(tmp_path: Path) -> None:
+    """A file that is mapped into memory, or that a link leads to, is replaced and not written into."""
+    place, blob = tmp_path / "model", tmp_path / "blob"
+    results = saved(place)
+    (place / "model.safetensors").rename(blob)
+    (place / "model.safetensors").symlink_to(blob)
+    content = blob.read_bytes()
+    torch._dynamo.reset()
+    fast = hvfast(load_float8(place, empty()), fullgraph=True, options=FP8)
+    with torch.no_grad():
+        assert torch.equal(fast(**wide_inputs(tokens=24)), results[24])
+        save_float8(fast, place)
+        assert torch.equal(fast(**wide_inputs(tokens=24)), results[24])
+        torch._dynamo.reset()
+        again = hvfast(load_float8(place, empty()), fullgraph=True, options=FP8)
+        assert torch.equal(again(**wide_inputs(tokens=24)), results[24])
+    assert blob.read_bytes() == content
+    assert sorted(path.name for path in place.iterdir()) == ["manifest.json", "model.safetensors"]
+
+
 def test_no_copy_is_made(tmp_path: Path) -> None:
     """The matrices of the file are those that the graph takes."""
     saved(tmp_path)
