@@ -33,6 +33,7 @@ from hvcompile.passes import (
     FirstBlockCache,
     Float8Attention,
     Float8Linears,
+    HostWeights,
     ShardedAttention,
     SparseAttention,
     UnmaskedAttention,
@@ -150,7 +151,10 @@ def run(lower: str, **options: Any) -> tuple[list[float], dict[str, str], list[b
     """Three calls of the small model, the second as the first: errors, the journal, and what was reused."""
     torch._dynamo.reset()
     model, errors = cases.Joint(5), []
-    fast = hvfast(cases.Joint(5), fullgraph=True, options={"lower": lower, **options})
+    made = cases.Joint(5)
+    if options.pop("offload", False):
+        hvcompile.offload(made, "cpu")
+    fast = hvfast(made, fullgraph=True, options={"lower": lower, **options})
     with torch.no_grad():
         for seed in (1, 1, 2):
             errors.append(relative_error(fast(**inputs_of(seed)), model(**inputs_of(seed))))
@@ -164,8 +168,12 @@ def is_done(line: str) -> bool:
 
 UNASKED = [kind for kind in PASSES if kind is not SparseAttention]
 """Passes that may run without being asked for by name; where one that was asked for fails, that is an error."""
-OPTIONS: dict[Any, dict[str, Any]] = {Float8Attention: {"mode": "max", "fp8": False}, Float8Linears: {}}
-"""With which a pass runs, and is not asked for by name."""
+OPTIONS: dict[Any, dict[str, Any]] = {
+    Float8Attention: {"mode": "max", "fp8": False},
+    Float8Linears: {},
+    HostWeights: {"fp8": False, "offload": True},
+}
+"""With which a pass runs, and is not asked for by name; "offload" has the model offloaded first."""
 FAULTS = [
     *((fault, "eager") for fault in (in_the_middle, at_the_end, with_a_broken_graph)),
     (in_the_middle, "inductor"),

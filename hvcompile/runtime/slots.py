@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -80,6 +80,13 @@ class Slots:
     def values(self) -> Iterable[Slot]:
         """All slots."""
         return self._slots.values()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that is held."""
+        for slot in list(self._slots.values()):
+            yield from slot.tensors
+        for held in list(self._shared.values()):
+            yield from held
 
     def clear(self) -> None:
         """Forget all."""

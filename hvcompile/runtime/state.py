@@ -224,14 +224,15 @@ def stats(model: torch.nn.Module | Callable[..., Any]) -> Stats:
         state.read_pending()
         for agreement in list(state.agreements):
             agreement.check_recorded()
-    num_slots, steps, tensors = 0, [], []
+    num_slots, steps = 0, []
+    tensors: list[torch.Tensor] = []
     graphs_by_number: dict[int, tuple[tuple[int, int], list[JournalRow]]] = {}
     for state in states:
         with state.lock:
             graphs_by_number |= state.graphs  # a graph may serve several
             steps += list(state.steps)
             num_slots += len(state.slots)
-            tensors += [tensor for slot in state.slots.values() for tensor in slot.tensors]
+            tensors += state.slots.tensors()
             tensors += [tensor for kept in list(state.kept.values()) for tensor in kept.tensors()]
     captured = list(graphs_by_number.values())
     graphs = len({frame for (frame, _), _ in captured})
