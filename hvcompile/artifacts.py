@@ -19,7 +19,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from hvcompile.options import parse
 from hvcompile.passes import PASSES
 from hvcompile.torch_private.caching import source_digest
 from hvcompile.torch_private.compilers import cache_directory
-from hvcompile.version import __version__
+from hvcompile.version import __version__, version_of
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ def made_here(options: Mapping[str, Any] | None = None, mode: str | None = None)
         "torch": f"{torch.__version__} ({torch.version.git_version})",
         "hvcompile": f"{__version__} (source {source_digest()[:16]})",
         "Python": ".".join(platform.python_version_tuple()[:2]),
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "machine": f"{platform.system()} {platform.machine()}",
         "GPU": None if gpu is None else f"{gpu.name}, sm_{gpu.major}{gpu.minor}, CUDA {torch.version.cuda}",
         "CPU": torch.backends.cpu.get_cpu_capability(),
@@ -177,13 +176,6 @@ def made_here(options: Mapping[str, Any] | None = None, mode: str | None = None)
         "CPU flags": _cpu_flags(),
         "options": None if options is None and mode is None else _described(options, mode),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu_flags() -> list[str]:

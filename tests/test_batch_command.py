@@ -239,7 +239,7 @@ def _no_process_is_left() -> Iterator[None]:
     end = time.monotonic() + 30
     while time.monotonic() < end and (left := {item.pid for item in ray_processes()} - before):
         time.sleep(0.2)
-    assert not left
+    assert not [item.cmdline()[:3] for item in ray_processes() if item.pid in left]
 
 
 def ray_processes() -> list[psutil.Process]:

@@ -64,11 +64,12 @@ def write(frames: Frames, output: Path) -> None:
 
     """
     check_finite(frames, output.name)
+    pixels = _pixels(frames)
     try:
         with outputs.replacing(output) as part:
-            part.write_bytes(encoded(frames, output.suffix))
+            part.write_bytes(_encoded(pixels, output.suffix))
     except OutputError as error:
-        raise OutputError(f"{error}: {keep(_pixels(frames), output, 1)}") from error.__cause__
+        raise OutputError(f"{error}: {keep(pixels, output, 1)}") from error.__cause__
 
 
 def encoded(frames: Frames, suffix: str) -> bytes:
@@ -83,11 +84,15 @@ def encoded(frames: Frames, suffix: str) -> bytes:
 
     """
     check_finite(frames, "the picture")
-    content = io.BytesIO()
-    kind = Image.registered_extensions()[suffix.lower()]
-    Image.fromarray(_pixels(frames)[0]).save(content, format=kind, **FORMATS.get(kind, {}))
-    return content.getvalue()
+    return _encoded(_pixels(frames), suffix)
 
 
 def _pixels(frames: Frames) -> Any:
     return (frames[:1].clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _encoded(pixels: Any, suffix: str) -> bytes:
+    content = io.BytesIO()
+    kind = Image.registered_extensions()[suffix.lower()]
+    Image.fromarray(pixels[0]).save(content, format=kind, **FORMATS.get(kind, {}))
+    return content.getvalue()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from hvcompile.float8 import tensor_file
 from hvcompile.float8.weights import Joined, QuantizedWeight
 from hvcompile.hollow.parameter import hollow_like, refuse_values
 from hvcompile.torch_private.dynamo import compiled_module
+from hvcompile.version import version_of
 
 FORMAT = 1
 MANIFEST, TENSORS = "manifest.json", "model.safetensors"
-_CHUNK = 2**24
 
 
 def save_float8(model: nn.Module | Callable[..., Any], directory: str | Path) -> Path:
@@ -181,7 +180,7 @@ def _described(module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, An
         "float8": listed,
         "tensors": plain,
         "tied": tied,
-        "versions": {package: _version(package) for package in ("hvcompile", "torch", "torchao", "diffusers")},
+        "versions": {package: version_of(package) for package in ("hvcompile", "torch", "torchao", "diffusers")},
     }
     return tensors, manifest
 
@@ -200,19 +199,9 @@ def _config(module: nn.Module) -> Any:
     return json.loads(write()) if write is not None else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_manifest(place: Path) -> dict[str, Any]:

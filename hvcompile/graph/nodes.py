@@ -133,13 +133,13 @@ def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 def mutated_operand(node: fx.Node) -> fx.Node | None:
     """The operand that a node writes into, if it is an in-place operation."""
+    is_named_so = op_name(node).endswith("_") and not op_name(node).endswith("__")
     if node.op == "call_function":
         in_place = node.target in _IN_PLACE_OPERATORS
         in_place = in_place or _argument(node, "inplace") is True or node.kwargs.get("out") is not None
-        is_named_so = op_name(node).endswith("_") and not op_name(node).endswith("__")
         in_place = in_place or (is_named_so and node.target not in _KEYWORD_OPERATORS)
     else:
-        in_place = node.op == "call_method" and op_name(node).endswith("_") and not op_name(node).endswith("__")
+        in_place = node.op == "call_method" and is_named_so
     if not in_place or is_context_switch(node) or is_scalar(node):
         return None
     return next((operand for operand in node.all_input_nodes if is_tensor(operand)), None)

@@ -83,7 +83,6 @@ def fetch_ahead(trunk: Trunk, nodes: Sequence[fx.Node], tag: str) -> Fetched:
         tag: the pass's name.
 
     """
-    _refuse_written(trunk.graph, nodes)
     sizes = tuple(_sizes(trunk, nodes))
     for graph, local in _where_read(trunk, _take_from_host(trunk, nodes)).items():
         blocks = [block for block in trunk.blocks if block.call.graph is graph]
@@ -106,7 +105,6 @@ def fetch_where_read(trunk: Trunk, given: Mapping[fx.Node, Any]) -> bool:
     """
     rest = hosted_in(trunk, given)
     if rest:
-        _refuse_written(trunk.graph, rest)
         _fetch_elsewhere(trunk.graph, _take_from_host(trunk, rest), WHERE_READ)
         trunk.module.graph.lint()
         trunk.module.recompile()
@@ -168,6 +166,7 @@ def _on_host(fake: torch.Tensor) -> torch.Tensor:
 
 def _take_from_host(trunk: Trunk, nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Have the graph take tensors on the host in the place of weights; returns their placeholders."""
+    _refuse_written(trunk.graph, nodes)
     hosts = []
     stored = {item.data for item in trunk.stored}
     for node in nodes:

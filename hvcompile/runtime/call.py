@@ -82,6 +82,10 @@ def _content(floats: Sequence[torch.Tensor]) -> str:
     return hashlib.sha256(torch.stack(list(floats)).numpy().tobytes()).hexdigest()[:16]
 
 
+def _sizes(layout: StateLayout, symbols: Mapping[Any, Any]) -> list[int]:
+    return [fakes.evaluate_size(size, symbols) for size in layout.shape]
+
+
 class CompiledGraph:
     """The callable that Dynamo gets: adds weights and a slot's state to the inputs, takes the next from the outputs."""
 
@@ -280,7 +284,8 @@ class CompiledGraph:
             key = (self._number, weights, stored_revision, *generation, earlier)
             found, churn = model.slots.find(key, [args[place] for place in self._plan.conditions], fresh)
             # Calls of one step may need graphs of their own (texts of other lengths), but not the model's other pieces.
-            sizes = [tuple(self._sizes(layout, args)) for layout in self._plan.states if layout.is_shared]
+            symbols = self._symbols(args)
+            sizes = [tuple(_sizes(layout, symbols)) for layout in self._plan.states if layout.is_shared]
             common = model.slots.shared((self._compile_id[0], *sizes), fresh_shared)
         if churn and not self._has_warned:
             self._has_warned = True
@@ -290,12 +295,12 @@ class CompiledGraph:
         return found, common, content
 
     def _fresh(self, args: Sequence[Any], *, is_shared: bool = False) -> list[torch.Tensor]:
+        symbols = self._symbols(args)
         return [
-            torch.zeros(self._sizes(layout, args), dtype=layout.dtype, device=layout.device)
+            torch.zeros(_sizes(layout, symbols), dtype=layout.dtype, device=layout.device)
             for layout in self._plan.states
             if layout.is_shared == is_shared
         ]
 
-    def _sizes(self, layout: StateLayout, args: Sequence[Any]) -> list[int]:
-        symbols = {symbol: args[place] for place, symbol in self._plan.symbols.items()}
-        return [fakes.evaluate_size(size, symbols) for size in layout.shape]
+    def _symbols(self, args: Sequence[Any]) -> dict[Any, Any]:
+        return {symbol: args[place] for place, symbol in self._plan.symbols.items()}

@@ -20,13 +20,14 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import AttrSource
+
+from hvcompile.version import version_of
 
 
 def as_dynamo_runs() -> contextlib.AbstractContextManager[Any]:
@@ -122,7 +123,8 @@ class Together:
 
     def __init__(self, parts: Parts, mixes_rows: bool | None) -> None:
         self.parts, self.mixes_rows = parts, mixes_rows
-        digest = hashlib.sha256(f"{parts.text} {_version_of(parts.kind)}".encode()).hexdigest()[:12]
+        library = parts.kind.__module__.split(".", maxsplit=1)[0]
+        digest = hashlib.sha256(f"{parts.text} {version_of(library) or ''}".encode()).hexdigest()[:12]
         self.__name__ = self.__qualname__ = f"{parts.kind.__name__}_{digest}"
         self.__module__ = __name__
 
@@ -140,13 +142,6 @@ class Together:
 
     def __repr__(self) -> str:
         return self.__name__
-
-
-def _version_of(kind: type) -> str:
-    try:
-        return version(kind.__module__.split(".", maxsplit=1)[0])
-    except PackageNotFoundError:
-        return ""
 
 
 def mark_as_part(placeholder: Any, weight: Any, path: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ its name when it is whole, and stands in the manifest after that.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -168,11 +169,10 @@ class Run:
 
     def batch(self) -> Batch:
         """What has come of it."""
-        places = {line.identity: line.number for line in self._lines}
         return Batch(
             lines=len(self._lines),
             skipped=len(self._lines) - len(self._left),
-            records=tuple(sorted(self._records, key=lambda item: places[item["id"]])),
+            records=tuple(sorted(self._records, key=operator.itemgetter("line"))),
             failures=tuple(sorted(self._failures, key=lambda item: item[0].number)),
             restarts=self._restarts,
             seconds=time.monotonic() - self._begin,

@@ -61,8 +61,3 @@ class Todo:
         task = next(task for task in fit if task.shape == shape)
         self._tasks.remove(task)
         return task
-
-    def drain(self) -> list[Task]:
-        """Give all that is left."""
-        tasks, self._tasks = self._tasks, []
-        return tasks

@@ -210,6 +210,7 @@ def parsed(content: Any) -> tuple[Ask, str | None]:
 
 def identity(ask: Ask, base: Clips, ranks: int) -> str:
     """A digest of all that decides what a video shows: what is asked, the model by its name, and its settings."""
+    whole = ask.of(base)
     common = {
         "model": base.model,
         "lora": base.lora,
@@ -218,10 +219,10 @@ def identity(ask: Ask, base: Clips, ranks: int) -> str:
         "dynamic": base.dynamic,
         "tiling": base.vae_tiling,
         "ranks": ranks,
-        "options": dict(ask.of(base).backend_options()),
-        "settings": sorted(ask.of(base).call_settings),
-        "sizes": [getattr(ask.of(base), key) for key in ("steps", "frames", "height", "width", "guidance", "true_cfg")],
-        "negative_prompt": ask.of(base).negative_prompt,
+        "options": dict(whole.backend_options()),
+        "settings": sorted(whole.call_settings),
+        "sizes": [getattr(whole, key) for key in ("steps", "frames", "height", "width", "guidance", "true_cfg")],
+        "negative_prompt": whole.negative_prompt,
         "pictures": list(_digests(ask)),
     }
     own = {"prompt": ask.prompt, "seed": ask.seed, "fps": ask.fps}

@@ -92,8 +92,9 @@ class Request(Fleet):
         taken: dict[str, int] = {}
         for number, text in texts.items():
             try:
-                ask, name = parsed(_object(text))
-                ask = self._placed(ask, "fps" in _object(text))
+                content = _object(text)
+                ask, name = parsed(content)
+                ask = self._placed(ask, "fps" in content)
                 _check_options(ask, base)
                 stem = _stem(name) if name is not None else f"{number:0{digits}d}"
                 if stem.lower() in taken:

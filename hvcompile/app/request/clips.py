@@ -15,7 +15,18 @@ import typer
 from hvcompile.app.request.assignments import assignments
 from hvcompile.app.request.compiling import Compiling
 from hvcompile.app.request.jobs import read_prompts, read_seeds
-from hvcompile.app.request.parameters import COMPILING, EACH, Device, Dtype, Frames, Height, RankTimeout, Width
+from hvcompile.app.request.parameters import (
+    Adapters,
+    CallSettings,
+    CompiledCode,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    RankTimeout,
+    VaeTiling,
+    Width,
+)
 from hvcompile.errors import InputError
 from hvcompile.ranks import launch
 
@@ -50,26 +61,10 @@ class Clips(Compiling):
         float | None, typer.Option(help="True guidance scale; above 1, with --negative-prompt, two calls a step.")
     ] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What should not be seen.")] = None
-    call_settings: Annotated[
-        tuple[str, ...],
-        typer.Option("--set", help="Any other argument of the pipeline: --set max_sequence_length=128. Repeats."),
-        EACH,
-    ] = ()
-    lora: Annotated[
-        tuple[str, ...],
-        typer.Option(help="An adapter to fuse: a file, directory or hub id, and :scale if not 1. Repeats."),
-        EACH,
-    ] = ()
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling/--no-vae-tiling", help="Decode large sizes in tiles, or whole.")
-    ] = True
-    artifacts: Annotated[
-        Path | None,
-        typer.Option(
-            help="A directory of compiled code that hvcompile warm made. It is code: give only your own.",
-            rich_help_panel=COMPILING,
-        ),
-    ] = None
+    call_settings: CallSettings = ()
+    lora: Adapters = ()
+    vae_tiling: VaeTiling = True
+    artifacts: CompiledCode = None
     offload: Annotated[
         str | None,
         typer.Option(help="Keep on the host what the GPU does not need now: 'model', 'blocks', 'group' or 'none'."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,17 @@ import typer
 from hvcompile.app.request.ask import settled
 from hvcompile.app.request.clips import Clips
 from hvcompile.app.request.compiling import Compiling
-from hvcompile.app.request.parameters import COMPILING, EACH, Device, Dtype, Frames, Height, Width
+from hvcompile.app.request.parameters import (
+    Adapters,
+    CallSettings,
+    CompiledCode,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    VaeTiling,
+    Width,
+)
 from hvcompile.errors import InputError
 from hvcompile.ranks import launch
 
@@ -54,26 +63,10 @@ class Fleet(Compiling):
     height: Height = None
     width: Width = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, where a video asks for none.")] = None
-    call_settings: Annotated[
-        tuple[str, ...],
-        typer.Option("--set", help="Any other argument of the pipeline: --set max_sequence_length=128. Repeats."),
-        EACH,
-    ] = ()
-    lora: Annotated[
-        tuple[str, ...],
-        typer.Option(help="An adapter to fuse: a file, directory or hub id, and :scale if not 1. Repeats."),
-        EACH,
-    ] = ()
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling/--no-vae-tiling", help="Decode large sizes in tiles, or whole.")
-    ] = True
-    artifacts: Annotated[
-        Path | None,
-        typer.Option(
-            help="A directory of compiled code that hvcompile warm made. It is code: give only your own.",
-            rich_help_panel=COMPILING,
-        ),
-    ] = None
+    call_settings: CallSettings = ()
+    lora: Adapters = ()
+    vae_tiling: VaeTiling = True
+    artifacts: CompiledCode = None
     device: Device = None
     dtype: Dtype = None
 

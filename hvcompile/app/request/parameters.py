@@ -10,6 +10,9 @@ import typer
 COMPILING = "How it is compiled"
 """Where the help lists options of the backend."""
 
+EACH = object()
+"""Beside the ``typer.Option`` of a field ``tuple[str, ...]``: the option repeats, and gives a part each time."""
+
 Frames = Annotated[int | None, typer.Option(help="Length of the clip.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
@@ -17,6 +20,24 @@ Mode = Annotated[
     str | None,
     typer.Option(
         help="'exact': only rewrites that don't change numerics; 'max': all, float8 attention too.",
+        rich_help_panel=COMPILING,
+    ),
+]
+CallSettings = Annotated[
+    tuple[str, ...],
+    typer.Option("--set", help="Any other argument of the pipeline: --set max_sequence_length=128. Repeats."),
+    EACH,
+]
+Adapters = Annotated[
+    tuple[str, ...],
+    typer.Option("--lora", help="An adapter to fuse: a file, directory or hub id, and :scale if not 1. Repeats."),
+    EACH,
+]
+VaeTiling = Annotated[bool, typer.Option("--vae-tiling/--no-vae-tiling", help="Decode large sizes in tiles, or whole.")]
+CompiledCode = Annotated[
+    Path | None,
+    typer.Option(
+        help="A directory of compiled code that hvcompile warm made. It is code: give only your own.",
         rich_help_panel=COMPILING,
     ),
 ]
@@ -28,6 +49,3 @@ RankTimeout = Annotated[
     float, typer.Option(help="Under torchrun: seconds after which a rank that waits for another gives up.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write it all (.json).")]
-
-EACH = object()
-"""Beside the ``typer.Option`` of a field ``tuple[str, ...]``: the option repeats, and gives a part each time."""
