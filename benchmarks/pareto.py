@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pareto_report import MEASURES, REFERENCE, Setting, markdown, plot, setting_of, table_of
+from pareto_report import MEASURES, PERCENT, REFERENCE, Setting, markdown, plot, setting_of, table_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -70,8 +70,20 @@ OPTIONS = (
     *("warmup_steps=5", "max_consecutive_hits=1", "last_steps_computed=3", "warmup_steps=3,max_consecutive_hits=2"),
 )
 OPTION_THRESHOLDS = (0.06, 0.1, 0.15, 0.2, 0.3)
+OBSERVED = (
+    "a green square moves up over a white background",
+    "a blue circle grows over a yellow background",
+    "a white triangle moves to the right over a black background",
+    "a red square spins over a blue background",
+)
+"""The clips by which schedules are found; seeds from 100 keep them apart from those that are measured."""
+PERCENTS = (70, 60, 50, 40, 33)
+"""Of the steps, that a fixed schedule computes."""
 INTERVALS = (2, 3, 4, 5)
 """Of TaylorSeer, which computes every so many steps and has no threshold."""
+
+SCHEDULED = "hvfast, schedule"
+OURS = (EXACT, HVFAST, SCHEDULED)
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a file has no width of its own
 err = Console(stderr=True, highlight=False)
@@ -94,15 +106,36 @@ class Job:
         """Every prompt with every seed."""
         return [(prompt, seed) for prompt in self.prompts for seed in range(self.seeds)]
 
+    @functools.cached_property
+    def schedules(self) -> dict[int, tuple[int, ...]]:
+        """The best schedule of each number of steps computed, found on other clips."""
+        from hvcompile.app.tuning.schedule import COMPUTED, Recorder, schedules
+        from hvcompile.runtime.probing import probing
+
+        model, recorder, fields = Model(self, {}), Recorder(), dict(COMPUTED)
+        threshold = fields.pop("threshold")
+        with (
+            contenders.applied(HVFAST, model.pipe, threshold=threshold, options=fields, lower=self.lower),
+            probing(recorder),
+        ):
+            for seed, prompt in enumerate(OBSERVED, 100):
+                model.generate(prompt, seed, output_type="latent")
+        return schedules(recorder.trajectories())
+
 
 def settings(
-    thresholds: Sequence[float], options: Sequence[str], option_thresholds: Sequence[float], peers: bool
+    thresholds: Sequence[float],
+    options: Sequence[str],
+    option_thresholds: Sequence[float],
+    percents: Sequence[int],
+    peers: bool,
 ) -> list[Setting]:
     """All settings in the order in which they are measured, the reference first."""
     found = [Setting(system=system) for system in (REFERENCE, EXACT, EAGER)]
     found += [Setting(system=HVFAST, threshold=threshold) for threshold in thresholds]
     for text in options:
         found += [Setting(system=HVFAST, threshold=threshold, options=parsed(text)) for threshold in option_thresholds]
+    found += [Setting(system=SCHEDULED, options=((PERCENT, percent),)) for percent in percents]
     if peers:
         by_threshold = [system for system in PEERS if system != TAYLOR_SEER]
         found += [Setting(system=system, threshold=threshold) for system in by_threshold for threshold in thresholds]
@@ -208,18 +241,23 @@ class Clip:
 @contextlib.contextmanager
 def applied(model: Model, setting: Setting) -> Iterator[Callable[[], int]]:
     """Put a setting on a model; gives a count of the block computations it saved so far."""
-    if setting.system in (EXACT, HVFAST):
+    if setting.system in OURS:
         saved: Callable[[], int] = functools.partial(saved_by_hvfast, model)
     elif setting.system == INDUCTOR:
         saved = int  # none
     else:
         saved = saved_eagerly(model)
+    from hvcompile.app.tuning.candidates import scheduled
+
     options: dict[str, Any] = dict(setting.options)
-    if setting.system == MAG_CACHE:
+    system, threshold = setting.system, setting.threshold
+    if system == MAG_CACHE:
         options |= calibrated(model)
-    with contenders.applied(
-        setting.system, model.pipe, threshold=setting.threshold, options=options, lower=model.job.lower
-    ):
+    if system == SCHEDULED:
+        number = max(1, round(model.num_steps * options.pop(PERCENT) / 100))
+        system, options = HVFAST, scheduled(model.job.schedules)[number].section()
+        threshold = options.pop("threshold")
+    with contenders.applied(system, model.pipe, threshold=threshold, options=options, lower=model.job.lower):
         yield saved
 
 
@@ -452,6 +490,10 @@ def main(
         typer.Option(help="Of hvfast's cache, as warmup_steps=5,max_consecutive_hits=2; give several."),
     ] = None,
     options_threshold: Annotated[list[float] | None, typer.Option(help="Thresholds to try the options at.")] = None,
+    percent: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=100, help="Of the steps, that fixed schedules compute; give several."),
+    ] = None,
     peers: Annotated[bool, typer.Option(help="Measure diffusers' cache and cache-dit too.")] = True,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
@@ -467,6 +509,7 @@ def main(
         list(THRESHOLDS) if threshold is None else threshold,
         list(OPTIONS) if options is None else options,
         list(OPTION_THRESHOLDS) if options_threshold is None else options_threshold,
+        list(PERCENTS) if percent is None else percent,
         peers,
     )
     chosen = read_prompts(prompts) if prompts is not None else PROMPTS

@@ -15,6 +15,8 @@ REFERENCE = INDUCTOR
 
 INTERVAL = "cache_interval"
 """The option of a cache that computes every so many steps; it stands in place of a threshold."""
+PERCENT = "computed_percent"
+"""The option of a fixed schedule: how many of the steps it computes; it stands in place of a threshold too."""
 
 MEASURES = ("saved", "seconds", "cpu_seconds", "psnr_db", "worst_psnr_db", "ssim", "temporal_psnr_db")
 """Columns of a setting, a value a clip; null in the JSON is an infinite PSNR: an identical clip."""
@@ -31,14 +33,14 @@ class Setting:
     @property
     def series(self) -> str:
         """What the settings along one curve have in common."""
-        along = (f"{name} {number}" for name, number in self.options if name != INTERVAL)
+        along = (f"{name} {number}" for name, number in self.options if name not in {INTERVAL, PERCENT})
         return ", ".join((self.system, *along))
 
     @property
     def place(self) -> float | None:
-        """Where on its curve the setting is: its threshold, or every how many steps it computes; None off any curve."""
-        interval = dict(self.options).get(INTERVAL)
-        return self.threshold if interval is None else float(interval)
+        """Where on its curve the setting is: its threshold, or what stands in place of one; None off any curve."""
+        instead = [float(number) for name, number in self.options if name in {INTERVAL, PERCENT}]
+        return instead[0] if instead else self.threshold
 
     def __str__(self) -> str:
         return self.series if self.place is None else f"{self.series} at {self.place:g}"

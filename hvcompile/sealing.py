@@ -123,6 +123,7 @@ def _passed(trunk: Trunk, gone: set[fx.Node]) -> tuple[int, ...] | None:
 
 def _state_layout(state: State) -> StateLayout:
     return StateLayout(
+        name=state.name,
         shape=state.shape,
         dtype=state.dtype,
         device=state.device,

@@ -488,7 +488,9 @@ def test_a_step_that_reuses_leaves_the_cache_where_it_is(lower: str) -> None:
 
 def test_a_step_leaves_all_of_its_cache_or_none() -> None:
     """Were one tensor's place in a branch to be taken by a copy, the next step would not read what is unwritten."""
-    layout = call.StateLayout(shape=(1,), dtype=torch.float32, device=torch.device("cpu"), may_be_left=True)
+    layout = call.StateLayout(
+        name="residual", shape=(1,), dtype=torch.float32, device=torch.device("cpu"), may_be_left=True
+    )
     plan = SimpleNamespace(states=(layout, layout, dataclasses.replace(layout, may_be_left=False)))
     graph = SimpleNamespace(_plan=plan)
     next_state = functools.partial(call.CompiledGraph._next_state, graph)  # type: ignore[arg-type]

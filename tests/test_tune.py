@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from slow import SLOW
 from typer.testing import CliRunner
@@ -27,8 +28,10 @@ from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
 from hvcompile.options import parse
 from hvcompile.passes import PASSES
+from hvcompile.runtime import probing
 
-LADDERS = candidates.LADDERS
+SCHEDULES = {number: tuple(range(number)) for number in range(1, 31)}
+LADDERS = [*candidates.LADDERS, candidates.ladder_of(SCHEDULES)]
 
 
 def row_of(*, reused: float = 0.5, seconds: float = 1.0, psnr: float = 40.0, worst: float | None = None) -> Row:
@@ -46,6 +49,8 @@ def row_of(*, reused: float = 0.5, seconds: float = 1.0, psnr: float = 40.0, wor
 def law(candidate: Candidate) -> Row:
     """A world in which a larger threshold reuses more, and loses decibels that a forecast wins back in part."""
     reused = min(0.9, 2 * candidate.threshold)
+    if candidate.computed_steps:
+        reused = 1 - len(candidate.computed_steps) / 30
     return row_of(reused=reused, seconds=2 * (1 - reused), psnr=60 - 50 * reused + 4 * candidate.forecast)
 
 
@@ -66,12 +71,12 @@ def run_of(frames: Any, *, seconds: float = 1.0, num_reused: int = 1, num_steps:
 def searched(goal: Goal) -> dict[Candidate, Row]:
     """All that is measured until nothing is missing; what may be missing at most never grows."""
     rows: dict[Candidate, Row] = {}
-    most = candidates.most_missing(rows, goal)
-    while wanted := candidates.missing(rows, goal):
+    most = candidates.most_missing(rows, goal, LADDERS)
+    while wanted := candidates.missing(rows, goal, LADDERS):
         assert wanted[0] not in rows
         rows[wanted[0]] = law(wanted[0])
-        assert candidates.most_missing(rows, goal) < most
-        most = candidates.most_missing(rows, goal)
+        assert candidates.most_missing(rows, goal, LADDERS) < most
+        most = candidates.most_missing(rows, goal, LADDERS)
     assert most == 0
     return rows
 
@@ -93,14 +98,15 @@ def test_by_few_measurements_the_best_of_all_is_found(goal: Goal) -> None:
 
 def test_without_a_goal_each_rule_draws_a_curve_until_it_shows_something_else() -> None:
     rows = searched(Goal())
-    for ladder in LADDERS:
+    assert [candidate for candidate in LADDERS[-1] if candidate in rows] == list(LADDERS[-1][::3])
+    for ladder in candidates.LADDERS:
         measured = [candidate for candidate in ladder if candidate in rows]
         assert [candidate.threshold for candidate in measured] == list(candidates.COARSE)
-    assert candidates.missing(rows, Goal()) == []
+    assert candidates.missing(rows, Goal(), LADDERS) == []
     runaway = {Candidate(threshold=0.06): row_of(psnr=19.0)}
-    assert candidates.missing(runaway, Goal())[0] == Candidate(threshold=0.03), "what a goal left out is drawn"
+    assert candidates.missing(runaway, Goal(), LADDERS)[0] == Candidate(threshold=0.03), "what a goal left out is drawn"
     runaway[Candidate(threshold=0.03)] = row_of(psnr=30.0)
-    assert all(item.forecast for item in candidates.missing(runaway, Goal())), "beyond it nothing is worth it"
+    assert all(item.forecast for item in candidates.missing(runaway, Goal(), LADDERS)), "beyond it nothing is worth it"
 
 
 def test_every_candidate_is_an_option_of_the_cache_and_comes_back_from_json() -> None:
@@ -142,11 +148,12 @@ def test_a_row_sums_up_its_clips() -> None:
 def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", {"model": "a", "prompts": ["x"]})
     candidate, clip = Candidate(threshold=0.1, forecast=1), np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
-    store.rows[candidate], store.reference_seconds = row_of(), [2.0]
+    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0], {2: (0, 3)}
     store.write_reference(0, clip)
     store.keep()
     again = Store(tmp_path / "store", {"prompts": ["x"], "model": "a"})
     assert again.rows[candidate].clips == row_of().clips
+    assert again.schedules == {2: (0, 3)}
     assert again.has_references(1)
     assert not again.has_references(2)
     assert np.array_equal(again.reference(0), rounded(clip))
@@ -159,6 +166,7 @@ def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Pat
     damages: tuple[dict[str, Any], ...] = (
         {"conditions": None},
         {"reference_seconds": 3},
+        {"schedules": [0, 1]},
         *({"settings": [{"first_block_cache": section, "clips": clips}]} for clips in wrong_clips),
     )
     for damage in damages:
@@ -174,6 +182,16 @@ def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Pat
 @pytest.fixture(scope="module")
 def loaded() -> pipelines.Loaded:
     return pipelines.load()
+
+
+def show_steps(num_steps: int) -> None:
+    """Show a probe a generation as the cache's state has it."""
+    probe, streams = probing.current(), np.random.default_rng(0).standard_normal((num_steps, 2, 9)).cumsum(0)
+    for place, (first, rest) in enumerate(torch.from_numpy(streams)):
+        clock = torch.tensor([1000.0 - 100 * place], dtype=torch.float64)
+        state = {"counters": torch.tensor([place + 1, 0]), "last_clock": clock}
+        assert probe is not None
+        probe(0, 0, {**state, "first_residual": first, "residual_0": rest})
 
 
 @pytest.fixture
@@ -192,6 +210,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def run(self: Any, job: Any, _: Any) -> metrics.Run:
         clip = np.random.default_rng(job.seed).random((3, 8, 8, 3), np.float32)
         if self.cache is None:
+            return run_of(clip, num_reused=0)
+        if self.cache.threshold == 0:
+            show_steps(4)
             return run_of(clip, num_reused=0)
         noise = 10 ** (-law(self.cache).psnr / 20) * (-1) ** np.indices(clip.shape).sum(0)
         return run_of(0.1 + 0.8 * clip + noise - (0.1 - 0.2 * clip), num_reused=round(4 * law(self.cache).reused))
@@ -215,7 +236,9 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     seen: list[Any] = []
     outcome = tune.tune(request, seen.append, loaded)
     assert world[0] == "inductor"
-    assert len(world) == len(set(world)) == len(outcome.rows) + 1
+    assert world[1] == "repeat at 0", "by which schedules are found"
+    assert len(world) == len(set(world)) == len(outcome.rows) + 2
+    assert any(candidate.computed_steps for candidate in outcome.rows)
     assert outcome.chosen is not None
     options = hvcompile.load_options(tmp_path / "tuned.json")
     assert options == {"first_block_cache": {"warmup_steps": 1, **outcome.chosen.section()}}
@@ -266,7 +289,7 @@ def test_a_tuning_that_is_broken_off_goes_on(
     make = Runner.run
 
     def until(self: Any, job: Any, arguments: Any) -> Any:
-        if len(world) == 4:
+        if len(world) == 5:
             raise KeyboardInterrupt
         return make(self, job, arguments)
 
@@ -278,7 +301,9 @@ def test_a_tuning_that_is_broken_off_goes_on(
     world.clear()
     outcome = tune.tune(request, loaded=loaded)
     assert outcome.chosen == whole.chosen
-    assert [*first[:-1], *world] == ["inductor", *map(str, whole.rows)], "nothing twice but what was broken off"
+    assert [*first[:-1], *world] == ["inductor", "repeat at 0", *map(str, whole.rows)], (
+        "nothing twice but what was broken off"
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,6 +356,7 @@ def test_a_tuning_of_the_tiny_pipeline_keeps_what_it_promises(
     settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(candidates, "LADDERS", [ladder[5:8] for ladder in LADDERS[1:3]])
+    monkeypatch.setattr(tune, "LADDERS", candidates.LADDERS)
     monkeypatch.chdir(tmp_path)
     prompt = "a red circle moves to the left over a blue background"
     outcome = tune.tune(Request(prompt=prompt, steps=10, psnr=30.0, backend_settings=settings), loaded=pipelines.load())

@@ -15,6 +15,7 @@ import torch
 
 from hvcompile.hollow.host import values_on_host
 from hvcompile.journal import Declined, JournalRow
+from hvcompile.runtime import probing
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
 from hvcompile.runtime.fingerprints import Fingerprints
@@ -39,6 +40,7 @@ _NUMBERS = itertools.count()
 class StateLayout:
     """How to make a fresh state tensor, whose ``shape`` may be symbolic, and how it is kept; see ``trunk.State``."""
 
+    name: str
     shape: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
     device: torch.device
@@ -170,6 +172,10 @@ class CompiledGraph:
             [tensor for tensor, layout in zip(state, plan.states, strict=True) if layout.is_shared == is_shared]
             for is_shared in (False, True)
         )
+        probe = probing.current()
+        if probe is not None:
+            names = [layout.name for layout in plan.states]
+            probe(self._number, slot.number, dict(zip(names, state, strict=True)))
         if plan.has_record:
             model.add_pending(slot.number, results[end])
         return results[: plan.num_outputs]

@@ -54,10 +54,12 @@ def plot(outcome: Outcome, path: Path) -> None:
 def _points(
     rows: Mapping[Candidate, Row], across: Callable[[Row], float], up: Callable[[Row], float | None]
 ) -> list[tuple[float, float]]:
-    """A rule's points from the smallest threshold up.
+    """A rule's points from the least reuse to the most.
 
     Left out are settings that reuse nothing, which differ by rounding, and identical clips, which have no PSNR.
     """
-    ordered = [rows[candidate] for candidate in sorted(rows, key=lambda candidate: candidate.threshold)]
+    ordered = [
+        rows[candidate] for candidate in sorted(rows, key=lambda item: (item.threshold, -len(item.computed_steps)))
+    ]
     points = [(across(row), up(row)) for row in ordered if row.reused]
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]

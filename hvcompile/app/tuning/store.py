@@ -39,6 +39,7 @@ class Store:
         self._directory, self._conditions = directory, json.loads(json.dumps(conditions))
         self.rows: dict[Candidate, Row] = {}
         self.reference_seconds: list[float] = []
+        self.schedules: dict[int, tuple[int, ...]] | None = None  # by their number of steps; None where not yet sought
         if self.results.exists():
             self._read()
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -54,6 +55,8 @@ class Store:
             content = json.loads(self.results.read_text())
             earlier = dict(content["conditions"])
             self.reference_seconds = [float(seconds) for seconds in content["reference_seconds"]]
+            if content["schedules"] is not None:
+                self.schedules = {len(steps): tuple(map(int, steps)) for steps in content["schedules"]}
             for row in content["settings"]:
                 clips = [Measured.read(clip) for clip in row["clips"]]
                 found = self.rows[Candidate(**row["first_block_cache"])] = Row(clips)
@@ -77,7 +80,12 @@ class Store:
             {"first_block_cache": candidate.section(), "clips": [clip.record() for clip in row.clips]}
             for candidate, row in self.rows.items()
         ]
-        return {"conditions": self._conditions, "reference_seconds": self.reference_seconds, "settings": settings}
+        return {
+            "conditions": self._conditions,
+            "reference_seconds": self.reference_seconds,
+            "schedules": None if self.schedules is None else list(self.schedules.values()),
+            "settings": settings,
+        }
 
     def keep(self) -> None:
         """Write the figures; raises OutputError where they can't be."""

@@ -17,15 +17,19 @@ from hvcompile.app.records import circumstances, plain
 from hvcompile.app.reference import Reference
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
-from hvcompile.app.tuning.candidates import Candidate, Goal, missing, most_missing
+from hvcompile.app.tuning.candidates import LADDERS, Candidate, Goal, Ladders, ladder_of, missing, most_missing
 from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
+from hvcompile.app.tuning.schedule import COMPUTED, Recorder, Trajectory, schedules
 from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
 from hvcompile.ranks import launch
 from hvcompile.ranks.store import take_turn
+from hvcompile.runtime.probing import probing
 
 PATIENCE_SECONDS = 3600.0
 """How long the other ranks wait while the first one compares clips."""
+OBSERVED = 4
+"""Clips, at most, by which schedules are found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,8 @@ class Outcome:
 def tune(request: Request, observe: Observer = lambda event: None, loaded: pipelines.Loaded | None = None) -> Outcome:
     """Measure what is missing, and choose.
 
-    Every clip is made by plain torch.compile first. Each candidate then makes all clips again, and is compared with it.
+    Every clip is made by plain torch.compile first. Some are made with every step computed by the cache, which tells
+    the schedules that may be worth it. Each candidate then makes all clips again, and is compared with the first.
     What is measured is kept at once; a run that was broken off goes on there.
 
     Args:
@@ -113,9 +118,10 @@ class _Tuning:
     def measure(self) -> None:
         """Make the clips that are missing, the reference's first: a rewrite may free the weights that it runs on."""
         store = self._store
-        candidates = missing(store.rows, self._goal) if store is not None else []
-        if self._agreed(bool(candidates) and store is not None and not store.has_references(len(self._jobs))):
+        if self._agreed(bool(self._missing()) and store is not None and not store.has_references(len(self._jobs))):
             self._make_reference()
+        if self._agreed(store is not None and store.schedules is None):
+            self._find_schedules()
         while (candidate := self._next()) is not None:
             row = self._measured(candidate)
             if store is not None and row is not None:
@@ -126,17 +132,51 @@ class _Tuning:
 
     def _next(self) -> Candidate | None:
         """The candidate that all ranks make now; None where nothing is missing."""
-        candidates = missing(self._store.rows, self._goal) if self._store is not None else []
+        candidates = self._missing()
         section = self._agreed(candidates[0].section() if candidates else None)
         return Candidate(**section) if section is not None else None
 
+    def _missing(self) -> list[Candidate]:
+        """What is still to be measured; nothing on other ranks than the first."""
+        return missing(self._store.rows, self._goal, self._ladders()) if self._store is not None else []
+
+    def _ladders(self) -> Ladders:
+        """The candidates of every rule."""
+        assert self._store is not None
+        return [*LADDERS, ladder_of(self._store.schedules or {})]
+
     def _agreed(self, item: Any) -> Any:
         """The first rank's item, on all of them."""
-        if launch.num_ranks() == 1:
-            return item
-        group = dist.group.WORLD
-        assert group is not None
-        return take_turn(group, "hvcompile-tune", item, PATIENCE_SECONDS)[0]
+        return _told(item)[0]
+
+    def _find_schedules(self) -> None:
+        """Keep the schedules that follow from some clips with every step computed; none where nothing follows."""
+        given = self._request.backend_options().get("first_block_cache", {})
+        taken = sorted({"computed_steps", "max_consecutive_hits"}.intersection(given))
+        parts = [] if taken else _told([item.record() for item in self._observed(given)])
+        found: dict[int, tuple[int, ...]] = {}
+        if len(set(map(len, parts))) == 1:  # of all ranks the same generations
+            trajectories = [list(map(Trajectory.read, part)) for part in parts]
+            found = schedules([first.joined(others) for first, *others in zip(*trajectories, strict=True)])
+        if self._store is not None:
+            self._store.schedules = found
+            self._store.keep()
+            if not found:
+                reason = f"{' and '.join(taken)} is given" if taken else "the steps of a generation can't be told apart"
+                self._notes.append(f"no schedule was tried: {reason}")
+
+    def _observed(self, given: Mapping[str, Any]) -> list[Trajectory]:
+        """Make some clips with every step computed; what this rank's blocks made in each step."""
+        torch.compiler.reset()
+        fields = {name: setting for name, setting in COMPUTED.items() if name not in given}
+        runner = Runner(self._loaded, BACKEND, self._request.compile_arguments_with(fields), self._observe)
+        recorder, jobs = Recorder(), self._jobs[:OBSERVED]
+        with probing(recorder):
+            for place, job in enumerate(jobs):
+                self._tell("every step computed", place)
+                runner.run(job, self._arguments)
+        self._num_done += len(jobs)
+        return recorder.trajectories()
 
     def _make_reference(self) -> None:
         reference = Reference(self._loaded, is_dynamic=self._request.dynamic, observe=self._observe)
@@ -175,10 +215,10 @@ class _Tuning:
     def _tell(self, what: str, place: int, *, is_reference: bool = False) -> None:
         """Say what is made now, and how many clips are still to come at most."""
         if self._store is not None:
-            ahead = most_missing(self._store.rows, self._goal) + is_reference
-            self._observe(
-                Progress(what=what, done=self._num_done + place, most=self._num_done + ahead * len(self._jobs))
-            )
+            finds = self._store.schedules is None
+            ahead = most_missing(self._store.rows, self._goal, self._ladders(), finds_schedules=finds) + is_reference
+            most = self._num_done + ahead * len(self._jobs) + finds * len(self._jobs[:OBSERVED])
+            self._observe(Progress(what=what, done=self._num_done + place, most=most))
 
     def outcome(self) -> Outcome:
         """Choose, and write what is asked for."""
@@ -202,3 +242,12 @@ class _Tuning:
             notes=tuple(self._notes),
             problems=problems,
         )
+
+
+def _told(item: Any) -> list[Any]:
+    """What each rank has, on all of them; anything that JSON has."""
+    if launch.num_ranks() == 1:
+        return [item]
+    group = dist.group.WORLD
+    assert group is not None
+    return take_turn(group, "hvcompile-tune", item, PATIENCE_SECONDS)

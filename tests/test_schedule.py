@@ -1,0 +1,156 @@
+"""Fixed schedules: found against all that there are, and followed by a compiled model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy import Toy, toy_inputs
+
+import hvcompile
+from hvcompile.app.tuning import schedule
+from hvcompile.app.tuning.candidates import ladder_of, scheduled
+from hvcompile.runtime.probing import probing
+
+T = 8
+
+
+def walk(seed: int, num_steps: int = T) -> tuple[Any, Any, schedule.Trajectory]:
+    """Block 1's residual and that of the others, which is like it in part, along a generation."""
+    rng = np.random.default_rng(seed)
+    first = rng.standard_normal((num_steps, 5)).cumsum(0)
+    rest = first @ rng.standard_normal((5, 5)) + 0.3 * rng.standard_normal((num_steps, 5)).cumsum(0)
+    clocks = np.linspace(1000, 30, num_steps) ** 1.1
+    products = {"residual_0": rest[:, :3] @ rest[:, :3].T, "residual_1": rest[:, 3:] @ rest[:, 3:].T}
+    return first, rest, schedule.Trajectory(clocks=clocks, first=first @ first.T, rest=products)
+
+
+def missed(walks: list[tuple[Any, Any, schedule.Trajectory]], steps: tuple[int, ...]) -> float:
+    """What the forecasts of a schedule are off, step by step as the definition has it."""
+    total = 0.0
+    for first, rest, trajectory in walks:
+        lengths = [*-np.diff(trajectory.clocks), trajectory.clocks[-1]]
+        for step in set(range(T)) - set(steps):
+            *earlier, last = [place for place in steps if place < step]
+            error = rest[step] - rest[last]
+            if earlier:
+                along = first[last] - first[earlier[-1]]
+                ahead = np.clip(along @ (first[step] - first[last]) / (along @ along * 1.001), -8, 8)
+                error = error - ahead * (rest[last] - rest[earlier[-1]])
+            for part, whole in ((error[:3], rest[:, :3]), (error[3:], rest[:, 3:])):
+                total += lengths[step] ** 2 * (part @ part) / (whole * whole).sum() * T / len(walks)
+    return total
+
+
+def test_of_all_schedules_of_a_number_of_steps_the_best_is_found() -> None:
+    walks = [walk(seed) for seed in range(3)]
+    found = schedule.schedules([trajectory for *_, trajectory in walks])
+    assert list(found) == list(range(1, T + 1))
+    for number, steps in found.items():
+        every = [(0, *rest) for rest in itertools.combinations(range(1, T), number - 1)]
+        assert steps == min(every, key=lambda item: missed(walks, item))
+
+
+def test_parts_of_the_streams_on_ranks_are_the_whole_stream() -> None:
+    first, rest, whole = walk(0)
+    parts = [
+        schedule.Trajectory(
+            clocks=whole.clocks,
+            first=first[:, part] @ first[:, part].T,
+            rest={"residual_0": rest[:, part] @ rest[:, part].T},
+        )
+        for part in (slice(0, 2), slice(2, 5))
+    ]
+    parts = [schedule.Trajectory.read(part.record()) for part in parts]
+    joined = parts[0].joined(parts[1:])
+    assert np.allclose(joined.first, whole.first)
+    assert np.allclose(joined.rest["residual_0"], rest @ rest.T)
+
+
+def test_what_is_no_number_is_in_no_schedule() -> None:
+    *_, trajectory = walk(0)
+    trajectory.rest["residual_0"][3, :] = trajectory.rest["residual_0"][:, 3] = math.nan
+    found = schedule.schedules([trajectory])
+    assert found == {T: tuple(range(T))}, "all streams are measured by their mean, which is none either"
+    assert schedule.schedules([]) == {}
+
+
+def test_candidates_go_from_many_steps_to_few_and_bound_what_follows_the_schedule() -> None:
+    found = {number: (*range(number - 1), 40) for number in range(2, 51)}
+    made = ladder_of(found)
+    assert len(made) == 15
+    assert [len(candidate.computed_steps) for candidate in made] == sorted(
+        (len(candidate.computed_steps) for candidate in made), reverse=True
+    )
+    assert made[-1] == scheduled(found)[10]
+    assert made[-1].computed_steps == (*range(9), 40)
+    assert made[-1].max_consecutive_hits == 31
+    assert (scheduled({}), ladder_of({})) == ({}, ())
+
+
+def generation(model: torch.nn.Module, text: torch.Tensor, num_steps: int) -> list[torch.Tensor]:
+    """What a model gives in the steps of a generation whose sample drifts."""
+    sample = toy_inputs(1)["sample"]
+    found = []
+    for step in range(num_steps):
+        time = torch.full((1,), 1000.0 - 90.0 * step)
+        with torch.no_grad():
+            found.append(model(sample + 0.02 * step * sample.roll(1, 1), time, text))
+    return found
+
+
+def test_a_recorder_sees_what_the_blocks_made_and_a_schedule_is_followed() -> None:
+    plain, texts = Toy(), [toy_inputs(seed)["text"] for seed in (1, 2)]
+    seen: list[list[torch.Tensor]] = []
+    for block in plain.blocks:
+        block.register_forward_hook(lambda *made: seen[-1].append(made[-1]))
+    plain.blocks[0].register_forward_pre_hook(lambda _, given: seen.append([given[0]]))
+    for text in texts:
+        generation(plain, text, 6)
+
+    model = Toy()
+    model.compile(backend="hvfast", options={"lower": "eager", "first_block_cache": schedule.COMPUTED})
+    recorder = schedule.Recorder()
+    with probing(recorder):
+        for text in texts:
+            generation(model, text, 6)
+    first, second = recorder.trajectories()
+    assert first.clocks.tolist() == [1000.0 - 90.0 * step for step in range(6)]
+    for trajectory, steps in ((first, seen[:6]), (second, seen[6:])):
+        residuals = torch.stack([(step[1] - step[0]).flatten() for step in steps]).double()
+        rest = torch.stack([(step[-1] - step[1]).flatten() for step in steps]).double()
+        assert np.allclose(trajectory.first, residuals @ residuals.T, rtol=1e-5)
+        assert np.allclose(trajectory.rest["residual_0"], rest @ rest.T, rtol=1e-5)
+
+    candidate = scheduled(schedule.schedules([first, second]))[3]
+    again = Toy()
+    again.compile(backend="hvfast", options={"lower": "eager", "first_block_cache": candidate.section()})
+    generation(again, texts[0], 10)
+    computed = [place for place, step in enumerate(hvcompile.stats(again).steps[:6]) if not step.reused]
+    assert computed == list(candidate.computed_steps)
+    assert not all(step.reused for step in hvcompile.stats(again).steps[6:]), "beyond its end, too, steps are computed"
+
+
+def test_generations_that_cannot_be_told_apart_give_no_schedule() -> None:
+    state = {"counters": torch.tensor([1, 0]), "last_clock": torch.tensor([900.0]), "first_residual": torch.ones(2)}
+    one_model, two_models, gap, lengths = (schedule.Recorder() for _ in range(4))
+    for step in (1, 2):
+        state["counters"] = torch.tensor([step, 0])
+        one_model(0, 0, {**state, "residual_0": torch.ones(3)})
+        two_models(step, step, {**state, "residual_0": torch.ones(3)})
+        gap(0, 0, {**state, "counters": torch.tensor([3 * step, 0]), "residual_0": torch.ones(3)})
+    lengths(0, 0, {**state, "counters": torch.tensor([1, 0])})
+    lengths(0, 0, {"weights": torch.ones(1)})
+    assert len(one_model.trajectories()) == 1
+    assert [item.trajectories() for item in (two_models, gap, lengths, schedule.Recorder())] == [[], [], [], []]
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 50])
+def test_the_last_step_of_a_clock_that_falls_ends_at_0(num_steps: int) -> None:
+    falling = np.linspace(900.0, 40.0, num_steps)
+    assert schedule._lengths(falling)[-1] == 40.0
+    assert schedule._lengths(1000 - falling)[-1] == pytest.approx(abs(np.diff(falling)[-1]))
