@@ -151,16 +151,16 @@ def test_guidance_halves_decide_as_on_their_own(tiny_pipeline: Any) -> None:
         assert 0 < sum(decisions) < 12
 
 
+@pytest.mark.parametrize("lower", ["aot", pytest.param("inductor", marks=SLOW)])
 @pytest.mark.parametrize(
-    ("name", "threshold", "inverted"),
-    [pytest.param("cogvideox", 0.8, False, marks=SLOW), ("mochi", 0.9, True)],
-    ids=["cogvideox", "mochi"],
+    ("name", "threshold", "inverted"), [("cogvideox", 0.8, False), ("mochi", 0.9, True)], ids=["cogvideox", "mochi"]
 )
 def test_other_families_decide_as_diffusers_does(
-    name: str, threshold: float, inverted: bool, lowerings: list[int]
+    name: str, threshold: float, inverted: bool, lower: str, lowerings: list[int]
 ) -> None:
     family = zoo.FAMILIES[name]
-    fast = hvfast(family.build(), fullgraph=True, options={"first_block_cache": {"threshold": threshold}})
+    options = {"first_block_cache": {"threshold": threshold}, "lower": lower}
+    fast = hvfast(family.build(), fullgraph=True, options=options)
     scheduler = timesteps(inverted=inverted)
     for seed in SEEDS:
         inputs = family.inputs(seed)
@@ -188,25 +188,18 @@ def test_a_length_that_inductor_asks_for_is_an_error_that_says_so() -> None:
         torch.compile(model, fullgraph=True)(**inputs, return_dict=False)
 
 
+@pytest.mark.parametrize("lower", ["aot", pytest.param("inductor", marks=SLOW)])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param("hunyuan_video_i2v_concat", marks=SLOW),
-        "hunyuan_video_i2v_replace",
-        pytest.param(
-            "hunyuan_video_framepack",
-            marks=[
-                SLOW,
-                pytest.mark.skipif(ASKS_FOR_LENGTHS, reason="Inductor asks for a length that depends on data"),
-            ],
-        ),
-    ],
+    ["hunyuan_video_i2v_concat", "hunyuan_video_i2v_replace", pytest.param("hunyuan_video_framepack", marks=SLOW)],
 )
-def test_image_to_video_kinds(name: str, lowerings: list[int]) -> None:
-    """One graph, one call of Inductor, computed and reused steps equal to eager to 1e-4 relative."""
+def test_image_to_video_kinds(name: str, lower: str, lowerings: list[int]) -> None:
+    """One graph, one call of what lowers it, computed and reused steps equal to eager to 1e-4 relative."""
+    if lower == "inductor" and name == "hunyuan_video_framepack" and ASKS_FOR_LENGTHS:
+        pytest.skip("Inductor asks for a length that depends on data")
     family = zoo.FAMILIES[name]
     model, inputs = family.build(), family.inputs(5)
-    fast = hvfast(model, fullgraph=True)
+    fast = hvfast(model, fullgraph=True, options={"lower": lower})
     with torch.no_grad():
         expected = first(model(**inputs, return_dict=False))
         for _ in range(2):

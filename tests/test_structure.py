@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from torch import fx, nn
 from torch._dynamo.exc import Unsupported
 
@@ -196,7 +197,7 @@ def test_different_models_in_one_list_are_no_blocks() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=SLOW)])
 def test_few_layers_beside_a_modulation(blocks: int, lower: str) -> None:
     """Two layers are the trunk; one is none, and the log and the journal say so."""
     model, inputs = zoo.FAMILIES["ernie_image"].build(num_layers=blocks), zoo.FAMILIES["ernie_image"].inputs(3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from oracle import first, hvfast, relative_error
+from slow import SLOW
 from torch import nn
 from torch._dynamo.utils import counters
 from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
@@ -535,7 +536,7 @@ def test_why_a_mask_is_no_length(mask: torch.Tensor, reason: str) -> None:
     assert reason in str(read_lengths([keep_first(2), mask]))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=SLOW), 3])
 def test_compiled_with_the_cache(batch: int) -> None:
     """By Inductor: 1e-5 from eager from one to all text tokens valid, computed or reused; one graph for all lengths."""
     family = zoo.FAMILIES["hunyuan_video"]
