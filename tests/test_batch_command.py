@@ -10,15 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fleet_cases
-import psutil
 import pytest
 import ranks
 import tiny_pipelines
+from fleet_cases import ray_processes, rays_place  # noqa: F401
 from slow import SLOW
 from test_extras import run as run_without
 from typer.testing import CliRunner
@@ -59,7 +58,7 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         '{"prompt": "a", "guidance": NaN}',
         {"prompt": "a", "name": "../../etc/passwd"},
         {"prompt": "a", "name": "manifest"},
-        {"prompt": "a", "name": "01"},
+        {"prompt": "a", "name": "000001"},
         {"prompt": "a", "image": "none.png"},
         {"prompt": "a", "options": {"first_block_cache": {"treshold": 1}}},
         "[" * 100_000,
@@ -74,7 +73,7 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         "line 6: it is no JSON",
         "line 7: name '../../etc/passwd' is no file name",
         "line 8: name 'manifest' is taken",
-        "line 9: its file '01' is that of line 1 too",
+        "line 9: its file '000001' is that of line 1 too",
         "line 10: image '",
         "line 11: unknown key 'treshold'",
         "line 12: it is no JSON",
@@ -89,7 +88,11 @@ def test_lines_and_their_files(tmp_path: Path) -> None:
     lines = request(
         tmp_path, {"prompt": "a", "fps": 9}, {"prompt": "b", "name": "the cat.mp4"}, "", {"prompt": "c"}, fps=12
     ).lines()
-    assert [(line.number, line.stem, line.ask.fps) for line in lines] == [(1, "1", 9), (2, "the cat", 12), (4, "4", 12)]
+    assert [(line.number, line.stem, line.ask.fps) for line in lines] == [
+        (1, "000001", 9),
+        (2, "the cat", 12),
+        (4, "000004", 12),
+    ]
     assert len({line.identity for line in lines}) == 3
 
 
@@ -231,34 +234,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.write("hunyuan_video", tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    """Every process of Ray that a test starts has ended soon after it."""
-    before = {process.pid for process in ray_processes()}
-    yield
-    end = time.monotonic() + 30
-    while time.monotonic() < end and (left := {item.pid for item in ray_processes()} - before):
-        time.sleep(0.2)
-    assert not [item.cmdline()[:3] for item in ray_processes() if item.pid in left]
-
-
-def ray_processes() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "raylet" in words or "gcs_server" in words or words.startswith("ray::"):
-            found.append(process)
-    return found
-
-
 def records_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / "videos" / NAME
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
     return [json.loads(line) for line in whole]
 
 
-def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_path: Path) -> None:
-    """SIGKILL after the first video; what is there is whole, and the second run makes the rest, and nothing twice."""
+def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_path: Path, rays_place: Path) -> None:  # noqa: F811
+    """SIGKILL after the first video; what is there is whole, and the second run makes the rest, and nothing twice.
+
+    The ranks of the first run compute no longer.
+    """
     lines = [{"prompt": f"a red ball, {number}", "seed": number} for number in range(4)]
     asked = request(tmp_path, *lines, model=str(model))
     size = [word for name, value in fleet_cases.SIZE.items() for word in (f"--{name}", str(value))]
@@ -269,7 +255,12 @@ def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_pat
         end = time.monotonic() + 240
         while not records_of(tmp_path) and time.monotonic() < end and driver.poll() is None:
             time.sleep(0.05)
+        assert ray_processes(rays_place, "ray::Rank")
         driver.send_signal(signal.SIGKILL)
+    end = time.monotonic() + 15
+    while ray_processes(rays_place, "ray::Rank") and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not ray_processes(rays_place, "ray::Rank")
     first = records_of(tmp_path)
     assert 1 <= len(first) < 4
     whole = {record["output"]: record["bytes"] for record in first}
