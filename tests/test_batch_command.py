@@ -24,8 +24,11 @@ from typer.testing import CliRunner
 
 from hvcompile.app import cli
 from hvcompile.app.fleet import batch as engine
+from hvcompile.app.fleet import cluster
+from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.manifest import NAME, Manifest
-from hvcompile.app.fleet.replica import Replica
+from hvcompile.app.fleet.replica import WAITING, Replica
+from hvcompile.app.fleet.thread import FAILED, IDLE, Outcome, Report
 from hvcompile.app.fleet.todo import Task, Todo
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.batch import Line, Request
@@ -62,6 +65,11 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         {"prompt": "a", "image": "none.png"},
         {"prompt": "a", "options": {"first_block_cache": {"treshold": 1}}},
         "[" * 100_000,
+        {"prompt": "a", "name": "\u732b" * 70},
+        {"prompt": "a", "guidance": 10**400},
+        {"prompt": "a", "steps": 10**400},
+        {"prompt": "a", "options": {"first_block_cache": {"threshold": 10**400}}},
+        '{"prompt": "a", "seed": ' + "9" * 5000 + "}",
     ]
     with pytest.raises(InputError) as raised:
         request(tmp_path, *lines).lines()
@@ -77,6 +85,11 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         "line 10: image '",
         "line 11: unknown key 'treshold'",
         "line 12: it is no JSON",
+        "line 13: name '" + "\u732b" * 40 + "' has 210 bytes in UTF-8: give 200 or fewer",
+        "line 14: guidance is 1",
+        "line 15: steps is 1",
+        "line 16: ",
+        "line 17: it is no JSON",
         "nothing was started",
     ):
         assert part in message, part
@@ -94,6 +107,8 @@ def test_lines_and_their_files(tmp_path: Path) -> None:
         (4, "000004", 12),
     ]
     assert len({line.identity for line in lines}) == 3
+    more = request(tmp_path, *[{"prompt": f"{number}"} for number in range(1, 12)]).lines()
+    assert [line.stem for line in more[:2]] == ["000001", "000002"]  # whatever the count
 
 
 def invoke(*arguments: str) -> Any:
@@ -226,6 +241,58 @@ def test_what_failed_on_one_replica_waits_for_another() -> None:
     assert todo.take(1, None, [], (1,)) is not None
 
 
+class Seated:
+    """Stands in for a replica: the first one fails at once, and the second one never gets room."""
+
+    def __init__(self, number: int, *_: Any) -> None:
+        self.number, self.state, self.reason, self.report = (
+            number,
+            IDLE if number == 1 else WAITING,
+            "",
+            Report(state=IDLE),
+        )
+        self._outcomes: list[Outcome] = []
+
+    def advance(self) -> Outcome | None:
+        return self._outcomes.pop() if self._outcomes else None
+
+    def check(self, asks: list[Ask]) -> tuple[str, list[None]]:
+        return ".mp4", [None] * len(asks)
+
+    def begin(self, number: int, *_: Any) -> None:
+        self._outcomes.append(Outcome(number=number, kind=FAILED, reason="no luck"))
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_replica_that_waits_for_room_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed on the one that is there is tried there again, and then given up."""
+    monkeypatch.setattr(engine, "Replica", Seated)
+    monkeypatch.setattr(engine, "PAUSE_SECONDS", 0.0)
+    needs = Needs(cpus=1, gpus=0, environment={}, room=1)
+    monkeypatch.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+    seen: list[Any] = []
+    made = engine.batch(request(tmp_path, {"prompt": "a"}, {"prompt": "b"}, replicas=2), seen.append)
+    assert [(line.number, reason, attempts) for line, reason, attempts in made.failures] == [
+        (1, "no luck", 3),
+        (2, "no luck", 3),
+    ]
+    assert [event.text for event in seen if isinstance(event, engine.Note)] == [
+        "the cluster has room for 1 of 2 replicas: they go on alone"
+    ]
+
+
+def test_a_batch_says_where_makers_mix(tmp_path: Path) -> None:
+    lines = [line_of(number) for number in (1, 2, 3)]
+    with Manifest.opened(tmp_path) as manifest:
+        for line, torch in zip(lines, ("2.12.0", "2.13.0", "2.13.0"), strict=True):
+            manifest.store(line, b"video", ".mp4", {"maker": {"device": "cpu", "torch": torch}})
+        assert manifest.mixed(lines[1:]) == ()
+        (note,) = manifest.mixed(lines)
+    assert note.endswith("may differ: 2 by device cpu, torch 2.13.0; 1 by device cpu, torch 2.12.0")
+
+
 # Runs. Each has a Ray of its own, which ends with it.
 
 
@@ -267,7 +334,7 @@ def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_pat
     assert {name: (asked.output / name).stat().st_size for name in whole} == whole
 
     seen: list[engine.Progress] = []
-    made = engine.batch(asked, lambda event: seen.append(event) if not isinstance(event, str) else None)
+    made = engine.batch(asked, lambda event: seen.append(event) if isinstance(event, engine.Progress) else None)
     assert (made.lines, made.skipped, len(made.records), made.failures) == (4, len(first), 4 - len(first), ())
     assert sorted(record["line"] for record in records_of(tmp_path)) == [1, 2, 3, 4]
     assert seen[-1].done == 4

@@ -54,14 +54,12 @@ def batch(request: Request) -> None:
         raise typer.Exit(1)
 
 
-def _tell_note(event: str | engine.Progress | engine.Note) -> bool:
-    """Print a note, and nothing else; tells whether it was one."""
+def _tell_note(event: str | engine.Progress | engine.Note) -> None:
+    """Print a note, and nothing else."""
     from hvcompile.app.fleet.batch import Note
 
     if isinstance(event, Note):
         err.print(Text(f"note: {event.text}"), soft_wrap=True)
-        return True
-    return False
 
 
 class _Display:
@@ -81,12 +79,14 @@ class _Display:
 
     def __call__(self, event: str | engine.Progress | engine.Note) -> None:
         """Show a phase in words, how far all is, or a note."""
-        if _tell_note(event):
-            return
+        from hvcompile.app.fleet.batch import Progress as Far
+
         if isinstance(event, str):
             self._progress.update(self._bar, description=event)
-            return
-        text = tables.fleet_line(event)
-        if err.is_terminal:
-            text = "\n".join([text, *event.replicas])
-        self._progress.update(self._bar, description=text, completed=event.done + event.failed, total=event.total)
+        elif not isinstance(event, Far):
+            _tell_note(event)
+        else:
+            text = tables.fleet_line(event)
+            if err.is_terminal:
+                text = "\n".join([text, *event.replicas])
+            self._progress.update(self._bar, description=text, completed=event.done + event.failed, total=event.total)
