@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fleet_cases
+import psutil
 import pytest
 import ranks
 import tiny_pipelines
@@ -378,3 +379,42 @@ def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monke
     asks = [line.ask for line in asked.lines()]
     files, _ = ranks.results(ranks.launch(generated_by_all, 2, str(model), asks, str(tmp_path)))
     assert [(asked.output / f"{line.stem}.mp4").read_bytes() for line in asked.lines()] == files
+
+
+def test_a_machine_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two, with its raylet and its rank, while it computes: the other one makes the rest.
+
+    A replica that then waits for room, which never comes, holds up nothing.
+    """
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # else Ray finds out after half a minute
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [machines.add_node(num_cpus=1, wait=True) for _ in range(2)]
+    lines = [{"prompt": "a red ball", "seed": number} for number in range(5)]
+    asked = request(tmp_path, *lines, model=str(model), replicas=2, address=machines.address)
+    begin, begun = Replica.begin, []
+
+    def begin_and_kill(self: Replica, *arguments: Any) -> None:
+        begin(self, *arguments)
+        begun.append(self.number)
+        if begun.count(self.number) == 2 and nodes:
+            parents = {parent.pid for parent in psutil.Process(self.pids[0]).parents()}
+            raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes}
+            (node,) = [node for node, pid in raylets.items() if pid in parents]
+            nodes.clear()
+            os.kill(self.pids[0], signal.SIGKILL)  # a machine that goes takes all with it
+            machines.remove_node(node, allow_graceful=False)
+
+    monkeypatch.setattr(Replica, "begin", begin_and_kill)
+    try:
+        made = engine.batch(asked)
+    finally:
+        machines.shutdown()
+    assert not nodes
+    assert (len(made.records), made.failures) == (5, ())
+    assert made.restarts >= 1
+    assert sorted(record["line"] for record in records_of(tmp_path)) == [1, 2, 3, 4, 5]
+    for line in asked.lines()[:2]:
+        assert (asked.output / f"{line.stem}.mp4").read_bytes() == fleet_cases.generated(model, line.ask, tmp_path)
