@@ -29,11 +29,12 @@ from hvcompile.app.fleet import cluster
 from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.manifest import NAME, Manifest
 from hvcompile.app.fleet.replica import WAITING, Replica
-from hvcompile.app.fleet.thread import FAILED, IDLE, Outcome, Report
+from hvcompile.app.fleet.thread import BROKEN, FAILED, IDLE, MADE, Outcome, Report
 from hvcompile.app.fleet.todo import Task, Todo
+from hvcompile.app.fleet.worker import Made
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.batch import Line, Request
-from hvcompile.errors import InputError, OutputError
+from hvcompile.errors import InputError, OutputError, RunError
 
 pytestmark = pytest.mark.xdist_group("fleet")  # one Ray cluster at a time
 
@@ -284,6 +285,49 @@ def test_a_replica_that_waits_for_room_holds_up_nothing(tmp_path: Path, monkeypa
     ]
 
 
+class Broken(Seated):
+    """Stands in for one whose model's directory went away."""
+
+    def __init__(self, number: int, *_: Any) -> None:
+        super().__init__(number)
+        self.state, self.reason = BROKEN, "model '/m' is gone"
+
+
+class Quick(Seated):
+    """Stands in for one that makes whatever it is asked for."""
+
+    def begin(self, number: int, *_: Any) -> None:
+        sizes: dict[str, Any] = {"frames": 5, "height": 32, "width": 48, "steps": 4, "reused": 1, "captured": 0}
+        made = Made(content=b"video", suffix=".mp4", seconds=1.0, compile_seconds=0.0, peak_bytes=None, **sizes)
+        self._outcomes.append(Outcome(number=number, kind=MADE, made=made))
+
+
+@pytest.mark.parametrize(
+    ("replica", "error", "message"),
+    [
+        (Broken, RunError, "no replica is left: 3 in a row ended .* since model '/m' is gone"),
+        (Quick, OutputError, "No space left on device.*3 videos in a row were lost; free some space"),
+    ],
+)
+def test_what_ends_a_run(
+    replica: Any, error: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that goes away, and a disk that is full: no half file, and the same command goes on later."""
+    asked = request(tmp_path, *[{"prompt": f"{number}"} for number in range(5)])
+    needs = Needs(cpus=1, gpus=0, environment={})
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "Replica", replica)
+        patched.setattr(engine, "PAUSE_SECONDS", 0.0)
+        patched.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(error, match=message):
+                engine.batch(asked)
+        assert [path.name for path in asked.output.iterdir()] == [NAME]
+        patched.setattr(engine, "Replica", Quick)
+        assert len(engine.batch(asked).records) == 5
+
+
 def test_a_batch_says_where_makers_mix(tmp_path: Path) -> None:
     lines = [line_of(number) for number in (1, 2, 3)]
     with Manifest.opened(tmp_path) as manifest:
@@ -326,9 +370,15 @@ def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_pat
         assert ray_processes(rays_place, "ray::Rank")
         driver.send_signal(signal.SIGKILL)
     end = time.monotonic() + 15
-    while ray_processes(rays_place, "ray::Rank") and time.monotonic() < end:
+    while (left := ray_processes(rays_place)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not ray_processes(rays_place, "ray::Rank")
+        # Two of Ray's own, which compute nothing, try for a minute to tell a head that is gone.
+        agents = [item for item in left if item.name().startswith(("ray::Dashboard", "ray::RuntimeEnv"))]
+        if len(agents) == len(left):
+            break
+    assert len(agents) == len(left)
+    for agent in agents:
+        agent.kill()
     first = records_of(tmp_path)
     assert 1 <= len(first) < 4
     whole = {record["output"]: record["bytes"] for record in first}

@@ -24,10 +24,12 @@ PASSED_ON = (
     "TRITON_INTERPRET",
 )
 """Variables that ranks are given as they are here."""
-AGENTS_SECONDS = 10
-"""For which Ray's own agents look for a head that is gone; by default they outlive a driver that was killed by 60 s.
+HEAD_SECONDS = 10
+"""For which the processes of a Ray of this one's own look for a head that is gone, until they end; by default 60.
 
-Ranks end by themselves within about 3 s, since each looks every second whether its raylet is there."""
+Where this process itself is killed, ranks end within about 3 s: each looks every second whether its raylet is there.
+Two agents of Ray's own, which compute nothing, try for 60 s to tell of it before they end; nothing sets that.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def joined(fleet: Fleet, **init: Any) -> Iterator[Needs]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     if fleet.address is None:
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(AGENTS_SECONDS))
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_SECONDS))
     import ray
 
     was_there = ray.is_initialized()
