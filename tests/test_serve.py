@@ -520,7 +520,7 @@ def test_the_official_client(
     monkeypatch: pytest.MonkeyPatch,
     rays_place: Path,  # noqa: F811
 ) -> None:
-    """It makes, follows, fetches, lists, cancels and deletes; a rank that is killed costs one video nothing."""
+    """It makes, follows, fetches, lists, cancels and deletes; a rank or a maker that is killed costs no video."""
     openai = pytest.importorskip("openai")
     monkeypatch.setenv(KEYS, f"{KEY},{OTHER_KEY}")
     with server(model, most_queued=1) as (port, drain):
@@ -549,11 +549,12 @@ def test_the_official_client(
         assert videos.poll(queued.id, poll_interval_ms=100).status == "completed"
         assert videos.download_content(queued.id).read() == content
 
-        killed = videos.create(prompt=ask.prompt, extra_body={"seed": 3, "steps": 4})
-        (rank,) = ray_processes(rays_place, "ray::Rank")
-        os.kill(rank.pid, signal.SIGKILL)
-        assert videos.poll(killed.id, poll_interval_ms=200).status == "completed"
-        assert videos.download_content(killed.id).read() == content
+        for title in ("ray::Rank", "ray::ServeReplica:hvcompile:Maker"):
+            killed = videos.create(prompt=ask.prompt, extra_body={"seed": 3, "steps": 4})
+            (process,) = ray_processes(rays_place, title)
+            os.kill(process.pid, signal.SIGKILL)
+            assert videos.poll(killed.id, poll_interval_ms=200).status == "completed"
+            assert videos.download_content(killed.id).read() == content
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/metrics")
         figures = connection.getresponse().read().decode()
