@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 
 from hvcompile.app import generate
@@ -15,6 +23,40 @@ from hvcompile.app.request.clips import Clips
 
 SIZE: dict[str, Any] = {"steps": 4, "frames": 5, "height": 32, "width": 48}
 OPTIONS = ("lower=eager", "first_block_cache.threshold=0.3")
+
+
+@pytest.fixture(autouse=True)
+def rays_place() -> Iterator[Path]:
+    """A directory for all of a test's own Ray clusters; every process of them has ended soon after the test.
+
+    Others' clusters on this machine have theirs elsewhere.
+    """
+    place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, for the names of sockets
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_TMPDIR", str(place))
+        yield place
+    end = time.monotonic() + 30
+    while (left := ray_processes(place)) and time.monotonic() < end:
+        time.sleep(0.2)
+    told = []
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            told.append((process.cmdline()[:3], process.ppid()))
+    assert not told
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def ray_processes(place: Path, title: str = "") -> list[psutil.Process]:
+    """Processes of the clusters of a directory: those that name it, or whose output goes there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            words = " ".join(process.cmdline())
+            outputs = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2)]
+            is_ray = process.pid != os.getpid() and ("ray" in words)
+            if is_ray and words.startswith(title) and any(str(place) in text for text in (words, *outputs)):
+                found.append(process)
+    return found
 
 
 def base(model: Path | str, **more: Any) -> Clips:

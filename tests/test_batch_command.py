@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,23 @@ import psutil
 import pytest
 import ranks
 import tiny_pipelines
+from fleet_cases import ray_processes, rays_place  # noqa: F401
 from slow import SLOW
 from test_extras import run as run_without
 from typer.testing import CliRunner
 
 from hvcompile.app import cli
 from hvcompile.app.fleet import batch as engine
+from hvcompile.app.fleet import cluster
+from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.manifest import NAME, Manifest
-from hvcompile.app.fleet.replica import Replica
+from hvcompile.app.fleet.replica import WAITING, Replica
+from hvcompile.app.fleet.thread import BROKEN, FAILED, IDLE, MADE, Outcome, Report
 from hvcompile.app.fleet.todo import Task, Todo
+from hvcompile.app.fleet.worker import Made
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.batch import Line, Request
-from hvcompile.errors import InputError, OutputError
+from hvcompile.errors import InputError, OutputError, RunError
 
 pytestmark = pytest.mark.xdist_group("fleet")  # one Ray cluster at a time
 
@@ -59,10 +63,15 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         '{"prompt": "a", "guidance": NaN}',
         {"prompt": "a", "name": "../../etc/passwd"},
         {"prompt": "a", "name": "manifest"},
-        {"prompt": "a", "name": "01"},
+        {"prompt": "a", "name": "000001"},
         {"prompt": "a", "image": "none.png"},
         {"prompt": "a", "options": {"first_block_cache": {"treshold": 1}}},
         "[" * 100_000,
+        {"prompt": "a", "name": "\u732b" * 70},
+        {"prompt": "a", "guidance": 10**400},
+        {"prompt": "a", "steps": 10**400},
+        {"prompt": "a", "options": {"first_block_cache": {"threshold": 10**400}}},
+        '{"prompt": "a", "seed": ' + "9" * 5000 + "}",
     ]
     with pytest.raises(InputError) as raised:
         request(tmp_path, *lines).lines()
@@ -74,10 +83,15 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
         "line 6: it is no JSON",
         "line 7: name '../../etc/passwd' is no file name",
         "line 8: name 'manifest' is taken",
-        "line 9: its file '01' is that of line 1 too",
+        "line 9: its file '000001' is that of line 1 too",
         "line 10: image '",
         "line 11: unknown key 'treshold'",
         "line 12: it is no JSON",
+        "line 13: name '" + "\u732b" * 40 + "' has 210 bytes in UTF-8: give 200 or fewer",
+        "line 14: guidance is 1",
+        "line 15: steps is 1",
+        "line 16: ",
+        "line 17: it is no JSON",
         "nothing was started",
     ):
         assert part in message, part
@@ -89,8 +103,14 @@ def test_lines_and_their_files(tmp_path: Path) -> None:
     lines = request(
         tmp_path, {"prompt": "a", "fps": 9}, {"prompt": "b", "name": "the cat.mp4"}, "", {"prompt": "c"}, fps=12
     ).lines()
-    assert [(line.number, line.stem, line.ask.fps) for line in lines] == [(1, "1", 9), (2, "the cat", 12), (4, "4", 12)]
+    assert [(line.number, line.stem, line.ask.fps) for line in lines] == [
+        (1, "000001", 9),
+        (2, "the cat", 12),
+        (4, "000004", 12),
+    ]
     assert len({line.identity for line in lines}) == 3
+    more = request(tmp_path, *[{"prompt": f"{number}"} for number in range(1, 12)]).lines()
+    assert [line.stem for line in more[:2]] == ["000001", "000002"]  # whatever the count
 
 
 def invoke(*arguments: str) -> Any:
@@ -223,6 +243,116 @@ def test_what_failed_on_one_replica_waits_for_another() -> None:
     assert todo.take(1, None, [], (1,)) is not None
 
 
+class Seated:
+    """Stands in for a replica: the first one fails at once, and the second one never gets room."""
+
+    def __init__(self, number: int, *_: Any) -> None:
+        self.number, self.state, self.reason, self.report = (
+            number,
+            IDLE if number == 1 else WAITING,
+            "",
+            Report(state=IDLE),
+        )
+        self._outcomes: list[Outcome] = []
+
+    def advance(self) -> Outcome | None:
+        return self._outcomes.pop() if self._outcomes else None
+
+    def check(self, asks: list[Ask]) -> tuple[str, list[None]]:
+        return ".mp4", [None] * len(asks)
+
+    def begin(self, number: int, *_: Any) -> None:
+        self._outcomes.append(Outcome(number=number, kind=FAILED, reason="no luck"))
+
+    def kill(self) -> None:
+        pass
+
+
+def test_a_replica_that_waits_for_room_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed on the one that is there is tried there again, and then given up."""
+    monkeypatch.setattr(engine, "Replica", Seated)
+    monkeypatch.setattr(engine, "PAUSE_SECONDS", 0.0)
+    needs = Needs(cpus=1, gpus=0, environment={}, room=1)
+    monkeypatch.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+    seen: list[Any] = []
+    made = engine.batch(request(tmp_path, {"prompt": "a"}, {"prompt": "b"}, replicas=2), seen.append)
+    assert [(line.number, reason, attempts) for line, reason, attempts in made.failures] == [
+        (1, "no luck", 3),
+        (2, "no luck", 3),
+    ]
+    assert [event.text for event in seen if isinstance(event, engine.Note)] == [
+        "the cluster has room for 1 of 2 replicas: they go on alone"
+    ]
+
+
+class Broken(Seated):
+    """Stands in for one whose model's directory went away."""
+
+    def __init__(self, number: int, *_: Any) -> None:
+        super().__init__(number)
+        self.state, self.reason = BROKEN, "model '/m' is gone"
+
+
+class Quick(Seated):
+    """Stands in for one that makes whatever it is asked for."""
+
+    def begin(self, number: int, *_: Any) -> None:
+        sizes: dict[str, Any] = {"frames": 5, "height": 32, "width": 48, "steps": 4, "reused": 1, "captured": 0}
+        made = Made(content=b"video", suffix=".mp4", seconds=1.0, compile_seconds=0.0, peak_bytes=None, **sizes)
+        self._outcomes.append(Outcome(number=number, kind=MADE, made=made))
+
+
+@pytest.mark.parametrize(
+    ("replica", "error", "message"),
+    [
+        (Broken, RunError, "no replica is left: 3 in a row ended .* since model '/m' is gone"),
+        (Quick, OutputError, "No space left on device.*3 videos in a row were lost; free some space"),
+    ],
+)
+def test_what_ends_a_run(
+    replica: Any, error: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that goes away, and a disk that is full: no half file, and the same command goes on later."""
+    asked = request(tmp_path, *[{"prompt": f"{number}"} for number in range(5)])
+    needs = Needs(cpus=1, gpus=0, environment={})
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "Replica", replica)
+        patched.setattr(engine, "PAUSE_SECONDS", 0.0)
+        patched.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(error, match=message):
+                engine.batch(asked)
+        assert [path.name for path in asked.output.iterdir()] == [NAME]
+        patched.setattr(engine, "Replica", Quick)
+        assert len(engine.batch(asked).records) == 5
+
+
+def start_and_be_terminated() -> None:
+    with cluster._own_signals():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+
+def test_ray_has_sigterm_for_as_long_as_it_starts() -> None:
+    """Its handler would end this process by SIGABRT."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        start_and_be_terminated()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_batch_says_where_makers_mix(tmp_path: Path) -> None:
+    lines = [line_of(number) for number in (1, 2, 3)]
+    with Manifest.opened(tmp_path) as manifest:
+        for line, torch in zip(lines, ("2.12.0", "2.13.0", "2.13.0"), strict=True):
+            manifest.store(line, b"video", ".mp4", {"maker": {"device": "cpu", "torch": torch}})
+        assert manifest.mixed(lines[1:]) == ()
+        (note,) = manifest.mixed(lines)
+    assert note.endswith("may differ: 2 by device cpu, torch 2.13.0; 1 by device cpu, torch 2.12.0")
+
+
 # Runs. Each has a Ray of its own, which ends with it.
 
 
@@ -231,37 +361,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.write("hunyuan_video", tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    """Every process of Ray that a test starts has ended soon after it."""
-    before = {process.pid for process in ray_processes()}
-    yield
-    end = time.monotonic() + 30
-    while time.monotonic() < end and (left := {item.pid for item in ray_processes()} - before):
-        time.sleep(0.2)
-    assert not [item.cmdline()[:3] for item in ray_processes() if item.pid in left]
-
-
-def ray_processes() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "raylet" in words or "gcs_server" in words or words.startswith("ray::"):
-            found.append(process)
-    return found
-
-
 def records_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / "videos" / NAME
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
     return [json.loads(line) for line in whole]
 
 
-def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_path: Path) -> None:
-    """SIGKILL after the first video; what is there is whole, and the second run makes the rest, and nothing twice."""
-    lines = [{"prompt": f"a red ball, {number}", "seed": number} for number in range(4)]
-    asked = request(tmp_path, *lines, model=str(model))
-    size = [word for name, value in fleet_cases.SIZE.items() for word in (f"--{name}", str(value))]
+@pytest.mark.parametrize("victim", ["driver", pytest.param("head", marks=SLOW)])
+def test_a_driver_that_is_killed_and_the_same_command_again(
+    victim: str,
+    model: Path,
+    tmp_path: Path,
+    rays_place: Path,  # noqa: F811
+) -> None:
+    """SIGKILL after the first video; what is there is whole, and the second run makes the rest, and nothing twice.
+
+    The ranks of the first run compute no longer. Where Ray's head is killed, the driver ends by itself.
+    """
+    lines = [{"prompt": f"a red ball, {number}", "seed": number} for number in range(4 if victim == "driver" else 40)]
+    given = fleet_cases.SIZE | ({"steps": 16} if victim == "head" else {})  # else all is made before it knows
+    asked = request(tmp_path, *lines, model=str(model), **given)
+    size = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     options = [word for option in fleet_cases.OPTIONS for word in ("--option", option)]
     command = [sys.executable, "-m", "hvcompile", "batch", str(asked.prompts), "-o", str(asked.output), *size, *options]
     command += ["--model", str(model), "--device", "cpu"]
@@ -269,22 +389,43 @@ def test_a_driver_that_is_killed_and_the_same_command_again(model: Path, tmp_pat
         end = time.monotonic() + 240
         while not records_of(tmp_path) and time.monotonic() < end and driver.poll() is None:
             time.sleep(0.05)
+        assert ray_processes(rays_place, "ray::Rank")
+        if victim == "head":
+            (head,) = [item for item in ray_processes(rays_place) if item.name() == "gcs_server"]
+            head.kill()
+            assert driver.wait(60) == 1
         driver.send_signal(signal.SIGKILL)
+    # Two of Ray's own, which compute nothing, try for a minute to tell a head that is gone.
+    titles = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    end = time.monotonic() + 15
+    while True:
+        agents = [agent for title in titles for agent in ray_processes(rays_place, title)]
+        if len(left := ray_processes(rays_place)) <= len(agents) or time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    assert not {item.pid for item in left} - {agent.pid for agent in agents}
+    for agent in agents:
+        agent.kill()
     first = records_of(tmp_path)
-    assert 1 <= len(first) < 4
+    assert 1 <= len(first) < len(lines)
     whole = {record["output"]: record["bytes"] for record in first}
     assert {name: (asked.output / name).stat().st_size for name in whole} == whole
 
     seen: list[engine.Progress] = []
-    made = engine.batch(asked, lambda event: seen.append(event) if not isinstance(event, str) else None)
-    assert (made.lines, made.skipped, len(made.records), made.failures) == (4, len(first), 4 - len(first), ())
-    assert sorted(record["line"] for record in records_of(tmp_path)) == [1, 2, 3, 4]
-    assert seen[-1].done == 4
-    for line in asked.lines():
-        expected = fleet_cases.generated(model, line.ask, tmp_path)
+    made = engine.batch(asked, lambda event: seen.append(event) if isinstance(event, engine.Progress) else None)
+    assert (made.lines, made.skipped, len(made.records), made.failures) == (
+        len(lines),
+        len(first),
+        len(lines) - len(first),
+        (),
+    )
+    assert sorted(record["line"] for record in records_of(tmp_path)) == list(range(1, len(lines) + 1))
+    assert seen[-1].done == len(lines)
+    for line in asked.lines()[:4]:
+        expected = fleet_cases.generated(model, line.ask, tmp_path, **given)
         assert (asked.output / f"{line.stem}.mp4").read_bytes() == expected
     again = engine.batch(asked)  # starts nothing
-    assert (again.skipped, again.records) == (4, ())
+    assert (again.skipped, again.records) == (len(lines), ())
 
 
 def generated_by_all(model: str, asks: list[Ask], folder: str) -> list[bytes]:
@@ -320,3 +461,42 @@ def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monke
     asks = [line.ask for line in asked.lines()]
     files, _ = ranks.results(ranks.launch(generated_by_all, 2, str(model), asks, str(tmp_path)))
     assert [(asked.output / f"{line.stem}.mp4").read_bytes() for line in asked.lines()] == files
+
+
+def test_a_machine_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two, with its raylet and its rank, while it computes: the other one makes the rest.
+
+    A replica that then waits for room, which never comes, holds up nothing.
+    """
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # else Ray finds out after half a minute
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [machines.add_node(num_cpus=1, wait=True) for _ in range(2)]
+    lines = [{"prompt": "a red ball", "seed": number} for number in range(5)]
+    asked = request(tmp_path, *lines, model=str(model), replicas=2, address=machines.address)
+    begin, begun = Replica.begin, []
+
+    def begin_and_kill(self: Replica, *arguments: Any) -> None:
+        begin(self, *arguments)
+        begun.append(self.number)
+        if begun.count(self.number) == 2 and nodes:
+            parents = {parent.pid for parent in psutil.Process(self.pids[0]).parents()}
+            raylets = {node: node.all_processes["raylet"][0].process.pid for node in nodes}
+            (node,) = [node for node, pid in raylets.items() if pid in parents]
+            nodes.clear()
+            os.kill(self.pids[0], signal.SIGKILL)  # a machine that goes takes all with it
+            machines.remove_node(node, allow_graceful=False)
+
+    monkeypatch.setattr(Replica, "begin", begin_and_kill)
+    try:
+        made = engine.batch(asked)
+    finally:
+        machines.shutdown()
+    assert not nodes
+    assert (len(made.records), made.failures) == (5, ())
+    assert made.restarts >= 1
+    assert sorted(record["line"] for record in records_of(tmp_path)) == [1, 2, 3, 4, 5]
+    for line in asked.lines()[:2]:
+        assert (asked.output / f"{line.stem}.mp4").read_bytes() == fleet_cases.generated(model, line.ask, tmp_path)

@@ -231,7 +231,7 @@ def test_a_worker_that_can_not_load_says_why(tmp_path: Path) -> None:
         ({"prompt": "a", "steps": 0}, "steps is 0: give a whole number from 1"),
         ({"prompt": "a", "steps": 4.0}, "steps is 4.0: give a whole number"),
         ({"prompt": "a", "seed": 2**64}, "seed is 18446744073709551616: give a whole number from"),
-        ({"prompt": "a", "guidance": -1}, "guidance is -1: give a finite number, 0 or more"),
+        ({"prompt": "a", "guidance": -1}, "guidance is -1: give a number from 0 to 1000"),
         ({"prompt": "a", "fps": 5000}, "fps is 5000: give a whole number from 1 to 1000"),
         ({"prompt": "a", "options": {"fp8": {}}}, "options has 'fp8', which all videos of a worker share"),
         ({"prompt": "a", "options": {"attention": 3}}, "give an object of sections"),

@@ -38,11 +38,13 @@ def batch(request: Request) -> None:
         terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # then, too, the replicas are ended
         try:
             with contextlib.ExitStack() as stack:
-                made = engine.batch(request, _silent if request.quiet else stack.enter_context(_Display()))
+                made = engine.batch(request, _tell_note if request.quiet else stack.enter_context(_Display()))
         finally:
             signal.signal(signal.SIGTERM, terminate)
         if request.json_file is not None:
             outputs.write_json(made.record(), request.json_file)
+    for note in made.notes:
+        err.print(Text(f"note: {note}"), soft_wrap=True)
     if not request.quiet:
         for table in tables.fleet_tables(made, request.output):
             out.print(table)
@@ -52,8 +54,12 @@ def batch(request: Request) -> None:
         raise typer.Exit(1)
 
 
-def _silent(event: object) -> None:
-    """Show nothing."""
+def _tell_note(event: str | engine.Progress | engine.Note) -> None:
+    """Print a note, and nothing else."""
+    from hvcompile.app.fleet.batch import Note
+
+    if isinstance(event, Note):
+        err.print(Text(f"note: {event.text}"), soft_wrap=True)
 
 
 class _Display:
@@ -63,8 +69,6 @@ class _Display:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
         self._bar = self._progress.add_task("reading", total=None)
-        self._replicas: list[Progress] = []
-        self._last = ""
 
     def __enter__(self) -> _Display:
         self._progress.start()
@@ -73,12 +77,16 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def __call__(self, event: str | engine.Progress) -> None:
-        """Show a phase in words, or how far all is."""
+    def __call__(self, event: str | engine.Progress | engine.Note) -> None:
+        """Show a phase in words, how far all is, or a note."""
+        from hvcompile.app.fleet.batch import Progress as Far
+
         if isinstance(event, str):
             self._progress.update(self._bar, description=event)
-            return
-        text = tables.fleet_line(event)
-        if err.is_terminal:
-            text = "\n".join([text, *event.replicas])
-        self._progress.update(self._bar, description=text, completed=event.done + event.failed, total=event.total)
+        elif not isinstance(event, Far):
+            _tell_note(event)
+        else:
+            text = tables.fleet_line(event)
+            if err.is_terminal:
+                text = "\n".join([text, *event.replicas])
+            self._progress.update(self._bar, description=text, completed=event.done + event.failed, total=event.total)

@@ -29,6 +29,7 @@ def serve(request: Request) -> None:
 
         quiet.hide_progress_bars()
         left = 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it loads, that ends it, and all it has begun
         with serving.serving(request, lambda event: err.print(Text(event))) as drain:
             stopped = threading.Event()
             for number in (signal.SIGTERM, signal.SIGINT):

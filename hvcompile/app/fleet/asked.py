@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import email.parser
-import email.policy
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hvcompile.app.request.ask import Ask
+from hvcompile.app.request.ask import LARGEST_SCALE, Ask
 from hvcompile.app.request.serve import Size
 from hvcompile.errors import InputError
 from hvcompile.inputs import finite
@@ -23,6 +21,9 @@ MOST_FIELDS = 32
 """Of a form."""
 FIELDS = ("prompt", "model", "size", "seconds", "seed", "steps", "guidance", "negative_prompt", "true_cfg")
 _NUMBERS = ("seed", "steps", "guidance", "true_cfg")
+_LARGEST = 10**30
+"""Of a number of any kind; beyond, arithmetic and messages take long."""
+JSON, FORM = "application/json", "multipart/form-data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ def asked(body: bytes, content_type: str, limits: Limits) -> Ask:
 
     Args:
         body: a JSON object, or a form as ``multipart/form-data``.
-        content_type: of it, as the client says.
+        content_type: of it, as the client says. Another than JSON or a form is refused: a browser sends plain text for
+            any page, without asking.
         limits: what may be asked for.
 
     Raises:
@@ -47,7 +49,10 @@ def asked(body: bytes, content_type: str, limits: Limits) -> Ask:
             numbers and names of fields.
 
     """
-    fields = _form(body, content_type) if content_type.startswith("multipart/form-data") else _json(body)
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in (JSON, FORM):
+        raise InputError(f"the content type is neither {JSON} nor {FORM}: name the one that the body is")
+    fields = _form(body, content_type) if kind == FORM else _json(body)
     for name in fields:
         if name == "input_reference":
             raise InputError("input_reference is not served here: this server makes videos of text alone")
@@ -80,26 +85,44 @@ def _json(body: bytes) -> Mapping[str, Any]:
 
 
 def _form(body: bytes, content_type: str) -> Mapping[str, Any]:
-    """The fields of a form; a file in it is only seen to be one."""
+    """The fields of a form, as RFC 7578 has it; a file in it is only seen to be one.
+
+    Python's reader of mails reads forms too, but takes seconds for some of 64 KiB, and fails on others.
+    """
     if not re.fullmatch(r"[\x20-\x7e]{1,300}", content_type):
         raise InputError("the content type can't be read")
-    head = f"Content-Type: {content_type}\r\n\r\n".encode()
-    message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
-    if not message.is_multipart():
+    boundary = re.search(r";\s*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1\s*(;|$)", content_type, re.IGNORECASE)
+    if boundary is None:
         raise InputError("the body is no form: its boundary is missing")
+    delimiter = b"\r\n--" + boundary[2].encode()
+    whole = b"\r\n" + body
+    if whole.count(delimiter) > MOST_FIELDS + 1:
+        raise InputError(f"the form has too many fields: send {MOST_FIELDS} or fewer")
+    first, *parts = whole.split(delimiter)
+    if first or not parts or not parts.pop().startswith(b"--"):
+        raise InputError("the body is no form: it does not begin and end with its boundary")
     fields: dict[str, Any] = {}
-    for part in message.iter_parts():
-        name = part.get_param("name", header="content-disposition")
-        if not isinstance(name, str) or name in fields or len(fields) >= MOST_FIELDS:
-            raise InputError("the form has a field without a name, one twice, or too many")
-        content = part.get_payload(decode=True)
-        try:
-            # A file is seen to be one, and not read.
-            is_text = part.get_filename() is None
-            fields[name] = content.decode() if is_text and isinstance(content, bytes) else b""
-        except UnicodeDecodeError as error:
-            raise InputError("a field of the form is no text in UTF-8") from error
+    for part in parts:
+        name, content = _field(part)
+        if name in fields:
+            raise InputError("the form has a field twice: send each once")
+        fields[name] = content
     return fields
+
+
+def _field(part: bytes) -> tuple[str, str | bytes]:
+    """The name and the text of a part of a form; of a file, no content."""
+    head, blank, content = part.partition(b"\r\n\r\n")
+    try:
+        lines = head.decode().split("\r\n")
+        told = [line for line in lines[1:] if line.lower().startswith("content-disposition:")]
+        named = re.findall(r";\s*name=\"([^\"]{1,100})\"", told[0] if len(told) == 1 else "")
+        if not blank or lines[0].strip() or len(named) != 1:
+            raise InputError("the form has a field without a name")
+        is_file = re.search(r";\s*filename\*?=", told[0], re.IGNORECASE)
+        return named[0], b"" if is_file else content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError("a field of the form is no text in UTF-8") from error
 
 
 def _number(name: str, value: Any) -> int | float:
@@ -109,10 +132,10 @@ def _number(name: str, value: Any) -> int | float:
         is_decimal = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?", value)
         value = int(value) if is_whole else float(value) if is_decimal else None
     is_number = isinstance(value, int) or (isinstance(value, float) and name not in ("seed", "steps"))
-    if not is_number or isinstance(value, bool):
+    if not is_number or isinstance(value, bool) or not -_LARGEST <= value <= _LARGEST:
         raise InputError(f"{name} is no number that it may be")
-    if name in ("guidance", "true_cfg") and not 0 <= value <= 1000:
-        raise InputError(f"{name} is not from 0 to 1000")
+    if name in ("guidance", "true_cfg") and not 0 <= value <= LARGEST_SCALE:
+        raise InputError(f"{name} is not from 0 to {LARGEST_SCALE}")
     number: int | float = value
     return number
 

@@ -15,7 +15,7 @@ from typing import Any
 from hvcompile.app.fleet import cluster
 from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.manifest import Manifest
-from hvcompile.app.fleet.replica import Replica
+from hvcompile.app.fleet.replica import WAITING, Replica
 from hvcompile.app.fleet.thread import BROKEN, BUSY, IDLE, Outcome
 from hvcompile.app.fleet.todo import Task, Todo
 from hvcompile.app.request.batch import Line, Request, raise_wrong
@@ -68,6 +68,7 @@ class Batch:
         failures: line, reason and attempts of each that was given up.
         restarts: replicas that broke and were begun anew.
         seconds: of all.
+        notes: what else the user should know.
 
     """
 
@@ -77,6 +78,7 @@ class Batch:
     failures: tuple[tuple[Line, str, int], ...]
     restarts: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -89,6 +91,7 @@ class Batch:
                 for line, reason, attempts in self.failures
             ],
             "restarts": self.restarts,
+            "notes": list(self.notes),
             "seconds": self.seconds,
             "steps": sum(item["steps"] for item in self.records),
             "steps_reused": sum(item["reused"] for item in self.records),
@@ -96,7 +99,14 @@ class Batch:
         }
 
 
-Observer = Callable[[str | Progress], None]
+@dataclass(frozen=True)
+class Note:
+    """Something that the user should know at once."""
+
+    text: str
+
+
+Observer = Callable[[str | Progress | Note], object]
 
 
 def batch(request: Request, observe: Observer = lambda event: None) -> Batch:
@@ -104,7 +114,7 @@ def batch(request: Request, observe: Observer = lambda event: None) -> Batch:
 
     Args:
         request: what to make.
-        observe: told of phases, and of progress.
+        observe: told of phases, of progress, and of what the user should know.
 
     Raises:
         InputError, OptionError: the request or a line can't be met, or there is no cluster or no room in it.
@@ -120,6 +130,10 @@ def batch(request: Request, observe: Observer = lambda event: None) -> Batch:
         if left:
             observe("starting Ray")
             with cluster.joined(request) as needs:
+                if needs.room < request.replicas:
+                    observe(
+                        Note(f"the cluster has room for {needs.room} of {request.replicas} replicas: they go on alone")
+                    )
                 run.all(needs)
         return run.batch()
 
@@ -176,6 +190,7 @@ class Run:
             failures=tuple(sorted(self._failures, key=lambda item: item[0].number)),
             restarts=self._restarts,
             seconds=time.monotonic() - self._begin,
+            notes=self._manifest.mixed(self._lines),
         )
 
     def progress(self) -> Progress:
@@ -226,7 +241,8 @@ class Run:
     def _give(self, seat: _Seat) -> None:
         """Begin a replica's next task, if there is one for it."""
         others = [other.shape for other in self._seats if other is not seat and other.task and other.shape]
-        alive = [other.replica.number for other in self._seats]
+        # One that waits for room may wait for ever.
+        alive = [other.replica.number for other in self._seats if other.replica.state != WAITING]
         task = self._todo.take(seat.replica.number, seat.shape, others, alive)
         if task is None:
             return

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +24,30 @@ PASSED_ON = (
     "TRITON_INTERPRET",
 )
 """Variables that ranks are given as they are here."""
+HEAD_SECONDS = 10
+"""For which the processes of a Ray of this one's own look for a head that is gone, until they end; by default 60.
+
+Where this process itself is killed, ranks end within about 3 s: each looks every second whether its raylet is there.
+Two agents of Ray's own, which compute nothing, try for 60 s to tell of it before they end; nothing sets that.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a rank needs of its machine, and the environment that it runs in."""
+    """What a rank needs of its machine, and the environment that it runs in.
+
+    Attributes:
+        cpus: cores.
+        gpus: 0 or 1.
+        environment: variables.
+        room: how many of the replicas that were asked for the machines have room for, whoever else uses them.
+
+    """
 
     cpus: int
     gpus: int
     environment: dict[str, str]
+    room: int = 1
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -50,6 +68,8 @@ def joined(fleet: Fleet, **init: Any) -> Iterator[Needs]:
 
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    if fleet.address is None:
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_SECONDS))
     import ray
 
     was_there = ray.is_initialized()
@@ -67,12 +87,13 @@ def _connect(fleet: Fleet, init: dict[str, Any]) -> None:
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False} | init
     try:
-        if fleet.address is None:
-            room = max(os.cpu_count() or 1, fleet.replicas * fleet.ranks * fleet.cpus + 2)
-            ray.init(address="local", num_cpus=room, include_dashboard=False, **quiet)
-        else:
-            _check_answers(fleet.address)
-            ray.init(address=fleet.address, **quiet)
+        with _own_signals():
+            if fleet.address is None:
+                room = max(os.cpu_count() or 1, fleet.replicas * fleet.ranks * fleet.cpus + 2)
+                ray.init(address="local", num_cpus=room, include_dashboard=False, **quiet)
+            else:
+                _check_answers(fleet.address)
+                ray.init(address=fleet.address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         where = (
             "Ray can't be started here" if fleet.address is None else f"address {fleet.address!r} has no Ray cluster"
@@ -80,6 +101,24 @@ def _connect(fleet: Fleet, init: dict[str, Any]) -> None:
         raise InputError(
             f"{where}: {first_line(error)}; start one with ray start --head, or leave address out"
         ) from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Within, Ray may take SIGTERM for itself; after, it is whose it was.
+
+    Ray's handler ends the processes of Ray first, which this one then dies of, by SIGABRT.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ray leaves signals alone there, and so must we
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:  # nothing but that handler raises it
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_answers(address: str) -> None:
@@ -117,4 +156,4 @@ def _needs(fleet: Fleet, *, is_ours: bool) -> Needs:
             f"there is room for {room} replicas of {fleet.ranks} ranks on a machine each ({what} of {len(machines)} "
             f"machines): give fewer replicas than {fleet.replicas}, or fewer ranks"
         )
-    return needs
+    return dataclasses.replace(needs, room=min(room, fleet.replicas))

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import logging
+import math
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,8 +25,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from hvcompile.app.fleet.asked import MOST_BYTES, Limits, asked
 from hvcompile.app.fleet.figures import Figures
-from hvcompile.app.fleet.jobs import COMPLETED, QUEUED, RUNNING, Job, Jobs, shown
+from hvcompile.app.fleet.jobs import COMPLETED, LOCK, QUEUED, RUNNING, Job, Jobs, locked, shown
 from hvcompile.app.fleet.thread import MADE, STOPPED, Outcome
+from hvcompile.app.request.serve import is_loopback
 from hvcompile.errors import InputError, OutputError, one_line
 
 log = logging.getLogger(__name__)
@@ -30,11 +35,15 @@ log = logging.getLogger(__name__)
 MOST_ATTEMPTS = 3
 """How often a video is begun, where its replica breaks."""
 MOST_LISTED = 100
+EXPIRE_SECONDS = 10.0
+"""How often videos that were kept long enough are looked for."""
 RETRY_SECONDS = 5
 """After which clients are told to come back."""
 BODY_SECONDS = 30.0
 """For which a client may take to send what it asks for."""
 BASE = "/v1/videos"
+PREFIX = "hvcompile-serve-"
+"""Of the temporary directories of servers."""
 SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'",
@@ -86,8 +95,8 @@ class Gate:
     ) -> None:
         self._maker, self._keys, self._limits, self._model = maker, keys, limits, model
         self._most_queued, self._timeout, self._num_makers = most_queued, timeout, num_makers
-        self._folder = None if store else tempfile.TemporaryDirectory(prefix="hvcompile-serve-")
-        self._jobs = Jobs(Path(self._folder.name if self._folder else store or ""), keep)
+        self._folder = None if store else _folder()
+        self._jobs = Jobs(self._folder or Path(store or ""), keep)
         self._queue: list[Job] = [job for job in self._jobs.known.values() if job.status == QUEUED]
         self._running: dict[str, asyncio.Task[None]] = {}
         self._is_draining = False
@@ -109,6 +118,19 @@ class Gate:
             await asyncio.sleep(0.1)
         return len(self._queue) + len(self._running)
 
+    async def close(self) -> None:
+        """Forget all that was kept for this process alone: prompts and videos are nobody else's to find."""
+        self._is_draining = True
+        if self._loop is not None:
+            self._loop.cancel()
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        self._jobs.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     async def __call__(self, request: HttpRequest) -> Response:
         """Answer a client."""
         self._begin()
@@ -117,6 +139,9 @@ class Gate:
         except _Refusal as refusal:
             self._figures.refused.labels(str(refusal.status)).inc()
             return refusal.response()
+        except Exception as error:  # a client must not learn more of it
+            log.warning("a request failed", exc_info=error)
+            return _Refusal(500, "server_error", "the server failed at this request").response()
 
     async def _answer(self, request: HttpRequest) -> Response:
         path, method = request.url.path.rstrip("/"), request.method
@@ -125,6 +150,7 @@ class Gate:
             return JSONResponse({"status": status}, 503 if self._is_draining else 200, headers=SAFE)
         if path == "/metrics" and method == "GET":
             return Response(self._figures.text(), media_type="text/plain; version=0.0.4", headers=SAFE)
+        self._check_site(request)
         owner = self._owner(request)
         if path == "/v1/models" and method == "GET":
             model = {"id": self._model, "object": "model", "owned_by": "hvcompile", "created": 0}
@@ -142,6 +168,21 @@ class Gate:
         if method == "DELETE":
             return self._delete(job)
         return self._content(job) if rest else JSONResponse(shown(job, self._model), headers=SAFE)
+
+    def _check_site(self, request: HttpRequest) -> None:
+        """Where no key is asked for, refuse what a page in a browser may have sent.
+
+        It comes from another site, or by a name of another site that was made to lead here.
+        """
+        if self._keys:
+            return
+        host = request.headers.get("host", "")
+        name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+        origin = request.headers.get("origin")
+        is_foreign = origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower())
+        if not is_loopback(name.strip("[]")) or is_foreign or request.headers.get("sec-fetch-site") == "cross-site":
+            message = "the request comes from another site, or by a name that is not this machine's own: without keys "
+            raise _Refusal(403, "forbidden", message + "only programs on this machine are answered")
 
     def _owner(self, request: HttpRequest) -> str:
         """A digest of a client's key; every key is compared in full, whichever fits."""
@@ -162,7 +203,6 @@ class Gate:
             ask = asked(body, request.headers.get("content-type", ""), self._limits)
         except InputError as error:
             raise _Refusal(400, "invalid_request", one_line(error)) from error
-        self._jobs.expire()
         if len(self._queue) >= self._most_queued:
             message = f"{len(self._queue)} videos wait, the most that may: come back later"
             raise _Refusal(429, "queue_full", message, {"Retry-After": str(RETRY_SECONDS)})
@@ -231,20 +271,29 @@ class Gate:
             self._loop = asyncio.get_running_loop().create_task(self._hand_out())
 
     async def _hand_out(self) -> None:
-        """Begin the oldest video that waits whenever a maker is free."""
+        """Begin the oldest video that waits whenever a maker is free, and forget what was kept long enough."""
+        expired = -math.inf
         while True:
             while self._queue and len(self._running) < self._num_makers:
                 job = self._queue.pop(0)
-                self._running[job.id] = asyncio.create_task(self._run(job))
+                task = self._running[job.id] = asyncio.create_task(self._run(job))
+                # Not in the task itself: one that is cancelled before its first turn never runs.
+                task.add_done_callback(functools.partial(self._ended, job))
+            if time.monotonic() - expired > EXPIRE_SECONDS:
+                expired = time.monotonic()
+                self._jobs.expire()
             await asyncio.sleep(0.02)
+
+    def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
+        self._running.pop(job.id, None)
+        if task.cancelled():
+            self._figures.ended.labels("cancelled").inc()
 
     async def _run(self, job: Job) -> None:
         begin = time.time()
         self._figures.waited.observe(max(0.0, begin - job.created))
         try:
             await self._make(job)
-        except asyncio.CancelledError:
-            self._figures.ended.labels("cancelled").inc()
         except OutputError as error:
             log.warning("%s", one_line(error))
             self._fail(job, "disk_full", "the server could not keep the video")
@@ -253,7 +302,6 @@ class Gate:
             self._fail(job, "server_error", "the video could not be made")
         finally:
             self._figures.made.observe(time.time() - begin)
-            self._running.pop(job.id, None)
 
     async def _make(self, job: Job) -> None:
         """Have a video made, again elsewhere where its maker breaks."""
@@ -306,3 +354,14 @@ class Gate:
         self._figures.ended.labels("failed").inc()
         if job.id in self._jobs.known:  # else it was deleted meanwhile
             self._jobs.fail(job, code, message)
+
+
+def _folder() -> Path:
+    """A temporary directory of this process; those of servers that were killed, and left theirs, are removed."""
+    place = Path(tempfile.gettempdir())
+    for path in place.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError, InputError):  # another user's, or of a server that runs
+            if path.is_dir() and not path.is_symlink() and (path / LOCK).exists():
+                locked(path).close()
+                shutil.rmtree(path)
+    return Path(tempfile.mkdtemp(prefix=PREFIX))

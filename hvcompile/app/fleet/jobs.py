@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hvcompile import outputs
 from hvcompile.app.request.ask import Ask
-from hvcompile.errors import OutputError
+from hvcompile.errors import InputError, OutputError
 
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
+LOCK = ".lock"
 MOST_KEPT = 10_000
 """Videos that have ended and are kept, however young."""
 
@@ -34,7 +36,7 @@ class Job:
         owner: a digest of the client's key.
         ask: what was asked for.
         status: as clients know it.
-        created: seconds since the epoch, as the others.
+        created: seconds since the epoch, as the others, and parts of one.
         completed: when it ended.
         progress: percent.
         error: a code and a message, where it failed.
@@ -47,7 +49,7 @@ class Job:
     owner: str
     ask: Ask
     status: str = QUEUED
-    created: int = 0
+    created: float = 0.0
     completed: int | None = None
     progress: int = 0
     error: dict[str, str] | None = None
@@ -76,18 +78,21 @@ class Jobs:
     known: dict[str, Job] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Read what is there."""
-        for path in sorted(self.directory.glob("video_*.json")):
+        """Read what is there; raises InputError where another server has it."""
+        self._lock = locked(self.directory)
+        found = []
+        for path in self.directory.glob("video_*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 content = json.loads(path.read_text())
                 job = Job(**content | {"ask": Ask(**content["ask"])})
                 if job.status == RUNNING:
                     job.status, job.progress = QUEUED, 0
-                self.known[job.id] = job
+                found.append(job)
+        self.known.update((job.id, job) for job in sorted(found, key=lambda job: (job.created, job.id)))
 
     def create(self, ask: Ask, owner: str) -> Job:
         """Add a video; raises OutputError where the disk takes no more."""
-        job = Job(id=f"video_{secrets.token_hex(16)}", owner=owner, ask=ask, created=int(time.time()))
+        job = Job(id=f"video_{secrets.token_hex(16)}", owner=owner, ask=ask, created=time.time())
         self.save(job)
         self.known[job.id] = job
         return job
@@ -140,8 +145,30 @@ class Jobs:
         """Where a video's file is."""
         return self.directory / f"{job.id}{job.suffix}"
 
+    def close(self) -> None:
+        """Let another server have the directory."""
+        self._lock.close()
+
     def _end(self, job: Job, status: str) -> None:
         job.status, job.completed = status, int(time.time())
+
+
+def locked(directory: Path) -> BinaryIO:
+    """Take a directory for this process until the file that is returned is closed, or the process ends.
+
+    Raises:
+        InputError: another server has it.
+
+    """
+    file = (directory / LOCK).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(
+            f"store {str(directory)!r} is in use by another hvcompile serve: end that one, or give another directory"
+        ) from error
+    return file
 
 
 def shown(job: Job, model: str) -> dict[str, Any]:
@@ -153,7 +180,7 @@ def shown(job: Job, model: str) -> dict[str, Any]:
         "model": model,
         "status": job.status,
         "progress": job.progress,
-        "created_at": job.created,
+        "created_at": int(job.created),
         "completed_at": job.completed if job.status == COMPLETED else None,
         "expires_at": None,
         "prompt": ask.prompt,

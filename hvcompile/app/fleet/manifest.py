@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,6 +76,15 @@ class Manifest:
             return False
         return bool(hashlib.sha256(content).hexdigest() == record["sha256"])
 
+    def mixed(self, lines: Sequence[Line]) -> tuple[str, ...]:
+        """A note where some lines' files were made by other devices or versions than others; else nothing."""
+        records = [self.done[line.stem] for line in lines if line.stem in self.done]
+        makers = Counter(", ".join(f"{key} {value}" for key, value in _maker(record).items()) for record in records)
+        if len(makers) < 2:
+            return ()
+        told = "; ".join(f"{count} by {maker}" for maker, count in makers.most_common())
+        return (f"the videos are not all by the same maker, so that their last bits may differ: {told}",)
+
     def store(self, line: Line, content: bytes, suffix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write a line's file, and then that it is done.
 
@@ -110,3 +120,7 @@ class Manifest:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
             raise OutputError(f"{str(self._directory / NAME)!r} can't be written ({error.strerror})") from error
+
+
+def _maker(record: Mapping[str, Any]) -> dict[str, str]:
+    return dict(record.get("maker") or {"version": "not told"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import socket
@@ -12,11 +13,15 @@ from typing import Any
 from hvcompile.app.fleet import cluster
 from hvcompile.app.fleet.asked import Limits
 from hvcompile.app.fleet.cluster import Needs
+from hvcompile.app.fleet.jobs import locked
 from hvcompile.app.pipelines import first_line
 from hvcompile.app.request.serve import Request
 from hvcompile.errors import InputError, RunError
 
 NAME = "hvcompile"
+GATE = "Gate"
+CLOSE_SECONDS = 10.0
+"""For which the gate may take to forget what it holds."""
 LOAD_SECONDS = 3600.0
 """For which all replicas may take to load and compile."""
 
@@ -39,17 +44,27 @@ def serving(request: Request, observe: Callable[[str], None] = lambda event: Non
     """
     request.check()
     _check_port(request.host, request.port)
+    if request.store is not None and request.address is None:
+        locked(request.store).close()  # the gate takes it; here its message is heard at once
     observe("starting Ray")
     with cluster.joined(request) as needs:
         from ray import serve
 
+        if needs.room < request.replicas:
+            observe(f"note: the cluster has room for {needs.room} of {request.replicas} replicas; they serve alone")
+            request = dataclasses.replace(request, replicas=needs.room)
+
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of every deployment
+        gate: Any = None
         try:
             serve.start(http_options={"host": request.host, "port": request.port}, proxy_location="HeadOnly")
             observe("loading and compiling")
             gate = _run(request, needs)
             yield lambda: int(gate.drain.remote(request.drain).result(timeout_s=request.drain + 30))
         finally:
+            with contextlib.suppress(Exception):
+                gate = gate or serve.get_deployment_handle(GATE, NAME)
+                gate.close.remote().result(timeout_s=CLOSE_SECONDS)
             with contextlib.suppress(Exception):
                 serve.shutdown()
 
@@ -66,7 +81,7 @@ def _run(request: Request, needs: Needs) -> Any:
     maker = serve.deployment(
         Maker, num_replicas=request.replicas, max_ongoing_requests=1, ray_actor_options=nothing
     ).bind(request.base, request.ranks, needs, request.served)
-    gate = serve.deployment(Gate, num_replicas=1, max_ongoing_requests=1000, ray_actor_options=nothing).bind(
+    gate = serve.deployment(Gate, name=GATE, num_replicas=1, max_ongoing_requests=1000, ray_actor_options=nothing).bind(
         maker,
         request.replicas,
         tuple(hashlib.sha256(key.encode()).hexdigest() for key in request.keys),

@@ -44,7 +44,7 @@ class Todo:
             replica: its number.
             shape: that it has compiled; None for none.
             others: the shapes that other replicas are at.
-            replicas: the numbers of all that are there. What failed on one waits for another.
+            replicas: the numbers of all that are there, or are sure to come. What failed on one waits for another.
 
         Returns:
             A task of the shape that it has, else of the one that waits most and nobody is at, else of the one that

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
 from hvcompile.app.generate import BACKEND, Observer, opened
 from hvcompile.app.pipelines import Loaded
+from hvcompile.app.records import device_name
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.clips import Clips
 from hvcompile.app.request.generate import PICTURES, VIDEOS
@@ -63,6 +64,8 @@ class Made:
         seconds: of all: text, compiling, steps, decoding, encoding.
         compile_seconds: of them.
         peak_bytes: the most memory that this process held; None where it was not measured.
+        maker: what the last bits of the pixels depend on besides the request: ``device`` with its threads, and the
+            versions of ``torch`` and ``hvcompile``.
 
     """
 
@@ -77,10 +80,11 @@ class Made:
     seconds: float
     compile_seconds: float
     peak_bytes: int | None
+    maker: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """All but the content, as JSON."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "content"}
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "content"}
 
 
 class Worker:
@@ -161,6 +165,11 @@ class Worker:
             seconds=time.perf_counter() - begin,
             compile_seconds=run.compile_seconds if any(step.compiled for step in run.steps) else 0.0,
             peak_bytes=run.peak_bytes,
+            maker={
+                "device": device_name(self._loaded.device),
+                "torch": torch.__version__,
+                "hvcompile": hvcompile.__version__,
+            },
         )
 
     def _compiled(self, request: Clips, ask: Ask) -> Runner:

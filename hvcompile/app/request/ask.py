@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from hvcompile.errors import InputError
 
 LONGEST_PROMPT = 20_000
 """Characters; text encoders read a few hundred words."""
+LARGEST_SCALE = 1000
+"""Of guidance; pipelines take 1 to 20."""
 OWN_SECTIONS = ("first_block_cache", "attention", "sparse_attention")
 """Sections of the backend's options that a single video may set. The others change weights, or belong to the ranks."""
 
@@ -67,6 +68,10 @@ class Ask:
         for key in ("steps", "frames", "height", "width", "fps"):
             _check_number(key, getattr(self, key), low=1, high=MOST_FPS if key == "fps" else 2**31)
         _check_number("seed", self.seed, low=-(2**63), high=2**64 - 1)
+        for key in ("guidance", "true_cfg"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= LARGEST_SCALE:
+                raise InputError(f"{key} is {_short(value)}: give a number from 0 to {LARGEST_SCALE}")
         if (self.true_cfg or 0) > 1 and self.negative_prompt is None:
             raise InputError(f"true_cfg is {self.true_cfg}, which does nothing without negative_prompt: give that too")
         for section in self.options:
@@ -143,7 +148,13 @@ def _check_text(name: str, value: str | None) -> None:
 
 def _check_number(name: str, value: int | None, *, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
-        raise InputError(f"{name} is {value}: give a whole number from {low} to {high}")
+        raise InputError(f"{name} is {_short(value)}: give a whole number from {low} to {high}")
+
+
+def _short(value: float) -> str:
+    """A number as text, of which nobody need read a thousand digits."""
+    text = f"{value}"
+    return text if len(text) <= 40 else f"{text[:20]}... of {len(text)} digits"
 
 
 # How values of a line are read: the words for what is allowed, and whether a value is that.
@@ -152,7 +163,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_scale(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST_SCALE
 
 
 def _is_text(value: Any) -> bool:
@@ -168,7 +179,7 @@ def _is_sections(value: Any) -> bool:
 
 
 _WHOLE = ("a whole number", _is_whole)
-_SCALE = ("a finite number, 0 or more", _is_scale)
+_SCALE = (f"a number from 0 to {LARGEST_SCALE}", _is_scale)
 _TEXT = ("a text", _is_text)
 KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt": _TEXT,
@@ -209,7 +220,11 @@ def parsed(content: Any) -> tuple[Ask, str | None]:
 
 
 def identity(ask: Ask, base: Clips, ranks: int) -> str:
-    """A digest of all that decides what a video shows: what is asked, the model by its name, and its settings."""
+    """A digest of all that a user says of a video: what is asked, the model by its name, and its settings.
+
+    Not what makes it: the device, the threads, and the versions of torch and hvcompile move its last bits, and a video
+    that is done would else be made again after each update. ``Made.maker`` has them, and a batch tells where they mix.
+    """
     whole = ask.of(base)
     common = {
         "model": base.model,

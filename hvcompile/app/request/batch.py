@@ -23,6 +23,10 @@ from hvcompile.inputs import finite
 
 MOST_BYTES = 2**20
 """Of a line."""
+LONGEST_NAME = 200
+"""Bytes of a file's name in UTF-8, without its ending; file systems take 255 with it."""
+DIGITS = 6
+"""Of a number that is a file's name. It must not follow from how many lines there are: a file may get more of them."""
 MOST_TOLD = 20
 """Lines that are wrong of which is told."""
 
@@ -88,7 +92,6 @@ class Request(Fleet):
         """
         base, found, wrong = self.base, list[Line](), list[str]()
         texts = _texts(self.prompts)
-        digits = len(str(max(texts)))
         taken: dict[str, int] = {}
         for number, text in texts.items():
             try:
@@ -96,7 +99,7 @@ class Request(Fleet):
                 ask, name = parsed(content)
                 ask = self._placed(ask, "fps" in content)
                 _check_options(ask, base)
-                stem = _stem(name) if name is not None else f"{number:0{digits}d}"
+                stem = _stem(name) if name is not None else f"{number:0{DIGITS}d}"
                 if stem.lower() in taken:
                     raise InputError(f"its file {stem!r} is that of line {taken[stem.lower()]} too: give another name")
                 taken[stem.lower()] = number
@@ -167,7 +170,10 @@ def _stem(name: str) -> str:
     stem = name
     for suffix in (*VIDEOS[:1], *PICTURES[:1]):
         stem = stem.removesuffix(suffix)
-    if not re.fullmatch(r"[\w][\w .()+=@,-]{0,199}", stem) or stem.endswith((" ", ".")):
+    size = len(stem.encode("utf-8", "surrogatepass"))
+    if size > LONGEST_NAME:
+        raise InputError(f"name {name[:40]!r} has {size} bytes in UTF-8: give {LONGEST_NAME} or fewer")
+    if not re.fullmatch(r"[\w][\w .()+=@,-]*", stem) or stem.endswith((" ", ".")):
         raise InputError(
             f"name {name[:40]!r} is no file name: give letters, digits and -_.,+=@() alone, and no directory"
         )

@@ -87,10 +87,7 @@ class Request(Fleet):
 
     @property
     def _is_local(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -115,3 +112,11 @@ class Request(Fleet):
     def base(self) -> Clips:
         """What all videos share; a client names its size."""
         return dataclasses.replace(self.clips(self.model), frames=None, height=None, width=None)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own, which no other can reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in ("localhost", "localhost.")
