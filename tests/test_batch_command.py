@@ -440,7 +440,8 @@ def generated_by_all(model: str, asks: list[Ask], folder: str) -> list[bytes]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=SLOW)])
+@SLOW  # by default a machine is killed, below, and a rank and a replica of a server in test_serve.py
+@pytest.mark.parametrize("replicas", [1, 2])
 def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its replica begins anew, its line is made all the same, and a line that can't be made is listed."""
     lines = [{"prompt": "a red ball", "seed": number} for number in range(3 * replicas)]
