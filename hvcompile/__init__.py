@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from hvcompile.hollow.host import Offloaded, offload
     from hvcompile.inputs import load_options
     from hvcompile.lowered.lower import Lowered, lower
+    from hvcompile.ranks.decoding import Decoding, share_decoding
     from hvcompile.runtime.state import Stats, Step, reset, restore, stats
 
 __all__ = [
     "Artifacts",
+    "Decoding",
     "DisagreementError",
     "HvcompileError",
     "InputError",
@@ -64,6 +66,7 @@ __all__ = [
     "restore",
     "save_artifacts",
     "save_float8",
+    "share_decoding",
     "stats",
 ]
 
@@ -76,6 +79,7 @@ _MODULES = {
     "load_options": "hvcompile.inputs",
     **dict.fromkeys(("Offloaded", "offload"), "hvcompile.hollow.host"),
     **dict.fromkeys(("Lowered", "lower"), "hvcompile.lowered.lower"),
+    **dict.fromkeys(("Decoding", "share_decoding"), "hvcompile.ranks.decoding"),
     **dict.fromkeys(("Stats", "Step", "reset", "restore", "stats"), "hvcompile.runtime.state"),
 }
 

@@ -49,7 +49,7 @@ def leave_as_captured(
         if isinstance(arg, QuantizedWeight):
             raise QuantizedWeightError(
                 f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
-                f"it can't be rewritten: {reason}. Call hvcompile.restore(model) first"
+                f"it can't be rewritten: {reason}. What helps: {arg.way_back}"
             ) from declined.cause
     if piece:
         reason += f"; {piece}"

@@ -391,8 +391,7 @@ def require_values(trunk: Trunk, context: pipeline.Context) -> None:
             reader = next(iter(node.users)).format_node() if node.users else "what a mask is made of"
             raise QuantizedWeightError(
                 f"{weight.path} has been kept in float8 alone since this model was first compiled, and now "
-                f"{reader} reads it. Compile it with the same options, or call "
-                "hvcompile.restore(model) first"
+                f"{reader} reads it. Compile it with the same options, or {weight.way_back}"
             )
 
 

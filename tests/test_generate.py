@@ -107,6 +107,29 @@ def test_a_generation_writes_its_video_and_reports_every_step(
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"], "nothing else is left behind"
 
 
+def test_tiles_are_told_one_by_one(
+    loaded: pipelines.Loaded, backends: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ``compile_vae`` compiles what decodes them, a graph a shape."""
+    for name, size in {"min_height": 32, "min_width": 32, "stride_height": 24, "stride_width": 24}.items():
+        monkeypatch.setattr(loaded.pipe.vae, f"tile_sample_{name}", size)
+    events: list[Any] = []
+    plain = generate.generate(Request(**SMALL, output=tmp_path / "a.mp4"), events.append, loaded)
+    assert [event for event in events if isinstance(event, str)][-6:] == [
+        "decoding",
+        *(f"decoding {done} of 4 tiles" for done in (1, 2, 3, 4)),
+        "writing",
+    ]
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(loaded.pipe.vae.decoder, "compile", lambda **given: compiled.append(given))
+    again = generate.generate(Request(**SMALL, output=tmp_path / "b.mp4", compile_vae=True), loaded=loaded)
+    assert compiled == [{"dynamic": False}]
+    assert (again.run.frames == plain.run.frames).all()
+    monkeypatch.delattr(loaded.pipe.vae, "decoder")
+    with pytest.raises(InputError, match="compile-vae has nothing to compile"):
+        pipelines.compile_decoder(loaded)
+
+
 def test_a_comparison_runs_the_plain_model_first_from_the_same_noise(
     loaded: pipelines.Loaded, backends: list[int], tmp_path: Path
 ) -> None:

@@ -288,6 +288,49 @@ def test_adapters_on_top() -> None:
         model.blocks[1].out.merge()
 
 
+def test_adapters_that_are_there_before() -> None:
+    """They stay on the device, as do those that come later: swapping files writes into them."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["attend", "out"], init_lora_weights=False)
+    model: Any = Toy().requires_grad_(False).eval()
+    torch.manual_seed(1)
+    peft.inject_adapter_in_model(config, model)
+    with torch.no_grad():
+        wanted = model(**toy_inputs())
+    assert hvcompile.offload(model, CPU).host_weights == 9
+    hosted = {name for name, weight in model.named_parameters() if isinstance(weight, HostWeight)}
+    assert not any("lora" in name for name in hosted)
+    assert torch.allclose(run(model)(**toy_inputs()), wanted, atol=1e-5)
+
+
+def test_a_weight_that_was_expanded_stays() -> None:
+    model: Any = Toy().requires_grad_(False).eval()
+    model.blocks[1].out.weight = nn.Parameter(torch.randn(16, 1).expand(16, 16), requires_grad=False)
+    model.blocks[2].out.weight = nn.Parameter(torch.randn(16, 16).T, requires_grad=False)
+    with torch.no_grad():
+        wanted = model(**toy_inputs())
+    assert hvcompile.offload(model, CPU).host_weights == 8
+    assert isinstance(model.blocks[2].out.weight, HostWeight)
+    assert torch.allclose(run(model)(**toy_inputs()), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizers_step_changes_nothing(kind: Any) -> None:
+    """It is refused before the first weight changes, whichever comes first."""
+    model: Any = Toy()
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    hvcompile.offload(model, CPU)
+    before = {name: item.clone() for name, item in model.state_dict().items()}
+    optimizer = kind(model.parameters(), lr=0.1, foreach=False)
+    with pytest.raises(hvcompile.OffloadedWeightError, match=rf"'{kind.__name__}\.step' asks for its values"):
+        optimizer.step()
+    assert all(torch.equal(before[name], item) for name, item in model.state_dict().items())
+    other = nn.Linear(2, 2)
+    other.weight.grad = torch.ones(2, 2)
+    kind(other.parameters(), lr=0.1).step()
+
+
 def test_what_needs_the_values_is_refused() -> None:
     model = toy()
     weight: Any = model.blocks[1].attend.weight

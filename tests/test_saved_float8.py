@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from wide import Wide, wide_inputs
 
 import hvcompile
 from hvcompile.errors import InputError, QuantizedWeightError
-from hvcompile.float8.saved import MANIFEST, TENSORS, load_float8, save_float8
+from hvcompile.float8.saved import MANIFEST, TENSORS, digest_of, load_float8, save_float8
 from hvcompile.float8.weights import QuantizedWeight
 
 pytest.importorskip("torchao")
@@ -110,12 +112,17 @@ def test_what_is_left_says_so(tmp_path: Path) -> None:
     model = load_float8(tmp_path, empty())
     with pytest.raises(QuantizedWeightError, match=r"loaded in float8 from .*never here: load the original"):
         hvcompile.restore(model)
-    with torch.no_grad(), pytest.raises(QuantizedWeightError):
-        model(**wide_inputs())
+    asked: list[Callable[[], Any]] = [lambda: model(**wide_inputs()), lambda: copy.deepcopy(model)]
+    elsewhere: Any = torch.compile(model, backend="aot_eager")
+    asked.append(lambda: elsewhere(**wide_inputs()))
+    for ask in asked:
+        with torch.no_grad(), pytest.raises(Exception, match="load the original checkpoint") as caught:
+            ask()
+        assert "hvcompile.restore" not in str(caught.value)
     for options, said in (
         ({**FP8, "fp8": {"granularity": "tensor"}}, "with a scale a row, and fp8.granularity is 'tensor' now"),
         ({**FP8, "fp8": {"skip": ["to_q"]}}, r"fp8.skip names it"),
-        ({**FP8, "fp8": False}, "kept in float8 alone"),
+        ({**FP8, "fp8": False}, "kept in float8 alone .* load the original checkpoint, or compile it with the options"),
     ):
         torch._dynamo.reset()
         fast = hvfast(model, fullgraph=True, options=options)
@@ -123,6 +130,8 @@ def test_what_is_left_says_so(tmp_path: Path) -> None:
             fast(**wide_inputs())
         assert options["fp8"] is False or f"loaded from {tmp_path}" in str(caught.value)
     assert model.to("cpu") is model
+    with pytest.raises(QuantizedWeightError, match="Weights that were cast before this one stay cast"):
+        model.half()
 
 
 def damage(directory: Path, how: str) -> None:
@@ -147,6 +156,13 @@ def damage(directory: Path, how: str) -> None:
         manifest.write_text(json.dumps(held))
     elif how == "renamed":
         held["tensors"]["other"] = held["tensors"].pop("head.bias")
+        manifest.write_text(json.dumps({**held, "digest": digest_of(held)}))
+    elif how == "swapped":
+        first, second = held["float8"][0]["weights"][:2]
+        first["start"], second["start"] = second["start"], first["start"]
+        manifest.write_text(json.dumps(held))
+    elif how == "of another kind":
+        held["float8"][0]["weights"] = 7
         manifest.write_text(json.dumps(held))
 
 
@@ -167,6 +183,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("no JSON", r"manifest.json can't be read"),
         ("later", "is of format 2, and this hvcompile reads 1"),
         ("lacking", "lacks sha256"),
+        ("swapped", r"manifest.json is damaged: its digest"),
+        ("of another kind", r"manifest.json is damaged: its digest"),
         ("renamed", "it has other and 0 more beyond, it lacks head.bias"),
     ],
 )

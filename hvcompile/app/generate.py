@@ -85,6 +85,8 @@ def opened(
             adapters.fuse(loaded.pipe, request.lora)
             pipelines.offload(loaded, request.offload)
     pipelines.tile(loaded, request.vae_tiling)
+    if request.compile_vae:
+        pipelines.compile_decoder(loaded)
     # Not before: in a process group, libraries leave it to the first rank to write files, the tiny pipeline's too.
     with launch.joined(loaded.device, request.rank_timeout):
         yield loaded

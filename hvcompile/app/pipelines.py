@@ -140,6 +140,19 @@ def tile(loaded: Loaded, is_tiled: bool) -> None:
         switch()
 
 
+def compile_decoder(loaded: Loaded) -> None:
+    """Compile the VAE's decoder, with a graph for each shape of its tiles.
+
+    Raises:
+        InputError: the pipeline has no VAE with a decoder.
+
+    """
+    decoder = getattr(getattr(loaded.pipe, "vae", None), "decoder", None)
+    if not isinstance(decoder, torch.nn.Module):
+        raise InputError(f"compile-vae has nothing to compile: {loaded.kind} has no VAE with a decoder; leave it out")
+    decoder.compile(dynamic=False)
+
+
 def resolve_device(device: str | None) -> torch.device:
     """Turn the text of a device, or None, into a device that is there; raises InputError otherwise."""
     if device is None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvcompile.app import metrics, pipelines
+from hvcompile.app import decoding, metrics, pipelines
 from hvcompile.app.denoisers import Decisions, denoisers, first_denoiser, others
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.jobs import Job
 from hvcompile.app.steps import Observer, Watch
 from hvcompile.errors import InputError, RunError, ours_below
+from hvcompile.ranks import launch
 from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.caching import lookups
 
@@ -90,7 +91,11 @@ class Runner:
         self._observe(f"{self._name}: compiling")
         _reset_peak(device)
         looked_up = lookups()
-        with watch.beginning_after(others(pipe)), watch.following(pipe, self._loaded.accepts) as told:
+        with (
+            watch.beginning_after(others(pipe)),
+            watch.following(pipe, self._loaded.accepts) as told,
+            decoding.shared(pipe, self._observe) as decoded,
+        ):
             start = time.perf_counter()
             output = _called(
                 lambda: pipe(
@@ -104,6 +109,7 @@ class Runner:
                 watch,
             )
         seconds = time.perf_counter() - start
+        self.notes += [line for line in decoding.note(decoded, launch.num_ranks()) if line not in self.notes]
         if not watch.steps:
             raise RunError(f"{type(pipe).__name__} ended without a step: give it one at least, and check what was set")
         return metrics.Run(

@@ -19,7 +19,7 @@ from torch import nn
 
 from hvcompile.errors import InputError, OutputError, QuantizedWeightError
 from hvcompile.float8 import tensor_file
-from hvcompile.float8.weights import Joined, QuantizedWeight
+from hvcompile.float8.weights import Joined, LoadedWeight, QuantizedWeight
 from hvcompile.hollow.parameter import hollow_like, refuse_values
 from hvcompile.torch_private.dynamo import compiled_module
 from hvcompile.version import version_of
@@ -53,6 +53,7 @@ def save_float8(model: nn.Module | Callable[..., Any], directory: str | Path) ->
             parts = Path(directory_of_parts)
             tensor_file.write(tensors, parts / TENSORS)
             manifest |= {"bytes": (parts / TENSORS).stat().st_size, "sha256": _sha256(parts / TENSORS)}
+            manifest["digest"] = digest_of(manifest)
             (parts / MANIFEST).write_text(json.dumps(manifest, indent=1))
             # Not written in place: a file of that name may be mapped into memory, or be a link to one of others.
             for name in (TENSORS, MANIFEST):
@@ -204,6 +205,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 of all that a manifest says but its own digest."""
+    content = {name: item for name, item in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _read_manifest(place: Path) -> dict[str, Any]:
     file = place / MANIFEST
     try:
@@ -215,9 +222,11 @@ def _read_manifest(place: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise InputError(f"{file} is of format {found!r}, and this hvcompile reads {FORMAT}: save the model again")
-    lacking = {"bytes", "sha256", "model", "config", "float8", "tensors", "tied"} - manifest.keys()
+    lacking = {"digest", "bytes", "sha256", "model", "config", "float8", "tensors", "tied"} - manifest.keys()
     if lacking:
         raise InputError(f"{file} lacks {', '.join(sorted(lacking))}: it is damaged, save the model again")
+    if manifest["digest"] != digest_of(manifest):  # rows of one weight for another's would compute, and wrongly
+        raise InputError(f"{file} is damaged: its digest is another than that of what it says. Copy or save it again")
     return manifest  # type: ignore[no-any-return]
 
 
@@ -300,6 +309,6 @@ def _put_float8(module: nn.Module, part: Mapping[str, Any], joined: Joined, plac
     dtype = getattr(torch, part["dtype"])
     weight: Any = nn.Parameter(torch.empty(0, dtype=dtype, device=joined.data.device), requires_grad=False)
     weight.data = hollow_like(torch.empty(part["shape"], dtype=dtype, device="meta"), joined.data.device)
-    refuse_values(weight, part["name"], QuantizedWeight)
+    refuse_values(weight, part["name"], LoadedWeight)
     weight.joined, weight.start, weight.original, weight.loaded_from = joined, part["start"], None, str(place)
     setattr(module.get_submodule(owner), attribute, weight)

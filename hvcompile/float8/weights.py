@@ -87,8 +87,9 @@ class QuantizedWeight(HollowParameter):
     joined: Joined
     start: int
     original: torch.Tensor | None
-    storage_kind = _Storage
+    storage_kind: ClassVar[type[HollowStorage]] = _Storage
     since = "hvfast compiled its model"
+    way_back = "call hvcompile.restore(model) first"
     elsewhere: ClassVar[str] = (
         "this model's weights are kept in float8 alone since hvfast compiled it, so another torch.compile of it can't "
         f"read them: {_CURE}. A backend that calls hvfast is known as one where it is functools.partial(hvfast, ...)"
@@ -106,7 +107,7 @@ class QuantizedWeight(HollowParameter):
         # One that is there came with those that are multiplied with this weight, and have moved before it.
         if joined.scale.device != device or self.device == device:
             joined = joined.copied_to(device)
-        moved = empty_of(self, QuantizedWeight, self.path, device)
+        moved = empty_of(self, type(self), self.path, device)
         moved.joined, moved.start, moved.original = joined, self.start, self.original
         return moved  # type: ignore[no-any-return]
 
@@ -121,6 +122,27 @@ class QuantizedWeight(HollowParameter):
         stop = self.start + self.shape[0]
         scale = self.joined.scale
         return self.joined.data[self.start : stop], scale if scale.ndim == 0 else scale[self.start : stop]
+
+
+_LOADED_CURE = (
+    "what it was made from was never here. To cast, change, fuse or copy the model, or to run it uncompiled or by "
+    "another backend, load the original checkpoint in its place (from_pretrained()); hvcompile.save_float8 saves it"
+)
+
+
+class _LoadedStorage(HollowStorage):
+    error, state, cure = QuantizedWeightError, "in float8 alone", _LOADED_CURE
+
+
+class LoadedWeight(QuantizedWeight):
+    """A ``QuantizedWeight`` that was loaded as one, so that nothing can be restored."""
+
+    storage_kind = _LoadedStorage
+    since = "hvcompile.load_float8"
+    way_back = "load the original checkpoint, or compile it with the options that it was saved with"
+    elsewhere: ClassVar[str] = (
+        f"this model's weights were loaded in float8, so another torch.compile of it can't read them: {_LOADED_CURE}"
+    )
 
 
 # Who may have a state dict with such weights in it: peft and diffusers, while they load an adapter. They read the names

@@ -190,7 +190,7 @@ def _put_blocks_on_host(
     device: torch.device,
 ) -> Iterator[list[torch.Tensor]]:
     """Give each block's weights on the host, once they are there; those of resident blocks become ordinary ones."""
-    elsewhere, memory = _read_outside(model, [module for _, module in blocks]), HostMemory()
+    elsewhere, memory = _read_outside(model, [module for _, module in blocks]) | _of_adapters(model), HostMemory()
     for number, (path, block) in enumerate(blocks):
         own: list[torch.Tensor] = []
         for name, weight in block.named_parameters():
@@ -249,7 +249,17 @@ def _placed(device: torch.device | str) -> torch.device:
 def _is_matrix(weight: torch.Tensor) -> bool:
     """Whether a weight is worth a transfer; vectors of all blocks take a thousandth of the model."""
     is_plain = type(weight) in {torch.nn.Parameter, HostWeight} and weight.layout is torch.strided
-    return is_plain and weight.ndim > 1 and weight.numel() > 0
+    return is_plain and weight.ndim > 1 and weight.numel() > 0 and _is_dense(weight)
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    """Whether each element has a place of its own and none lies between; not so where a weight was expanded."""
+    extent = 1
+    for stride, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and stride != extent:
+            return False
+        extent *= size
+    return True
 
 
 def _read_outside(model: torch.nn.Module, blocks: Sequence[torch.nn.Module]) -> set[int]:
@@ -257,6 +267,17 @@ def _read_outside(model: torch.nn.Module, blocks: Sequence[torch.nn.Module]) -> 
     inside = {id(module) for block in blocks for module in block.modules()}
     modules: Iterator[torch.nn.Module] = (module for module in model.modules() if id(module) not in inside)
     return {id(weight) for module in modules for weight in module.parameters(recurse=False)}
+
+
+def _of_adapters(model: torch.nn.Module) -> set[int]:
+    """Weights of adapters, which are small and may be swapped: PEFT's layers name the modules that hold them."""
+    found: set[int] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, name, None)
+            if isinstance(held, torch.nn.Module):
+                found |= {id(weight) for weight in held.parameters()}
+    return found
 
 
 def _refuse_hollow(model: torch.nn.Module) -> None:

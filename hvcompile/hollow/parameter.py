@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hvcompile.errors import HvcompileError
 from hvcompile.torch_private import dynamo, storages
@@ -72,6 +73,7 @@ class HollowParameter(torch.nn.Parameter):
         storage_kind: the class of its storage.
         elsewhere: what another compiler than hvfast is told.
         since: what made it what it is, for errors.
+        way_back: what to do where ordinary weights are needed.
 
     """
 
@@ -81,6 +83,7 @@ class HollowParameter(torch.nn.Parameter):
     storage_kind: ClassVar[type[HollowStorage]]
     elsewhere: ClassVar[str]
     since: ClassVar[str]
+    way_back: ClassVar[str] = "call hvcompile.restore(model) first"
 
     def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
         """Give an ordinary parameter: who makes another of this one's class (accelerate) hands in its values."""
@@ -154,9 +157,23 @@ class HollowParameter(torch.nn.Parameter):
 def _refusal(what: str, operands: Any) -> HvcompileError:
     weight = next(item for item in _flat(operands) if isinstance(item, HollowParameter))
     kind = weight.storage_kind
+    cast = ". Weights that were cast before this one stay cast" if what in _MOVES else ""
     return kind.error(
         f"{weight.path} has been kept {kind.state} since {weight.since}, and {what!r} asks for its values: {kind.cure}"
+        f"{cast}"
     )
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise before an optimizer's step has changed a weight, where it would come to one without memory."""
+    del args, kwargs
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if isinstance(weight, HollowParameter) and weight.grad is not None:
+                raise _refusal(f"{type(optimizer).__name__}.step", (weight,))
+
+
+register_optimizer_step_pre_hook(_refuse_step)
 
 
 def _refuse(func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,7 @@ from torch import fx
 from hvcompile.errors import QuantizedWeightError
 from hvcompile.float8.format import Granularity
 from hvcompile.float8.saved import source_of
-from hvcompile.float8.weights import QuantizedWeight
+from hvcompile.float8.weights import LoadedWeight, QuantizedWeight
 from hvcompile.graph.nodes import is_parameter
 from hvcompile.graph.paths import parameter_path
 from hvcompile.hollow.host import HostWeight
@@ -97,7 +97,7 @@ class Plan:
         kind = type(given)
         if not is_parameter(operand):
             return "its weight is no parameter of the model, so it may change from call to call"
-        if kind not in {torch.Tensor, torch.nn.Parameter, QuantizedWeight, HostWeight, *fakes.FAKES}:
+        if kind not in {torch.Tensor, torch.nn.Parameter, QuantizedWeight, LoadedWeight, HostWeight, *fakes.FAKES}:
             return f"its weight is a {kind.__name__}, quantised already or otherwise special"
         weight: torch.Tensor = value(operand)
         if weight.ndim != 2 or not weight.is_floating_point():

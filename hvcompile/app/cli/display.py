@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,6 +35,17 @@ class Strip:
         return f"{text}, last {step.difference:.3f}" if is_known else text
 
 
+def tiles(event: str) -> str:
+    """What is told of a tile, with a bar."""
+    found = re.fullmatch(r"decoding (\d+) of (\d+) tiles", event)
+    if found is None:
+        return event
+    done, total = int(found[1]), int(found[2])
+    width = min(total, STRIP)
+    filled = done * width // total
+    return f"decoding {COMPUTED * filled}{REUSED * (width - filled)} {done}/{total} tiles"
+
+
 class Display:
     """The progress of a generation: a line a run."""
 
@@ -43,6 +55,7 @@ class Display:
         self.phase = self.progress.add_task("starting", total=None)
         self.run = self.phase
         self.strip = Strip()
+        self.word = ""
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -55,8 +68,14 @@ class Display:
     def __call__(self, event: str | Step) -> None:
         """Show a phase (text) or a step that is done."""
         if isinstance(event, str):
-            self.progress.reset(self.phase, description=event, visible=True)
+            word = event.partition(" ")[0]
+            if word == self.word == "decoding":  # a tile more: the time is that of all of them
+                self.progress.update(self.phase, description=tiles(event))
+            else:
+                self.progress.reset(self.phase, description=event, visible=True)
+            self.word = word
             return
+        self.word = ""
         if event.index == 0:
             self.run = self.progress.add_task("", total=event.num_steps)
             # its time is that of its first step too, which was shown as a phase

@@ -240,6 +240,8 @@ def identity(ask: Ask, base: Clips, ranks: int) -> str:
         "negative_prompt": whole.negative_prompt,
         "pictures": list(_digests(ask)),
     }
+    if base.compile_vae:  # as an extra key: what was made without keeps its digest
+        common["compile_vae"] = True
     own = {"prompt": ask.prompt, "seed": ask.seed, "fps": ask.fps}
     return hashlib.sha256(_canonical([common, own]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

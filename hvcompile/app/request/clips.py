@@ -19,6 +19,7 @@ from hvcompile.app.request.parameters import (
     Adapters,
     CallSettings,
     CompiledCode,
+    CompileVae,
     Device,
     Dtype,
     Frames,
@@ -64,6 +65,7 @@ class Clips(Compiling):
     call_settings: CallSettings = ()
     lora: Adapters = ()
     vae_tiling: VaeTiling = True
+    compile_vae: CompileVae = False
     artifacts: CompiledCode = None
     offload: Annotated[
         str | None,

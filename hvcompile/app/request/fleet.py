@@ -15,6 +15,7 @@ from hvcompile.app.request.parameters import (
     Adapters,
     CallSettings,
     CompiledCode,
+    CompileVae,
     Device,
     Dtype,
     Frames,
@@ -66,6 +67,7 @@ class Fleet(Compiling):
     call_settings: CallSettings = ()
     lora: Adapters = ()
     vae_tiling: VaeTiling = True
+    compile_vae: CompileVae = False
     artifacts: CompiledCode = None
     device: Device = None
     dtype: Dtype = None
@@ -98,6 +100,7 @@ class Fleet(Compiling):
                 call_settings=self.call_settings,
                 lora=self.lora,
                 vae_tiling=self.vae_tiling,
+                compile_vae=self.compile_vae,
                 artifacts=self.artifacts,
                 device=device or self.device,
                 dtype=self.dtype,

@@ -34,6 +34,9 @@ Adapters = Annotated[
     EACH,
 ]
 VaeTiling = Annotated[bool, typer.Option("--vae-tiling/--no-vae-tiling", help="Decode large sizes in tiles, or whole.")]
+CompileVae = Annotated[
+    bool, typer.Option("--compile-vae", help="Compile the decoder of the VAE too.", rich_help_panel=COMPILING)
+]
 CompiledCode = Annotated[
     Path | None,
     typer.Option(
