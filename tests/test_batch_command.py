@@ -101,7 +101,12 @@ def test_lines_that_are_wrong_are_named_by_number(tmp_path: Path) -> None:
 
 def test_lines_and_their_files(tmp_path: Path) -> None:
     lines = request(
-        tmp_path, {"prompt": "a", "fps": 9}, {"prompt": "b", "name": "the cat.mp4"}, "", {"prompt": "c"}, fps=12
+        tmp_path,
+        {"prompt": "a", "fps": 9},
+        {"prompt": "b", "name": "the cat.mp4"},
+        "",
+        {"prompt": "c", "fps": None},
+        fps=12,
     ).lines()
     assert [(line.number, line.stem, line.ask.fps) for line in lines] == [
         (1, "000001", 9),

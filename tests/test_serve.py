@@ -63,6 +63,9 @@ def test_what_a_client_may_ask_for() -> None:
     assert (longer.frames, longer.guidance) == (49, 3.5)
     shorter = asked(*form(prompt="a cat", seconds="0.208"), LIMITS)
     assert shorter.frames == 5
+    near = dataclasses.replace(LIMITS, sizes=tuple(Size(width=48, height=32, frames=frames) for frames in (17, 9)))
+    for frames in (17, 9):  # both are within half a second
+        assert asked(*form(prompt="a cat", seconds=f"{frames / 24:.3f}"), near).frames == frames
     odd = 'ünï</p><script>alert(1)</script>\u202e 猫 \x00 "; DROP TABLE'
     assert asked(json.dumps({"prompt": odd}).encode(), "application/json", LIMITS).prompt == odd
     assert asked(*form(prompt=odd), LIMITS).prompt == odd

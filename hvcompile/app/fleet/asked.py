@@ -146,7 +146,8 @@ def _size(size: Any, seconds: Any, limits: Limits) -> Size:
     fit = [item for item in limits.sizes if size is None or str(item) == size]
     if seconds is not None:
         number = _number("seconds", seconds)
-        fit = [item for item in fit if abs(item.frames / limits.fps - number) <= 0.5]
+        away = {item: abs(item.frames / limits.fps - number) for item in fit}
+        fit = sorted((item for item in fit if away[item] <= 0.5), key=away.__getitem__)
     if not fit:
         raise InputError(f"size or seconds is not served: allowed are {told}, at {limits.fps} frames a second")
     return fit[0]

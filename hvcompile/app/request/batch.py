@@ -97,7 +97,7 @@ class Request(Fleet):
             try:
                 content = _object(text)
                 ask, name = parsed(content)
-                ask = self._placed(ask, "fps" in content)
+                ask = self._placed(ask, content.get("fps") is not None)
                 _check_options(ask, base)
                 stem = _stem(name) if name is not None else f"{number:0{DIGITS}d}"
                 if stem.lower() in taken:
