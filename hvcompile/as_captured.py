@@ -48,8 +48,8 @@ def leave_as_captured(
     for arg in args:
         if isinstance(arg, QuantizedWeight):
             raise QuantizedWeightError(
-                f"{arg.path} has been kept in float8 alone since this model was first compiled, and this graph of "
-                f"it can't be rewritten: {reason}. What helps: {arg.way_back}"
+                f"{arg.path} has been kept in float8 alone since {arg.since}, and this graph of the model"
+                f" can't be rewritten: {reason}. What helps: {arg.way_back}"
             ) from declined.cause
     if piece:
         reason += f"; {piece}"

@@ -388,10 +388,10 @@ def require_values(trunk: Trunk, context: pipeline.Context) -> None:
     derived = {node for item in trunk.derived for node in item.sources}
     for node, weight in context.given.items():
         if isinstance(weight, QuantizedWeight) and (node.users or node in derived):
-            reader = next(iter(node.users)).format_node() if node.users else "what a mask is made of"
+            reader = f"%{next(iter(node.users)).name}" if node.users else "what a mask is made of"
             raise QuantizedWeightError(
-                f"{weight.path} has been kept in float8 alone since this model was first compiled, and now "
-                f"{reader} reads it. Compile it with the same options, or {weight.way_back}"
+                f"{weight.path} has been kept in float8 alone since {weight.since}, and now {reader} reads it: "
+                f"compile the model with the options that this was done with, or {weight.way_back}"
             )
 
 

@@ -152,7 +152,7 @@ class Float8Linears(Pass):
         if self.audit:
             plan.errors = measure_errors(trunk, plan.done(), plan.granularity, context)
         # What the report says is found before the graph is another.
-        report = PassReport(matched=plan.matched(), declined=plan.declined(), table=plan.table())
+        report = PassReport(matched=plan.matched(), declined=plan.declined(), noted=plan.noted(), table=plan.table())
         for (body, names), blocks in plan.variants().items():
             if names:
                 keep_original = self.keep_original == "cpu"

@@ -118,6 +118,8 @@ def skip_where_torch_lacks(kind: str) -> None:
 def rows_of(model: Any) -> dict[str, str]:
     """The journal of the graph of a model that was compiled last: for each of its rows, all that it says."""
     return {
-        row.name: "; ".join([*row.report.matched, *(f"{what}: {why}" for what, why in row.report.declined)])
+        row.name: "; ".join(
+            [*row.report.matched, *(f"{what}: {why}" for what, why in row.report.declined), *row.report.noted]
+        )
         for row in hvcompile.stats(model).journal[-1]
     }

@@ -139,7 +139,7 @@ class LoadedWeight(QuantizedWeight):
 
     storage_kind = _LoadedStorage
     since = "hvcompile.load_float8"
-    way_back = "load the original checkpoint, or compile it with the options that it was saved with"
+    way_back = "load the original checkpoint"
     elsewhere: ClassVar[str] = (
         f"this model's weights were loaded in float8, so another torch.compile of it can't read them: {_LOADED_CURE}"
     )

@@ -70,7 +70,7 @@ class Plan:
                 )
             if reason and isinstance(given, QuantizedWeight):
                 raise QuantizedWeightError(
-                    f"{given.path} is kept in float8 alone since this model was first compiled, and is not to be "
+                    f"{given.path} has been kept in float8 alone since {given.since}, and is not to be "
                     f"quantised now: {reason}. {_way_back(given)}"
                 )
 
@@ -182,8 +182,11 @@ class Plan:
             f"{len(done)} of {len(self.reasons)} linear layers as {products} float8 products, "
             f"scaled by {self.granularity}; their weights take {after / 2**20:.4g} MiB instead of "
             f"{before / 2**20:.4g}",
-            *(f"weights loaded in float8 from {source}" for source in sorted(self._sources())),
         )
+
+    def noted(self) -> tuple[str, ...]:
+        """Where weights were loaded from; each rank may have a directory of its own."""
+        return tuple(f"weights loaded in float8 from {source}" for source in sorted(self._sources()))
 
     def _sources(self) -> set[str]:
         """The directories that weights were loaded from in float8."""

@@ -198,7 +198,9 @@ def _graph_facts(trunk: Trunk, journal: Sequence[JournalRow], captured: fx.Graph
     operations = [
         (op_name(node), repr(node.args), repr(node.kwargs)) for node in captured.graph.nodes if node.op != "placeholder"
     ]
-    facts |= {f"what {row.name} did": row.line() for row in journal}
+    # Notes are for readers: a directory that weights were loaded from may be another on each machine.
+    done = [dataclasses.replace(row, report=dataclasses.replace(row.report, noted=())) for row in journal]
+    facts |= {f"what {row.name} did": row.line() for row in done}
     facts["the operations"] = _digest(_without_addresses(operations))
     return facts
 
