@@ -138,6 +138,8 @@ def invoke(*arguments: str) -> Any:
         (("p.jsonl", "--option", "lower=quick"), "options['lower'] is 'quick'"),
         (("p.jsonl", "--address", "127.0.0.1:1"), "address '127.0.0.1:1' has no Ray cluster: Connection refused"),
         (("p.jsonl", "--json", "a.txt"), "json 'a.txt' is no JSON file"),
+        (("p.json", "--json", "p.json"), "json 'p.json' is the file of prompts too: give another name"),
+        (("manifest.jsonl", "--output", "."), "the list of what is done 'manifest.jsonl' is the file of prompts too"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -14,7 +14,7 @@ import typer
 
 from hvcompile import outputs
 from hvcompile.app.request.ask import Ask, identity, parsed
-from hvcompile.app.request.clips import Clips
+from hvcompile.app.request.clips import Clips, check_apart
 from hvcompile.app.request.fleet import Fleet
 from hvcompile.app.request.generate import PICTURES, VIDEOS
 from hvcompile.app.request.parameters import JsonFile
@@ -67,6 +67,8 @@ class Request(Fleet):
         Ask(prompt="-", fps=self.fps)
         if self.json_file is not None:
             outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
+        read = {"prompts": self.prompts} | ({"options": self.options_file} if self.options_file is not None else {})
+        check_apart(read, [("the list of what is done", self.output / "manifest.jsonl"), ("json", self.json_file)])
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {str(self.output)!r} is a file: give a directory")
         try:

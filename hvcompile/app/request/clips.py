@@ -138,22 +138,8 @@ class Clips(Compiling):
         return {name: path for name, path in fields.items() if path is not None}
 
     def check_apart(self, written: Iterable[tuple[str, Path | None]]) -> None:
-        """Raise InputError where a file would be written that another is, or that is read.
-
-        Args:
-            written: the name of the option and the file, for each that is written; None for one that is not.
-
-        """
-        taken = {os.path.realpath(path): name for name, path in self.files_read().items()}
-        for name, path in written:
-            if path is None:
-                continue
-            place = os.path.realpath(path)
-            if place in taken:
-                raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
-            if os.path.isdir(place):
-                raise InputError(f"{name} {str(path)!r} is a directory: give a file name")
-            taken[place] = name
+        """Raise InputError where a file would be written that another is, or that is read; see the function."""
+        check_apart(self.files_read(), written)
 
     @property
     def is_offloaded(self) -> bool:
@@ -197,3 +183,23 @@ def check_not_negative(**numbers: float | None) -> None:
 def spelled(name: str) -> str:
     """The name of a field as it is typed."""
     return name.replace("_", "-")
+
+
+def check_apart(read: Mapping[str, Path], written: Iterable[tuple[str, Path | None]]) -> None:
+    """Raise InputError where a file would be written that another is, or that is read.
+
+    Args:
+        read: the files that are read, by the names of their options.
+        written: the name of the option and the file, for each that is written; None for one that is not.
+
+    """
+    taken = {os.path.realpath(path): name for name, path in read.items()}
+    for name, path in written:
+        if path is None:
+            continue
+        place = os.path.realpath(path)
+        if place in taken:
+            raise InputError(f"{name} {str(path)!r} is the file of {taken[place]} too: give another name")
+        if os.path.isdir(place):
+            raise InputError(f"{name} {str(path)!r} is a directory: give a file name")
+        taken[place] = name
