@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from torch import nn
 
 from hvcompile.errors import DisagreementError, InputError, RunError, one_line
 from hvcompile.ranks.tile_calls import Plan, UnshareableError, results, with_results
+from hvcompile.torch_private.drawing import Drawing
+from hvcompile.torch_private.storages import version_of
 
 _log = logging.getLogger(__name__)
 
@@ -189,9 +192,19 @@ class _Shared:
         if any(torch.is_autocast_enabled(tensor.device.type) for tensor in given):
             return None, "autocast is on, and the decoder's calls are foreseen without"
         try:
-            with torch.inference_mode(False), torch.no_grad():  # in inference mode nothing counts writes
-                plan = Plan(self.vae.decoder)
-                self._run(plan, args, kwargs)
+            # In inference mode nothing counts writes. What is planned with is a copy: the decoder, what decode is given
+            # and the state of random numbers stay as they are.
+            devices = {tensor.device for tensor in given if tensor.device.type == "cuda"}
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), Drawing() as drawing:
+                plan = Plan(_on_meta(self.vae.decoder))
+                copies = {id(tensor): tensor.clone() for tensor in given}
+                versions = [version_of(tensor) for tensor in copies.values()]
+                own_args = tuple(copies.get(id(value), value) for value in args)
+                self._run(plan, own_args, {name: copies.get(id(value), value) for name, value in kwargs.items()})
+            if drawing.names:
+                return None, f"it draws random numbers ({drawing.names[0]})"
+            if versions != [version_of(tensor) for tensor in copies.values()]:
+                return None, "it writes into what it is given"
         except UnshareableError as error:
             return None, str(error)
         except Exception as error:  # of a VAE that nobody foresaw; where it is the user's fault, ``decode`` says so
@@ -252,7 +265,8 @@ class _Shared:
         self._gather(plan, owners, rank, made, device)
         if rank != 0:
             self._well(lambda: None)
-            joined = [torch.empty_like(tensor, device=device) for tensor in _whole(shape)]
+            contiguous = torch.contiguous_format
+            joined = [torch.empty_like(tensor, device=device, memory_format=contiguous) for tensor in _whole(shape)]
         else:
             joined = _whole(shape := self._well(lambda: self._run(_Replay(plan, made), args, kwargs)))
             joined = [tensor.contiguous() for tensor in joined]
@@ -274,7 +288,10 @@ class _Shared:
                     send = functools.partial(dist.send, tensor.contiguous(), group_dst=0, group=self.group)
                     self._reached(send)
             elif rank == 0:
-                made[index] = [torch.empty_like(tensor, device=device) for tensor in call.results]
+                made[index] = [
+                    torch.empty_like(tensor, device=device, memory_format=torch.contiguous_format)
+                    for tensor in call.results
+                ]
                 for tensor in made[index]:
                     self._reached(functools.partial(dist.recv, tensor, group_src=owner, group=self.group))
 
@@ -321,6 +338,17 @@ class _Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         index, self._index = self._index, self._index + 1
         return with_results(self.plan.calls[index].answer, self.made.pop(index))
+
+
+def _on_meta(decoder: nn.Module) -> nn.Module:
+    """A copy of a decoder without its weights' content."""
+    tensors: list[torch.Tensor] = [*decoder.parameters(), *decoder.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        meta = torch.empty_like(tensor, device="meta")
+        is_weight = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_weight else meta
+    return copy.deepcopy(decoder, memo)
 
 
 def _whole(decoded: Any) -> list[torch.Tensor]:
