@@ -27,13 +27,13 @@ from hvcompile.app import cli
 from hvcompile.app.fleet import batch as engine
 from hvcompile.app.fleet import cluster
 from hvcompile.app.fleet.cluster import Needs
-from hvcompile.app.fleet.manifest import NAME, Manifest
+from hvcompile.app.fleet.manifest import Manifest
 from hvcompile.app.fleet.replica import WAITING, Replica
 from hvcompile.app.fleet.thread import BROKEN, FAILED, IDLE, MADE, Outcome, Report
 from hvcompile.app.fleet.todo import Task, Todo
 from hvcompile.app.fleet.worker import Made
 from hvcompile.app.request.ask import Ask
-from hvcompile.app.request.batch import Line, Request
+from hvcompile.app.request.batch import MANIFEST, Line, Request
 from hvcompile.errors import InputError, OutputError, RunError
 
 pytestmark = pytest.mark.xdist_group("fleet")  # one Ray cluster at a time
@@ -174,11 +174,11 @@ def test_the_list_of_what_is_done(tmp_path: Path) -> None:
         manifest.fail(two, "no luck", 3)
         with pytest.raises(InputError, match="in use by another hvcompile batch"), Manifest.opened(tmp_path):
             pass
-    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes() + b'{"id": "id3", "error": null, "outp')
+    (tmp_path / MANIFEST).write_bytes((tmp_path / MANIFEST).read_bytes() + b'{"id": "id3", "error": null, "outp')
     with Manifest.opened(tmp_path) as manifest:
         assert [manifest.has(line) for line in (one, two, three)] == [True, False, False]
         manifest.store(three, b"other", ".mp4", {})
-    records = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / MANIFEST).read_text().splitlines()]
     assert [(record["id"], record["error"]) for record in records] == [("id1", None), ("id2", "no luck"), ("id3", None)]
     (tmp_path / "1.mp4").write_bytes(b"cut")
     (tmp_path / "3.mp4").unlink()
@@ -211,7 +211,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(tmp_path: Path, monkeypatch: py
             patched.setattr(os, "fsync", full)
             with pytest.raises(OutputError, match="No space left on device"):
                 manifest.store(line_of(1), b"video", ".mp4", {})
-        assert [path.name for path in tmp_path.iterdir()] == [NAME]
+        assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
         manifest.store(line_of(1), b"video", ".mp4", {})
         assert manifest.has(line_of(1))
 
@@ -330,7 +330,7 @@ def test_what_ends_a_run(
             full.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(error, match=message):
                 engine.batch(asked)
-        assert [path.name for path in asked.output.iterdir()] == [NAME]
+        assert [path.name for path in asked.output.iterdir()] == [MANIFEST]
         patched.setattr(engine, "Replica", Quick)
         assert len(engine.batch(asked).records) == 5
 
@@ -369,7 +369,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "videos" / NAME
+    path = folder / "videos" / MANIFEST
     whole = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
     return [json.loads(line) for line in whole]
 

@@ -157,7 +157,7 @@ class _Shared:
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """``vae.decode`` by all ranks."""
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        given = _tensors(args, kwargs)
         plan, reason = self._planned(given, args, kwargs)
         if self.num_ranks > 1:
             reason = self._agree(plan, reason, given)
@@ -197,13 +197,13 @@ class _Shared:
             devices = {tensor.device for tensor in given if tensor.device.type == "cuda"}
             with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), Drawing() as drawing:
                 plan = Plan(_on_meta(self.vae.decoder))
-                copies = {id(tensor): tensor.clone() for tensor in given}
-                versions = [version_of(tensor) for tensor in copies.values()]
-                own_args = tuple(copies.get(id(value), value) for value in args)
-                self._run(plan, own_args, {name: copies.get(id(value), value) for name, value in kwargs.items()})
+                own_args, own_kwargs = _with_tensors(torch.Tensor.clone, args, kwargs)
+                copies = _tensors(own_args, own_kwargs)
+                versions = list(map(version_of, copies))
+                self._run(plan, own_args, own_kwargs)
             if drawing.names:
                 return None, f"it draws random numbers ({drawing.names[0]})"
-            if versions != [version_of(tensor) for tensor in copies.values()]:
+            if versions != list(map(version_of, copies)):
                 return None, "it writes into what it is given"
         except UnshareableError as error:
             return None, str(error)
@@ -244,14 +244,12 @@ class _Shared:
     def _first_ranks(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with the first rank's tensors: others may differ from them in the last bits."""
 
-        def same(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            sent = value.clone(memory_format=torch.contiguous_format)
+        def same(tensor: torch.Tensor) -> torch.Tensor:
+            sent = tensor.clone(memory_format=torch.contiguous_format)
             self._reached(lambda: dist.broadcast(sent, group_src=0, group=self.group))
             return sent
 
-        return tuple(same(value) for value in args), {name: same(value) for name, value in kwargs.items()}
+        return _with_tensors(same, args, kwargs)
 
     def _together(self, plan: Plan, args: Any, kwargs: Any) -> Any:
         rank = dist.get_rank(self.group)
@@ -338,6 +336,20 @@ class _Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         index, self._index = self._index, self._index + 1
         return with_results(self.plan.calls[index].answer, self.made.pop(index))
+
+
+def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments of a call that are tensors."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
+def _with_tensors(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call, with each that is a tensor changed."""
+
+    def one(value: Any) -> Any:
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
 
 
 def _on_meta(decoder: nn.Module) -> nn.Module:

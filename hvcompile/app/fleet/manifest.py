@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hvcompile import outputs
-from hvcompile.app.request.batch import Line
+from hvcompile.app.request.batch import MANIFEST, Line
 from hvcompile.errors import InputError, OutputError
-
-NAME = "manifest.jsonl"
 
 
 class Manifest:
@@ -41,7 +39,7 @@ class Manifest:
             InputError: another process makes videos there.
 
         """
-        with (directory / NAME).open("a+b") as file:
+        with (directory / MANIFEST).open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
             except OSError as error:
@@ -119,7 +117,7 @@ class Manifest:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
-            raise OutputError(f"{str(self._directory / NAME)!r} can't be written ({error.strerror})") from error
+            raise OutputError(f"{str(self._directory / MANIFEST)!r} can't be written ({error.strerror})") from error
 
 
 def _maker(record: Mapping[str, Any]) -> dict[str, str]:

@@ -29,6 +29,8 @@ DIGITS = 6
 """Of a number that is a file's name. It must not follow from how many lines there are: a file may get more of them."""
 MOST_TOLD = 20
 """Lines that are wrong of which is told."""
+MANIFEST = "manifest.jsonl"
+"""The list of what is done, beside the videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Request(Fleet):
         if self.json_file is not None:
             outputs.check(self.json_file, name="json", kind="JSON file", suffixes=(".json",))
         read = {"prompts": self.prompts} | ({"options": self.options_file} if self.options_file is not None else {})
-        check_apart(read, [("the list of what is done", self.output / "manifest.jsonl"), ("json", self.json_file)])
+        check_apart(read, [("the list of what is done", self.output / MANIFEST), ("json", self.json_file)])
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {str(self.output)!r} is a file: give a directory")
         try:
@@ -179,7 +181,7 @@ def _stem(name: str) -> str:
         raise InputError(
             f"name {name[:40]!r} is no file name: give letters, digits and -_.,+=@() alone, and no directory"
         )
-    if stem.lower() == "manifest":
+    if stem.lower() == Path(MANIFEST).stem:
         raise InputError("name 'manifest' is taken by the list of what is done: give another")
     return stem
 

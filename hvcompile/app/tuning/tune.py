@@ -112,7 +112,7 @@ class _Tuning:
             "seeds": list(request.all_seeds()),
             "pictures": {name: identity.of_picture(picture) for name, picture in request.pictures.items()},
             "vae_tiling": request.vae_tiling,
-            **({"compile_vae": True} if request.compile_vae else {}),
+            "compile_vae": request.compile_vae,
             "offload": request.offload,
         }
 
