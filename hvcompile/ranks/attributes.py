@@ -15,19 +15,25 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """What is compared by its value."""
 
 
-def kept_by(module: nn.Module) -> list[Any]:
+def kept_by(module: nn.Module) -> Any:
     """Whatever a module and those in it keep: tensors, numbers, and what lists, dicts and objects hold.
 
-    Two such lists are equal where nothing was assigned, written in place or put into a container between them.
+    Two of what it returns are equal where nothing was assigned, written in place or put into a container between them.
     """
-    seen: set[int] = set()
-    return [_content(vars(module), seen)]
+    return content_of(vars(module))
+
+
+def content_of(value: Any) -> Any:
+    """What ``kept_by`` says of a module, of any value."""
+    return _content(value, set())
 
 
 def _content(value: Any, seen: set[int]) -> Any:
     """A value by what it is: its identity, and that of all it holds."""
     if isinstance(value, PLAIN):
         return value
+    if isinstance(value, (dict, list, set)) and not value:  # most attributes of a module
+        return id(value)
     same = _Same(value)
     if id(value) in seen or isinstance(value, (type, types.ModuleType)):
         return same

@@ -157,6 +157,7 @@ class _Shared:
                 copies = _tensors(own_args, own_kwargs)
                 versions = list(map(version_of, copies))
                 _run(_twin(self.vae), plan, own_args, own_kwargs, decoder=decoder)
+                plan.check()
             if seen.draws:
                 return None, f"it draws random numbers ({seen.draws[0]})"
             if versions != list(map(version_of, copies)):
@@ -223,7 +224,8 @@ class _Shared:
         share = Share(plan, self.vae.decoder, owners, rank, self.tell)
         # What decode sets on its VAE it sets once: the first rank runs it again to join the tiles.
         vae = _twin(self.vae) if rank == 0 else self.vae
-        shape = self._well(functools.partial(_run, vae, share, args, kwargs))
+        with share.shapes:
+            shape = self._well(functools.partial(_run, vae, share, args, kwargs))
         made = share.made
         del share
         device = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device

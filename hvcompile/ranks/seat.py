@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hvcompile.ranks.tile_calls import Plan, UnshareableError, results, with_results
+from hvcompile.torch_private.operations import Shapes
 
 Tell = Callable[[int, int], None]
 """Told after each of this rank's tiles how many are done, and how many there are for it."""
@@ -67,6 +68,7 @@ class Share:
 
     Attributes:
         made: what this rank has made, by the number of the call.
+        shapes: the mode that decode runs within, which is off while this rank decodes.
 
     """
 
@@ -76,6 +78,7 @@ class Share:
     rank: int
     tell: Tell | None
     made: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=Shapes)
     _given_out: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # a shape, and what it stands for
     _index: int = 0
 
@@ -85,7 +88,8 @@ class Share:
         call = self.plan.calls[index]
         fakes = [torch.empty_like(tensor) for tensor in call.results]
         if self.owners[index] == self.rank:
-            answer = self.decoder(*self._real(args), **{name: self._real(value) for name, value in kwargs.items()})
+            with self.shapes.paused():
+                answer = self.decoder(*self._real(args), **{name: self._real(value) for name, value in kwargs.items()})
             found, planned = shapes(results(answer)), shapes(fakes)
             if found != planned:
                 raise RuntimeError(f"call {index} of the decoder gave {found}, where {planned} was foreseen")

@@ -7,14 +7,16 @@ what it is given and the shape of what it gives. Calls that share something are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from hvcompile.ranks.attributes import PLAIN, kept_by
+from hvcompile.ranks.attributes import PLAIN, content_of, kept_by
 from hvcompile.torch_private.operations import Operations
 from hvcompile.torch_private.storages import storage_id, version_of
 
@@ -59,6 +61,38 @@ def with_results(answer: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 @dataclass
+class _Known:
+    """What a call does that comes after the same calls, with arguments of the same shapes.
+
+    Attributes:
+        operations: a digest of those that it ran.
+        answer: what it returned.
+        contents: what its lists and dicts held afterwards; none where that had not changed.
+        is_sure: whether it has run twice, and did the same.
+
+    """
+
+    operations: str
+    answer: Any
+    contents: list[Any]
+    is_sure: bool = False
+
+    @property
+    def is_copyable(self) -> bool:
+        """Whether all that it left behind is tensors, plain values, and lists and dicts with such."""
+        parts = [part for content in self.contents for part in _values(content)]
+        return all(isinstance(part, (torch.Tensor, *PLAIN)) for part in parts) and _is_copyable(self.answer)
+
+    def once_more(self, containers: list[Any]) -> Any:
+        """Answer, and leave the same in other lists and dicts, with tensors of their own."""
+        for container, content in zip(containers, self.contents, strict=False):
+            container.clear()
+            fresh = _fresh(content)
+            container.extend(fresh) if isinstance(container, list) else container.update(fresh)
+        return _fresh(self.answer)
+
+
+@dataclass
 class Plan:
     """Stands for a decoder while a decoding runs on the meta device, and keeps its calls.
 
@@ -76,7 +110,8 @@ class Plan:
     _held: list[Any] = field(default_factory=list)  # an id is an object's own as long as the object is there
     _versions: dict[int, int] = field(default_factory=dict)
     _made: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    _known: dict[Any, Any] = field(default_factory=dict)
+    _known: dict[str, _Known] = field(default_factory=dict)
+    _past: dict[int, str] = field(default_factory=dict)
     _num_chains: int = 0
 
     def __post_init__(self) -> None:
@@ -103,12 +138,14 @@ class Plan:
             (chain,) = given.chains
         else:
             chain, self._num_chains = self._num_chains, self._num_chains + 1
+        key = repr((_signature(args), _signature(kwargs)))
         if given.holds_state:
-            answer, _ = self._run(meta_args, meta_kwargs, given.tensors, self._made.get(chain, []))
+            key = self._past[chain] = hashlib.sha256(f"{self._past.get(chain)} {key}".encode()).hexdigest()
+            answer = self._answer(key, meta_args, meta_kwargs, given, self._made.get(chain, []))
         else:
-            answer = self._stateless(
-                repr((_signature(args), _signature(kwargs))), meta_args, meta_kwargs, given.tensors
-            )
+            if key not in self._known:
+                self._answer(key, meta_args, meta_kwargs, given)
+            answer = self._answer(key, meta_args, meta_kwargs, given)
         parts = list(_parts(answer))
         for item in (*given.containers, *parts):
             self._chain_of[id(item)] = chain
@@ -119,19 +156,24 @@ class Plan:
         self.calls.append(Call(chain=chain, size=size, answer=answer))
         return answer
 
-    def _stateless(self, key: str, args: Any, kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Any:
-        """A call that nothing comes to from earlier ones; it is run twice at first, and known from then on."""
-        if key not in self._known:
-            self._known[key], first = self._run(args, kwargs, tensors)
-            if not _is_known(self._known[key]):  # a cache is one tile's own
-                return self._known.pop(key)
-            _, second = self._run(args, kwargs, tensors)
-            if first != second:
-                raise UnshareableError("its decoder does other things when it is called once more")
+    def _answer(
+        self, key: str, args: Any, kwargs: Mapping[str, Any], given: _Given, made: list[torch.Tensor] | None = None
+    ) -> Any:
+        """What a call returns: run twice, and known from then on where both ran the same operations."""
+        known = self._known.get(key)
+        if known is not None and known.is_sure:
+            return known.once_more(given.containers)
+        before = content_of(given.containers)
+        answer, operations = self._run(args, kwargs, given.tensors, made)
+        if known is None:
+            is_as_before = content_of(given.containers) == before
+            contents = [] if is_as_before else [copy.copy(container) for container in given.containers]
+            self._known[key] = _Known(operations, answer, contents)
+        elif known.operations != operations:
+            raise UnshareableError("its decoder does other things when it is called once more")
         else:
-            self._check_kept()
-        kept = self._known[key]
-        return with_results(kept, [torch.empty_like(tensor) for tensor in results(kept)])
+            known.is_sure = known.is_copyable
+        return answer
 
     def _run(
         self, args: Any, kwargs: Mapping[str, Any], tensors: list[torch.Tensor], made: list[torch.Tensor] | None = None
@@ -147,7 +189,7 @@ class Plan:
             )
         if seen.strays:
             raise UnshareableError(f"its decoder reads a tensor that it was not given ({seen.strays[0]})")
-        self._check_kept()
+        self.check()
         own, found = {storage_id(tensor) for tensor in tensors}, results(answer)
         if not found or not isinstance(answer, (torch.Tensor, tuple)):
             raise UnshareableError(f"its decoder returns a {type(answer).__name__}, not a tensor or a tuple with one")
@@ -155,7 +197,13 @@ class Plan:
             raise UnshareableError("its decoder returns what it was given, or something made elsewhere")
         return answer, seen.digest
 
-    def _check_kept(self) -> None:
+    def check(self) -> None:
+        """See that the decoder still is as it was before its first call.
+
+        Raises:
+            UnshareableError: it, or what calls it, has changed something of it.
+
+        """
         if kept_by(self.decoder) != self._kept:
             raise UnshareableError("its decoder keeps something of a call for the next one in an attribute")
 
@@ -234,9 +282,25 @@ class _Given:
         return True
 
 
-def _is_known(answer: Any) -> bool:
-    """Whether a call's answer holds tensors alone."""
-    return not any(isinstance(part, (list, dict)) for part in _parts(answer))
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _is_copyable(value: Any) -> bool:
+    if type(value) in {list, tuple, dict}:
+        return all(map(_is_copyable, _values(value)))
+    return isinstance(value, (torch.Tensor, *PLAIN))
+
+
+def _fresh(value: Any) -> Any:
+    """A copy with tensors of its own."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value)
+    if isinstance(value, dict):
+        return {name: _fresh(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_fresh, value))
+    return value
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The door to private torch of dispatch modes: what the operations of some code read, write and draw.
+"""The door to private torch of dispatch modes: what the operations of some code read, write and draw, and their shapes.
 
 ``torch.utils._python_dispatch.TorchDispatchMode`` sees every operation below autograd; nothing public does
 (2.11.0, 2.13.0).
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,19 +16,51 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvcompile.torch_private.storages import storage_id
 
+_POINTWISE = {
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.div.Tensor,
+    torch.ops.aten.copy_.default,
+}
+"""What tiles are blended with, a row at a time."""
 
-class Draws(TorchDispatchMode):
-    """Within, ``draws`` gains each operation that draws random numbers; attention without dropout draws none."""
+
+class Shapes(TorchDispatchMode):
+    """Within, blending on the meta device is quick: torch does it in Python, in 0.1 ms for each addition.
+
+    A video of 129 frames in 1280x720 is blended by 200,000 operations.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _POINTWISE and not kwargs and _is_plain(*args):
+            return args[0] if func is torch.ops.aten.copy_.default else torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, the mode is off; it must be the innermost."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+
+class Draws(Shapes):  # type: ignore[no-untyped-call]
+    """Within, ``draws`` gains each operation that draws random numbers; attention without dropout draws none."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.draws: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _dropout(func, args, kwargs) != 0:
+        if torch.Tag.nondeterministic_seeded in func.tags and _dropout(func, args, kwargs or {}) != 0:
             self.draws.append(str(func))
-        return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Operations(Draws):  # type: ignore[no-untyped-call]
@@ -79,6 +112,20 @@ class Operations(Draws):  # type: ignore[no-untyped-call]
     def _hold(self, tensor: torch.Tensor) -> int:
         self._held.append(tensor.untyped_storage())
         return storage_id(tensor)
+
+
+def _is_plain(first: Any, second: Any, *more: Any) -> bool:
+    """Whether the result of two operands is like the first, which is a float tensor on the meta device."""
+    if more or not isinstance(first, torch.Tensor) or not first.is_meta or not first.is_floating_point():
+        return False
+    if isinstance(second, torch.Tensor):
+        return (
+            second.is_meta
+            and first.dtype == second.dtype
+            and first.shape == second.shape
+            and first.stride() == second.stride()
+        )
+    return isinstance(second, float)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
