@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
+import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +17,7 @@ from torch import nn
 
 import hvcompile
 from hvcompile.app.cli.display import tiles
+from hvcompile.ranks.seat import on_meta
 from hvcompile.ranks.tile_calls import Plan, UnshareableError
 
 
@@ -69,6 +74,8 @@ def test_latents_that_differ() -> None:
     assert ranks.results(ranks.launch(decoding_cases.differing, 2, "values")) == [True, True]
     for message in ranks.results(ranks.launch(decoding_cases.differing, 2, "tiles")):
         assert message.startswith("the ranks decode other tiles")
+    for message in ranks.results(ranks.launch(decoding_cases.differing, 2, "weights")):
+        assert message.startswith("the decoder of rank 1 has other weights than rank 0's")
 
 
 class _Decoder(nn.Module):
@@ -76,14 +83,16 @@ class _Decoder(nn.Module):
         super().__init__()
         self.act, self.seen = act, 0
         self.weight, self.kept = nn.Parameter(torch.ones(3)), [0]
+        self.space, self.queue = types.SimpleNamespace(seen=0), collections.deque([0], maxlen=1)
         self.register_buffer("total", torch.zeros(3))
 
     def forward(self, z: torch.Tensor, *more: Any) -> Any:
         return self.act(self, z)
 
 
-def _scaled(self: Any, z: torch.Tensor) -> Any:
-    return z * self.weight
+def _scaled(self: Any, z: torch.Tensor) -> torch.Tensor:
+    scaled: torch.Tensor = z * self.weight
+    return scaled
 
 
 def _counts(self: Any, z: torch.Tensor) -> Any:
@@ -91,22 +100,59 @@ def _counts(self: Any, z: torch.Tensor) -> Any:
     return z * self.weight
 
 
-def _lists(self: Any, z: torch.Tensor) -> Any:
+def _changes(change: Callable[[Any, torch.Tensor], object]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """A decoder that does something beside its work."""
+
+    def act(self: Any, z: torch.Tensor) -> torch.Tensor:
+        change(self, z)
+        return _scaled(self, z)
+
+    return act
+
+
+def _counts_list(self: Any, z: torch.Tensor) -> None:
     self.kept[0] += 1
-    return z * self.weight
 
 
-def _sums(self: Any, z: torch.Tensor) -> Any:
-    self.total.add_(z.sum(0))
-    return z * self.weight
+def _counts_field(self: Any, z: torch.Tensor) -> None:
+    self.space.seen += 1
+
+
+def _assigns(self: Any, z: torch.Tensor) -> None:
+    self.total = self.total + z.sum(0)
+
+
+def _assigns_data(self: Any, z: torch.Tensor) -> None:
+    self.total.data = self.total.data + z.sum(0)
+
+
+def _drops(self: Any, z: torch.Tensor) -> None:
+    self.total = None
+
+
+SEEN: list[torch.Tensor] = []
+NUMBERS = itertools.count()
+
+
+def _reads_global(self: Any, z: torch.Tensor) -> torch.Tensor:
+    SEEN.append(z * 1)
+    return z + SEEN[0]
 
 
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
         (_counts, "keeps something of a call"),
-        (_lists, "keeps something of a call"),
-        (_sums, "writes into what it is given"),
+        (_changes(_counts_list), "keeps something of a call"),
+        (_changes(_counts_field), "keeps something of a call"),
+        (_changes(lambda self, z: self.queue.append(z.shape[0])), "keeps something of a call"),
+        (_changes(_assigns), "keeps something of a call"),
+        (_changes(_assigns_data), "keeps something of a call"),
+        (_changes(_drops), "keeps something of a call"),
+        (_changes(lambda self, z: self.total.add_(z.sum(0))), "writes into what it is given"),
+        (_changes(lambda self, z: self.total.data.add_(z.sum(0))), "writes into what it is given"),
+        (_reads_global, "reads a tensor that it was not given"),
+        (lambda self, z: z * next(NUMBERS), "does other things when it is called once more"),
         (lambda self, z: z.mul_(2), "writes into what it is given"),
         (lambda self, z: z[:1], "returns what it was given"),
         (lambda self, z: z + torch.randn_like(z), r"draws random numbers \(aten.randn_like"),
@@ -115,13 +161,14 @@ def _sums(self: Any, z: torch.Tensor) -> Any:
     ],
 )
 def test_calls_that_depend_on_each_other_unseen(act: Any, reason: str) -> None:
+    plan = Plan(on_meta(_Decoder(act)))
     with torch.no_grad(), pytest.raises(UnshareableError, match=reason):
-        Plan(_Decoder(act))(torch.ones(2, 3))
+        [plan(torch.ones(rows, 3)) for rows in (2, 1)]
 
 
 def test_what_a_call_is_given() -> None:
     """Generators, filled caches, and what is made from two results are refused; what is handed on makes a chain."""
-    plan, z = Plan(_Decoder(_scaled)), torch.ones(2, 3)
+    plan, z = Plan(on_meta(_Decoder(_scaled))), torch.ones(2, 3)
     with torch.no_grad():
         first, second = plan(z), plan(z, None, 1, "text")
         for given, reason in {
@@ -143,10 +190,10 @@ def test_what_a_call_is_given() -> None:
 
 def test_attention_draws_nothing() -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
-    plan = Plan(_Decoder(lambda self, z: attend(z, z, z)))
+    plan = Plan(on_meta(_Decoder(lambda self, z: attend(z, z, z))))
     with torch.no_grad():
         plan(torch.ones(1, 2, 8, 16))
-        plan = Plan(_Decoder(lambda self, z: attend(z, z, z, dropout_p=0.5)))
+        plan = Plan(on_meta(_Decoder(lambda self, z: attend(z, z, z, dropout_p=0.5))))
         with pytest.raises(UnshareableError, match="draws random numbers"):
             plan(torch.ones(1, 2, 9, 16))
 
@@ -172,6 +219,94 @@ def test_a_vae_that_can_not_be_shared() -> None:
             vae.decode(decoding_cases.latents(1, 4, 1, 4, 7))
         assert state.reason == "up_blocks.0 of its decoder carries a hook that moves weights while it runs"
     assert "decode" not in vars(vae)
+
+
+class _Toy(nn.Module):
+    """A VAE of two tiles; ``act`` decodes with it."""
+
+    def __init__(self, act: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.decoder, self.act, self.num_decoded = _Decoder(_scaled), act, 0
+
+    def decode(self, z: Any, *, deeply: bool = False) -> Any:
+        if deeply:
+            return self.decode(z)
+        self.num_decoded += 1
+        return self.act(self, z)
+
+
+def _joined(self: Any, z: torch.Tensor) -> torch.Tensor:
+    return torch.cat([self.decoder(row[None]) for row in z])
+
+
+def _sets(self: Any, z: torch.Tensor) -> torch.Tensor:
+    self.decoder.scale = 2
+    return _joined(self, z)
+
+
+def _sets_below(self: Any, z: torch.Tensor) -> torch.Tensor:
+    self.decoder.space.seen = z.shape[0]
+    return _joined(self, z)
+
+
+def _hands_on(self: Any, z: torch.Tensor) -> torch.Tensor:
+    first = self.decoder(z[:1])
+    first[:] = first * 2.0
+    return torch.cat([first, self.decoder(first), self.decoder(z[1:])])
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (_joined, None),
+        (_sets, "decode sets 'scale' of its decoder"),
+        (_sets_below, "keeps something of a call"),
+        (_hands_on, "writes into a result of its decoder"),
+        (lambda self, z: _joined(self, z.add_(1)), "writes into what it is given"),
+        (lambda self, z: _joined(self, z + torch.rand_like(z)), "draws random numbers"),
+    ],
+)
+def test_a_decode_that_is_not_what_it_seems(act: Any, reason: str | None) -> None:
+    """It runs as without; what planning does, no one sees."""
+    vae, z, told = _Toy(act), torch.randn(2, 3), []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        own = _Toy(act).decode(z.clone())
+        torch.manual_seed(0)
+        with hvcompile.share_decoding(vae, tell=lambda *step: told.append(step)) as state:
+            assert torch.equal(vae.decode(z.clone()), own)
+    assert reason is None if state.reason is None else str(reason) in state.reason
+    assert vae.num_decoded == 1
+    assert told == ([(1, 2), (2, 2)] if reason is None else [])
+    assert getattr(vae.decoder, "scale", None) == (2 if act is _sets else None)
+
+
+@torch.no_grad()
+def test_calls_of_decode() -> None:
+    """Of itself, in another form, and by two threads."""
+    vae, z = _Toy(_joined), torch.randn(2, 3)
+    with hvcompile.share_decoding(vae, tell=lambda *_: None) as state:
+        assert torch.equal(vae.decode(z, deeply=True), z)
+        assert (state.reason, state.num_tiles) == (None, 2)
+        with pytest.raises(TypeError, match="string indices"):
+            vae.decode({"latents": z})
+        assert state.reason == "decode is given a dict, where tensors and numbers are foreseen"
+        entered, leave = threading.Event(), threading.Event()
+
+        def waits(self: Any, z: torch.Tensor) -> torch.Tensor:
+            if not z.is_meta:
+                entered.set()
+                leave.wait(10)
+            return z * 1
+
+        vae.decoder.act = waits
+        thread = threading.Thread(target=torch.no_grad()(lambda: vae.decode(z)))
+        thread.start()
+        assert entered.wait(10)
+        with pytest.raises(hvcompile.InputError, match="another thread decodes"):
+            vae.decode(z)
+        leave.set()
+        thread.join()
 
 
 def test_nan_stays_in_its_place() -> None:

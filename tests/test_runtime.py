@@ -14,8 +14,8 @@ from oracle import hvfast
 from toy import TEXT, TOKENS, WIDTH, Toy, toy_inputs
 
 import hvcompile
+from hvcompile.ranks.fingerprints import fingerprint, hash_of
 from hvcompile.runtime import slots, state
-from hvcompile.runtime.fingerprints import fingerprint, hash_of
 
 SCHEDULE = [900.0, 870.0, 800.0, 790.0, 600.0, 580.0, 300.0, 250.0]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +17,14 @@ import torch.distributed as dist
 from torch import nn
 
 from hvcompile.errors import DisagreementError, InputError, RunError, one_line
-from hvcompile.ranks.tile_calls import Plan, UnshareableError, results, with_results
-from hvcompile.torch_private.drawing import Drawing
+from hvcompile.ranks.attributes import PLAIN
+from hvcompile.ranks.fingerprints import sketch
+from hvcompile.ranks.seat import Replay, Seat, Share, Tell, on_meta, shapes
+from hvcompile.ranks.tile_calls import Plan, UnshareableError
+from hvcompile.torch_private.operations import Draws
 from hvcompile.torch_private.storages import version_of
 
 _log = logging.getLogger(__name__)
-
-Tell = Callable[[int, int], None]
-"""Told after each of this rank's tiles how many are done, and how many there are for it."""
 
 
 @dataclass
@@ -62,8 +64,9 @@ def share_decoding(
         What became of the last decoding.
 
     Raises:
-        InputError: the VAE has no such parts, or its ``decode`` is replaced already.
-        DisagreementError: from ``decode``, where the ranks' latents or tiles differ, or a rank did not come.
+        InputError: the VAE has no such parts, its ``decode`` is replaced already, or this rank is not in the group.
+            From ``decode``, where another thread is in it.
+        DisagreementError: from ``decode``, where the ranks' latents, tiles or weights differ, or a rank did not come.
         RunError: from ``decode``, on all ranks, where the decoder failed on another one.
 
     """
@@ -75,6 +78,10 @@ def share_decoding(
             "share_decoding: compile vae.decoder instead, and share once"
         )
     num_ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if num_ranks < 1:
+        raise InputError(
+            "this rank is not in the group that shares the decoding: share on the ranks of the group alone"
+        )
     state = Decoding()
     if num_ranks == 1 and tell is None:
         yield state
@@ -87,64 +94,6 @@ def share_decoding(
         del vae.decode
 
 
-class _Seat(nn.Module):
-    """Sits in a decoder's place; all but its calls is the decoder's."""
-
-    def __init__(self, decoder: nn.Module, answer: Callable[..., Any]) -> None:
-        super().__init__()
-        self.seated, self.answer = decoder, answer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("seated"), name)
-
-
-@dataclass
-class _Share:
-    """Stands for the decoder while this rank decodes its tiles; of all others it gives the shape alone."""
-
-    plan: Plan
-    decoder: nn.Module
-    owners: list[int]
-    rank: int
-    tell: Tell | None
-    made: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    _given_out: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # a shape, and what it stands for
-    _index: int = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        index, self._index = self._index, self._index + 1
-        call = self.plan.calls[index]
-        fakes = [torch.empty_like(tensor) for tensor in call.results]
-        if self.owners[index] == self.rank:
-            answer = self.decoder(*self._real(args), **{name: self._real(value) for name, value in kwargs.items()})
-            found, planned = _shapes(results(answer)), _shapes(fakes)
-            if found != planned:
-                raise RuntimeError(f"call {index} of the decoder gave {found}, where {planned} was foreseen")
-            self.made[index] = results(answer)
-            if self.tell is not None:
-                self.tell(len(self.made), self.owners.count(self.rank))
-        else:
-            answer = call.answer
-        self._given_out += zip(fakes, self.made.get(index, []), strict=False)
-        return with_results(answer, fakes)
-
-    def _real(self, value: Any) -> Any:
-        """What an argument stands for, where it is an earlier call's result."""
-        if isinstance(value, tuple):
-            return tuple(self._real(part) for part in value)
-        return next((real for fake, real in self._given_out if fake is value), value)
-
-
-def _shapes(tensors: list[torch.Tensor]) -> list[tuple[tuple[int, ...], str]]:
-    return [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
-
-
 @dataclass
 class _Shared:
     """A VAE whose ``decode`` is shared."""
@@ -154,36 +103,38 @@ class _Shared:
     num_ranks: int
     tell: Tell | None
     state: Decoding
+    _running: threading.Lock = field(default_factory=threading.Lock)
+    _thread: int | None = None
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """``vae.decode`` by all ranks."""
+        if self._thread == threading.get_ident():  # a decode that calls itself
+            return type(self.vae).decode(self.vae, *args, **kwargs)
+        if not self._running.acquire(blocking=False):
+            raise InputError("another thread decodes with this VAE: within share_decoding, decode one after the other")
+        self._thread = threading.get_ident()
+        try:
+            return self._decode(args, kwargs)
+        finally:
+            self._thread = None
+            self._running.release()
+
+    def _decode(self, args: Any, kwargs: Any) -> Any:
         given = _tensors(args, kwargs)
         plan, reason = self._planned(given, args, kwargs)
         if self.num_ranks > 1:
-            reason = self._agree(plan, reason, given)
+            reason = self._agree(plan, reason, args, kwargs)
         state = self.state
         state.num_tiles = state.num_own = len(plan.calls) if plan is not None else 0
         state.reason = reason
         if self.num_ranks > 1 and reason is not None:
             _log.info("every rank decodes all of the video: %s", reason)
         if plan is None:
-            return self._run(None, args, kwargs)
+            return type(self.vae).decode(self.vae, *args, **kwargs)
         if self.num_ranks == 1 or reason is not None:
-            return self._run(self._counted(len(plan.calls)), args, kwargs)
+            return _run(self.vae, self._counted(len(plan.calls)), args, kwargs)
         args, kwargs = self._first_ranks(args, kwargs)
         return self._together(plan, args, kwargs)
-
-    def _run(self, answer: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
-        """The VAE's own ``decode``; with ``answer`` in the decoder's place, if there is one."""
-        own = type(self.vae).decode
-        if answer is None:
-            return own(self.vae, *args, **kwargs)
-        decoder = self.vae.decoder
-        self.vae.decoder = _Seat(decoder, answer)
-        try:
-            return own(self.vae, *args, **kwargs)
-        finally:
-            self.vae.decoder = decoder
 
     def _planned(self, given: list[torch.Tensor], args: Any, kwargs: Any) -> tuple[Plan | None, str | None]:
         """The calls that ``decode`` will make; or None and why they can't be told."""
@@ -191,18 +142,24 @@ class _Shared:
             return None, "gradients are asked for: call decode under torch.no_grad()"
         if any(torch.is_autocast_enabled(tensor.device.type) for tensor in given):
             return None, "autocast is on, and the decoder's calls are foreseen without"
+        others = [value for value in (*args, *kwargs.values()) if not isinstance(value, (torch.Tensor, *PLAIN))]
+        if others or not given:
+            what = f"a {type(others[0]).__name__}" if others else "no tensor"
+            return None, f"decode is given {what}, where tensors and numbers are foreseen"
         try:
-            # In inference mode nothing counts writes. What is planned with is a copy: the decoder, what decode is given
+            # In inference mode nothing counts writes. What is planned with are copies: the VAE, what decode is given
             # and the state of random numbers stay as they are.
             devices = {tensor.device for tensor in given if tensor.device.type == "cuda"}
-            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), Drawing() as drawing:
-                plan = Plan(_on_meta(self.vae.decoder))
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), Draws() as seen:
+                decoder = on_meta(self.vae.decoder)
+                plan = Plan(decoder)
                 own_args, own_kwargs = _with_tensors(torch.Tensor.clone, args, kwargs)
                 copies = _tensors(own_args, own_kwargs)
                 versions = list(map(version_of, copies))
-                self._run(plan, own_args, own_kwargs)
-            if drawing.names:
-                return None, f"it draws random numbers ({drawing.names[0]})"
+                _run(_twin(self.vae), plan, own_args, own_kwargs, decoder=decoder)
+                plan.check()
+            if seen.draws:
+                return None, f"it draws random numbers ({seen.draws[0]})"
             if versions != list(map(version_of, copies)):
                 return None, "it writes into what it is given"
         except UnshareableError as error:
@@ -227,18 +184,27 @@ class _Shared:
 
         return answer
 
-    def _agree(self, plan: Plan | None, reason: str | None, given: list[torch.Tensor]) -> str | None:
-        """One reason for all ranks not to share; raises where their inputs or plans differ."""
-        shapes = _shapes(given)
-        everyone = self._told((shapes, plan.digest() if plan is not None else None, reason))
-        if any(other[0] != shapes for other in everyone):
+    def _agree(self, plan: Plan | None, reason: str | None, args: Any, kwargs: Any) -> str | None:
+        """One reason for all ranks not to share; raises where their inputs, plans or weights differ."""
+        given = [
+            *shapes(_tensors(args, kwargs)),
+            *((name, value) for name, value in (*enumerate(args), *kwargs.items()) if isinstance(value, PLAIN)),
+        ]
+        weights = None if plan is None or reason is not None else _weights_of(self.vae.decoder)
+        everyone = self._told((given, plan.digest() if plan is not None else None, weights, reason))
+        if any(other[0] != given for other in everyone):
             each = ", ".join(f"rank {rank}: {other[0]}" for rank, other in enumerate(everyone))
             raise DisagreementError(f"the ranks decode different latents ({each}): share_decoding is for one video")
-        reasons = [other[2] for other in everyone if other[2] is not None]
+        reasons = [other[3] for other in everyone if other[3] is not None]
         if reasons:
             return str(reasons[0])
         if any(other[1] != everyone[0][1] for other in everyone):
             raise DisagreementError("the ranks decode other tiles: give all the same vae, tiling and latents")
+        differs = [str(rank) for rank, other in enumerate(everyone) if other[2] != everyone[0][2]]
+        if differs:
+            raise DisagreementError(
+                f"the decoder of rank {', '.join(differs)} has other weights than rank 0's: load the same on all ranks"
+            )
         return None
 
     def _first_ranks(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -255,8 +221,11 @@ class _Shared:
         rank = dist.get_rank(self.group)
         owners = plan.owners(self.num_ranks)
         self.state.num_own = owners.count(rank)
-        share = _Share(plan, self.vae.decoder, owners, rank, self.tell)
-        shape = self._well(functools.partial(self._run, share, args, kwargs))
+        share = Share(plan, self.vae.decoder, owners, rank, self.tell)
+        # What decode sets on its VAE it sets once: the first rank runs it again to join the tiles.
+        vae = _twin(self.vae) if rank == 0 else self.vae
+        with share.shapes:
+            shape = self._well(functools.partial(_run, vae, share, args, kwargs))
         made = share.made
         del share
         device = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device
@@ -266,7 +235,7 @@ class _Shared:
             contiguous = torch.contiguous_format
             joined = [torch.empty_like(tensor, device=device, memory_format=contiguous) for tensor in _whole(shape)]
         else:
-            joined = _whole(shape := self._well(lambda: self._run(_Replay(plan, made), args, kwargs)))
+            joined = _whole(shape := self._well(lambda: _run(self.vae, Replay(plan, made), args, kwargs)))
             joined = [tensor.contiguous() for tensor in joined]
         for tensor in joined:
             self._reached(functools.partial(dist.broadcast, tensor, group_src=0, group=self.group))
@@ -295,11 +264,11 @@ class _Shared:
 
     def _well(self, work: Callable[[], Any]) -> Any:
         """Do this rank's work; raise on all ranks where one of them failed."""
-        failed: Exception | None = None
+        failed: BaseException | None = None
         done = None
         try:
             done = work()
-        except Exception as error:
+        except BaseException as error:  # also where the user stops it: the others wait
             failed = error
         everyone = self._told(None if failed is None else f"{type(failed).__name__}: {one_line(failed)}")
         if failed is not None:
@@ -325,17 +294,37 @@ class _Shared:
             ) from error
 
 
-@dataclass
-class _Replay:
-    """Stands for the decoder while the first rank joins the tiles: each call is answered with what was made of it."""
+def _run(vae: Any, answer: Callable[..., Any], args: Any, kwargs: Any, *, decoder: nn.Module | None = None) -> Any:
+    """The VAE's own ``decode`` with ``answer`` in its decoder's place; ``decoder`` is what that looks like."""
+    own = vae.decoder
+    vae.decoder = Seat(own if decoder is None else decoder, answer, is_open=decoder is None)
+    try:
+        return type(vae).decode(vae, *args, **kwargs)
+    finally:
+        vae.decoder = own
 
-    plan: Plan
-    made: dict[int, list[torch.Tensor]]
-    _index: int = 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        index, self._index = self._index, self._index + 1
-        return with_results(self.plan.calls[index].answer, self.made.pop(index))
+def _twin(vae: Any) -> Any:
+    """A VAE with the same modules, whose own attributes, lists and dicts are apart."""
+    twin = copy.copy(vae)
+    for name, value in vars(vae).items():
+        if isinstance(value, (list, dict, set)):
+            vars(twin)[name] = copy.copy(value)
+    vars(twin).pop("decode", None)
+    return twin
+
+
+def _weights_of(decoder: nn.Module) -> str:
+    """What tells a decoder's weights from others: a sample of each, and of its buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()]:
+        content: Any
+        try:
+            content = int(sketch(tensor).item())
+        except Exception as error:  # of a kind of tensor that nobody foresaw
+            content = type(error)
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape), content)).encode())
+    return digest.hexdigest()
 
 
 def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -350,17 +339,6 @@ def _with_tensors(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwa
         return change(value) if isinstance(value, torch.Tensor) else value
 
     return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
-
-
-def _on_meta(decoder: nn.Module) -> nn.Module:
-    """A copy of a decoder without its weights' content."""
-    tensors: list[torch.Tensor] = [*decoder.parameters(), *decoder.buffers()]
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        meta = torch.empty_like(tensor, device="meta")
-        is_weight = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_weight else meta
-    return copy.deepcopy(decoder, memo)
 
 
 def _whole(decoded: Any) -> list[torch.Tensor]:

@@ -7,19 +7,18 @@ what it is given and the shape of what it gives. Calls that share something are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from hvcompile.torch_private.drawing import Drawing
+from hvcompile.ranks.attributes import PLAIN, content_of, kept_by
+from hvcompile.torch_private.operations import Operations
 from hvcompile.torch_private.storages import storage_id, version_of
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_OWN = ("_parameters", "_buffers", "_modules")
-"""What a module keeps tensors and modules in."""
 
 
 class UnshareableError(Exception):
@@ -62,8 +61,43 @@ def with_results(answer: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 @dataclass
+class _Known:
+    """What a call does that comes after the same calls, with arguments of the same shapes.
+
+    Attributes:
+        operations: a digest of those that it ran.
+        answer: what it returned.
+        contents: what its lists and dicts held afterwards; none where that had not changed.
+        is_sure: whether it has run twice, and did the same.
+
+    """
+
+    operations: str
+    answer: Any
+    contents: list[Any]
+    is_sure: bool = False
+
+    @property
+    def is_copyable(self) -> bool:
+        """Whether all that it left behind is tensors, plain values, and lists and dicts with such."""
+        parts = [part for content in self.contents for part in _values(content)]
+        return all(isinstance(part, (torch.Tensor, *PLAIN)) for part in parts) and _is_copyable(self.answer)
+
+    def once_more(self, containers: list[Any]) -> Any:
+        """Answer, and leave the same in other lists and dicts, with tensors of their own."""
+        for container, content in zip(containers, self.contents, strict=False):
+            container.clear()
+            fresh = _fresh(content)
+            container.extend(fresh) if isinstance(container, list) else container.update(fresh)
+        return _fresh(self.answer)
+
+
+@dataclass
 class Plan:
     """Stands for a decoder while a decoding runs on the meta device, and keeps its calls.
+
+    Args:
+        decoder: on the meta device, and a copy that nobody else has.
 
     Raises:
         UnshareableError: from a call, where what it does depends on more than its chain.
@@ -74,21 +108,28 @@ class Plan:
     calls: list[Call] = field(default_factory=list)
     _chain_of: dict[int, int] = field(default_factory=dict)
     _held: list[Any] = field(default_factory=list)  # an id is an object's own as long as the object is there
-    _weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    _known: dict[Any, Any] = field(default_factory=dict)
+    _versions: dict[int, int] = field(default_factory=dict)
+    _made: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _known: dict[str, _Known] = field(default_factory=dict)
+    _past: dict[int, str] = field(default_factory=dict)
     _num_chains: int = 0
 
     def __post_init__(self) -> None:
         for name, module in self.decoder.named_modules():
-            if vars(module).keys() & {"_hf_hook", "_diffusers_hook"}:  # of accelerate and of diffusers
-                where = f"{name} of its decoder" if name else "its decoder"
+            where = f"{name} of its decoder" if name else "its decoder"
+            kept = vars(module)
+            if kept.keys() & {"_hf_hook", "_diffusers_hook"}:  # of accelerate and of diffusers
                 raise UnshareableError(f"{where} carries a hook that moves weights while it runs")
-        tensors = [*self.decoder.named_parameters(), *self.decoder.named_buffers()]
-        self._weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+            if any(hooks for key, hooks in kept.items() if "hooks" in key and "forward" in key):
+                raise UnshareableError(f"{where} carries a hook that runs with it, and may keep something")
+            if module.training and getattr(module, "track_running_stats", False):
+                raise UnshareableError(f"{where} keeps statistics of what it is given: call vae.eval() before")
+        self._weights = [*self.decoder.parameters(), *self.decoder.buffers()]
+        self._kept = kept_by(self.decoder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder on the meta device with what it is given, and note the call."""
-        given = _Given(self._chain_of)
+        given = _Given(self._chain_of, self._versions)
         meta_args, meta_kwargs = given.on_meta(args), {name: given.on_meta(value) for name, value in kwargs.items()}
         size = sum(tensor.numel() for tensor in given.tensors)
         if len(given.chains) > 1:
@@ -97,39 +138,74 @@ class Plan:
             (chain,) = given.chains
         else:
             chain, self._num_chains = self._num_chains, self._num_chains + 1
+        key = repr((_signature(args), _signature(kwargs)))
         if given.holds_state:
-            answer = self._run(meta_args, meta_kwargs, given.tensors)
+            key = self._past[chain] = hashlib.sha256(f"{self._past.get(chain)} {key}".encode()).hexdigest()
+            answer = self._answer(key, meta_args, meta_kwargs, given, self._made.get(chain, []))
         else:
-            key = repr((_signature(args), _signature(kwargs)))
             if key not in self._known:
-                self._known[key] = self._run(meta_args, meta_kwargs, given.tensors)
-            kept = self._known[key]
-            answer = with_results(kept, [torch.empty_like(tensor) for tensor in results(kept)])
-            if any(isinstance(part, (list, dict)) for part in _parts(kept)):
-                del self._known[key]  # a cache is one tile's own
-        for item in (*given.containers, *_parts(answer)):
+                self._answer(key, meta_args, meta_kwargs, given)
+            answer = self._answer(key, meta_args, meta_kwargs, given)
+        parts = list(_parts(answer))
+        for item in (*given.containers, *parts):
             self._chain_of[id(item)] = chain
             self._held.append(item)
+        self._versions |= {id(part): version_of(part) for part in results(answer)}
+        made = [part for item in (*given.containers, *parts) for part in _parts(item) if isinstance(part, torch.Tensor)]
+        self._made.setdefault(chain, []).extend(made)
         self.calls.append(Call(chain=chain, size=size, answer=answer))
         return answer
 
-    def _run(self, args: Any, kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Any:
-        before = _attributes(self.decoder)
-        versions = [version_of(tensor) for tensor in (*tensors, *self._weights.values())]
-        with torch.compiler.set_stance("force_eager"), Drawing() as drawing:
-            answer = torch.func.functional_call(self.decoder, self._weights, args, dict(kwargs))
-        if drawing.names:
-            raise UnshareableError(f"its decoder draws random numbers ({drawing.names[0]})")
-        if _attributes(self.decoder) != before:
-            raise UnshareableError("its decoder keeps something of a call for the next one in an attribute")
-        if versions != [version_of(tensor) for tensor in (*tensors, *self._weights.values())]:
-            raise UnshareableError("its decoder writes into what it is given, or into its own weights")
-        own, made = {storage_id(tensor) for tensor in tensors}, results(answer)
-        if not made or not isinstance(answer, (torch.Tensor, tuple)):
-            raise UnshareableError(f"its decoder returns a {type(answer).__name__}, not a tensor or a tuple with one")
-        if any(not tensor.is_meta or storage_id(tensor) in own for tensor in made):
-            raise UnshareableError("its decoder returns what it was given, or something made elsewhere")
+    def _answer(
+        self, key: str, args: Any, kwargs: Mapping[str, Any], given: _Given, made: list[torch.Tensor] | None = None
+    ) -> Any:
+        """What a call returns: run twice, and known from then on where both ran the same operations."""
+        known = self._known.get(key)
+        if known is not None and known.is_sure:
+            return known.once_more(given.containers)
+        before = content_of(given.containers)
+        answer, operations = self._run(args, kwargs, given.tensors, made)
+        if known is None:
+            is_as_before = content_of(given.containers) == before
+            contents = [] if is_as_before else [copy.copy(container) for container in given.containers]
+            self._known[key] = _Known(operations, answer, contents)
+        elif known.operations != operations:
+            raise UnshareableError("its decoder does other things when it is called once more")
+        else:
+            known.is_sure = known.is_copyable
         return answer
+
+    def _run(
+        self, args: Any, kwargs: Mapping[str, Any], tensors: list[torch.Tensor], made: list[torch.Tensor] | None = None
+    ) -> tuple[Any, str]:
+        """What the decoder returns, and what tells the operations that it ran from others."""
+        with torch.compiler.set_stance("force_eager"), Operations([*self._weights, *tensors], made or ()) as seen:
+            answer = self.decoder(*args, **kwargs)
+        if seen.draws:
+            raise UnshareableError(f"its decoder draws random numbers ({seen.draws[0]})")
+        if seen.writes:
+            raise UnshareableError(
+                f"its decoder writes into what it is given, or into what is kept between calls ({seen.writes[0]})"
+            )
+        if seen.strays:
+            raise UnshareableError(f"its decoder reads a tensor that it was not given ({seen.strays[0]})")
+        self.check()
+        own, found = {storage_id(tensor) for tensor in tensors}, results(answer)
+        if not found or not isinstance(answer, (torch.Tensor, tuple)):
+            raise UnshareableError(f"its decoder returns a {type(answer).__name__}, not a tensor or a tuple with one")
+        if any(not tensor.is_meta or storage_id(tensor) in own for tensor in found):
+            raise UnshareableError("its decoder returns what it was given, or something made elsewhere")
+        return answer, seen.digest
+
+    def check(self) -> None:
+        """See that the decoder still is as it was before its first call.
+
+        Raises:
+            UnshareableError: it, or what calls it, has changed something of it.
+
+        """
+        if kept_by(self.decoder) != self._kept:
+            raise UnshareableError("its decoder keeps something of a call for the next one in an attribute")
 
     def owners(self, ranks: int) -> list[int]:
         """The rank of each call: whole chains, the largest first, each to the rank with the least work so far."""
@@ -157,6 +233,7 @@ class _Given:
     """What one call is given: ``chains`` of earlier calls that it depends on, tensors, and what may change in it."""
 
     chain_of: Mapping[int, int]
+    versions: Mapping[int, int]
     chains: set[int] = field(default_factory=set)
     tensors: list[torch.Tensor] = field(default_factory=list)
     containers: list[Any] = field(default_factory=list)
@@ -173,6 +250,8 @@ class _Given:
         if isinstance(value, torch.Tensor):
             if value.is_meta and id(value) in self.chain_of:
                 self._follow(value)
+                if version_of(value) != self.versions.get(id(value), version_of(value)):
+                    raise UnshareableError("decode writes into a result of its decoder that a later call takes")
             elif value.is_meta and cache != "known":
                 raise UnshareableError("a call of its decoder takes what was made from an earlier call's result")
             elif not value.is_meta and cache is not None:
@@ -190,7 +269,7 @@ class _Given:
             for part in value if isinstance(value, list) else value.values():
                 self.on_meta(part, cache=cache)
             return value
-        if not isinstance(value, _PLAIN):
+        if not isinstance(value, PLAIN):
             raise UnshareableError(f"its decoder is given a {type(value).__name__}, which may carry something along")
         return value
 
@@ -201,6 +280,27 @@ class _Given:
         self.chains.add(self.chain_of[id(value)])
         self.holds_state = True
         return True
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _is_copyable(value: Any) -> bool:
+    if type(value) in {list, tuple, dict}:
+        return all(map(_is_copyable, _values(value)))
+    return isinstance(value, (torch.Tensor, *PLAIN))
+
+
+def _fresh(value: Any) -> Any:
+    """A copy with tensors of its own."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value)
+    if isinstance(value, dict):
+        return {name: _fresh(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_fresh, value))
+    return value
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -224,37 +324,3 @@ def _signature(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _signature(part) for name, part in value.items()}
     return value
-
-
-def _attributes(decoder: nn.Module) -> list[Any]:
-    """The plain attributes of all its modules, so that a change of one shows; lists and dicts with what is in them."""
-    return [
-        (name, key, _content(value))
-        for name, module in decoder.named_modules()
-        for key, value in vars(module).items()
-        if key not in _OWN and "hooks" not in key
-    ]
-
-
-def _content(value: Any) -> Any:
-    """A value by what it is: its identity, and of what is in a list or dict each."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, (list, tuple, set)):
-        return id(value), [_content(part) for part in value]
-    if isinstance(value, dict):
-        return id(value), [(str(name), _content(part)) for name, part in value.items()]
-    return _Same(value)
-
-
-class _Same:
-    """Holds an object, so that no other gets its id, and equals what holds the same one."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)

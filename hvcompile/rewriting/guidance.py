@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hvcompile.runtime.fingerprints import hash_of
+from hvcompile.ranks.fingerprints import hash_of
 
 RECORD = ("lead_clock", "lead_marks", "lead_reused")
 """The names of a record's parts; see ``Lead``."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from hvcompile.ranks import collectives
+from hvcompile.ranks.fingerprints import hash_of
 from hvcompile.rewriting import forecast
 from hvcompile.rewriting.forecast import NO_FORECAST, Forecasting, Products
-from hvcompile.runtime.fingerprints import hash_of
 
 
 def new_generation(

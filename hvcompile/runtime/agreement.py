@@ -29,8 +29,8 @@ from hvcompile.graph.nodes import is_tensor, is_weight, op_name
 from hvcompile.hollow.host import values_on_host
 from hvcompile.journal import Declined, JournalRow
 from hvcompile.ranks import collectives
+from hvcompile.ranks.fingerprints import fingerprint, sketch
 from hvcompile.ranks.store import take_turn, turns_taken
-from hvcompile.runtime.fingerprints import fingerprint, sketch
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import value

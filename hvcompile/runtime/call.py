@@ -15,10 +15,10 @@ import torch
 
 from hvcompile.hollow.host import values_on_host
 from hvcompile.journal import Declined, JournalRow
+from hvcompile.ranks.fingerprints import Fingerprints
 from hvcompile.runtime import probing
 from hvcompile.runtime.agreement import Agreement
 from hvcompile.runtime.derived import DerivedCall
-from hvcompile.runtime.fingerprints import Fingerprints
 from hvcompile.runtime.left_state import Left, watching
 from hvcompile.runtime.lineage import Origins, Traced, record
 from hvcompile.runtime.slots import Slot

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hvcompile.runtime.fingerprints import hash_of, sketch
+from hvcompile.ranks.fingerprints import hash_of, sketch
 from hvcompile.torch_private.storages import version_of
 from hvcompile.trunk.lineage import Flow, Lineage, Made, Root, RootKey
 

@@ -23,7 +23,7 @@ from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import storage, writers
 from hvcompile.journal import Declined
 from hvcompile.ranks import collectives
-from hvcompile.runtime.fingerprints import hash_of
+from hvcompile.ranks.fingerprints import hash_of
 from hvcompile.torch_private import dynamo
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.operands import restore_order
