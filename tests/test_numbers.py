@@ -145,7 +145,7 @@ def test_float8_at_several_sizes(name: str, wide: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
-        ("wan_t2v", True),
+        pytest.param("wan_t2v", True, marks=SLOW),
         pytest.param("hunyuan_video", True, marks=SLOW),
         pytest.param("ltx", False, marks=SLOW),
     ],

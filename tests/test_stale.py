@@ -494,7 +494,11 @@ def test_adapters(change: Callable[..., list[torch.Tensor]], targets: str, optio
 
 
 @pytest.mark.parametrize(
-    ("change", "targets"), [pytest.param(fuse, "the text's embedder", marks=SLOW), (swap, "one block")]
+    ("change", "targets"),
+    [
+        pytest.param(fuse, "the text's embedder", marks=SLOW),
+        pytest.param(swap, "one block", marks=SLOW),
+    ],
 )
 def test_adapters_compiled(change: Callable[..., list[torch.Tensor]], targets: str) -> None:
     pytest.importorskip("peft")
