@@ -36,9 +36,9 @@ Two agents of Ray's own, which compute nothing, try for 60 s to tell of it befor
 TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 """Variables that hold, or lead to, what Ray's processes have to know of each other to be answered.
 
-From 2.52 on, Ray can ask for it, and from 2.59 on it does in a cluster of one's own. Where there is none it makes one, in
-``~/.ray/auth_token``, and then every ``ray start`` of the same user asks for that. So a Ray of this process's own gets
-one of its own.
+From 2.52 on, Ray can ask for it, and from 2.59 on it does in a cluster of one's own. Where there is none it makes one,
+in ``~/.ray/auth_token``, and then every ``ray start`` of the same user asks for that. So a Ray of this process's own
+gets one of its own.
 """
 
 
