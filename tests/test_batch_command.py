@@ -554,7 +554,7 @@ def test_a_driver_that_is_killed_and_the_same_command_again(
     )
     assert sorted(record["line"] for record in records_of(tmp_path)) == list(range(1, len(lines) + 1))
     assert seen[-1].done == len(lines)
-    for line in asked.lines()[:4]:
+    for line in asked.lines()[:4:3]:  # one of the first run, and one of the second
         expected = fleet_cases.generated(model, line.ask, tmp_path, **given)
         assert (asked.output / f"{line.stem}.mp4").read_bytes() == expected
     again = engine.batch(asked)  # starts nothing
@@ -573,7 +573,8 @@ def generated_by_all(model: str, asks: list[Ask], folder: str) -> list[bytes]:
 
 
 @pytest.mark.ranks
-@SLOW  # by default a machine is killed, below, and a rank and a replica of a server in test_serve.py
+@pytest.mark.usefixtures("rays_place")
+@SLOW  # by default the driver is killed, above, and a rank and the gate of a server in test_serve.py
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its replica begins anew, its line is made all the same, and a line that can't be made is listed."""
@@ -597,6 +598,8 @@ def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monke
     assert [(asked.output / f"{line.stem}.mp4").read_bytes() for line in asked.lines()] == files
 
 
+@pytest.mark.usefixtures("rays_place")
+@SLOW
 def test_a_machine_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two, with its raylet and its rank, while it computes: the other one makes the rest.
 
