@@ -25,9 +25,9 @@ SIZE: dict[str, Any] = {"steps": 4, "frames": 5, "height": 32, "width": 48}
 OPTIONS = ("lower=eager", "first_block_cache.threshold=0.3")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def rays_place() -> Iterator[Path]:
-    """A directory for all of a test's own Ray clusters; every process of them has ended soon after the test.
+    """A directory for a test's own Ray clusters; every process of them has ended soon after the test.
 
     Others' clusters on this machine have theirs elsewhere.
     """

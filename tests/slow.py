@@ -6,4 +6,5 @@ import os
 
 import pytest
 
-SLOW = pytest.mark.skipif("HVCOMPILE_SLOW" not in os.environ, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")
+IS_SLOW = "HVCOMPILE_SLOW" in os.environ
+SLOW = pytest.mark.skipif(not IS_SLOW, reason="takes minutes; asked for by HVCOMPILE_SLOW=1")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,19 +20,20 @@ import pytest
 import ranks
 import tiny_pipelines
 from fleet_cases import ray_processes, rays_place  # noqa: F401
+from PIL import Image
 from slow import SLOW
 from test_extras import run as run_without
 from typer.testing import CliRunner
 
 from hvcompile.app import cli
 from hvcompile.app.fleet import batch as engine
-from hvcompile.app.fleet import cluster
+from hvcompile.app.fleet import cluster, pictures
 from hvcompile.app.fleet.cluster import Needs
+from hvcompile.app.fleet.made import Made
 from hvcompile.app.fleet.manifest import Manifest
-from hvcompile.app.fleet.replica import WAITING, Replica
+from hvcompile.app.fleet.replica import CHECKING, WAITING, Replica
 from hvcompile.app.fleet.thread import BROKEN, FAILED, IDLE, MADE, Outcome, Report
 from hvcompile.app.fleet.todo import Task, Todo
-from hvcompile.app.fleet.worker import Made
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.batch import MANIFEST, Line, Request
 from hvcompile.errors import InputError, OutputError, RunError
@@ -114,6 +116,8 @@ def test_lines_and_their_files(tmp_path: Path) -> None:
         (4, "000004", 12),
     ]
     assert len({line.identity for line in lines}) == 3
+    given, common = request(tmp_path, {"prompt": "a", "guidance": 6.0}, {"prompt": "b"}, guidance=6.0).lines()
+    assert given.ask.shape == common.ask.shape
     more = request(tmp_path, *[{"prompt": f"{number}"} for number in range(1, 12)]).lines()
     assert [line.stem for line in more[:2]] == ["000001", "000002"]  # whatever the count
 
@@ -136,7 +140,10 @@ def invoke(*arguments: str) -> Any:
         (("p.jsonl", "--device", "cuda:1"), "device 'cuda:1' can't be shared out"),
         (("p.jsonl", "--model", "/none"), "model '/none' is neither a directory nor a hub id"),
         (("p.jsonl", "--option", "lower=quick"), "options['lower'] is 'quick'"),
-        (("p.jsonl", "--address", "127.0.0.1:1"), "address '127.0.0.1:1' has no Ray cluster: Connection refused"),
+        (
+            ("p.jsonl", "--address", "127.0.0.1:1"),
+            "address '127.0.0.1:1' has no Ray cluster to join: Connection refused",
+        ),
         (("p.jsonl", "--json", "a.txt"), "json 'a.txt' is no JSON file"),
         (("p.json", "--json", "p.json"), "json 'p.json' is the file of prompts too: give another name"),
         (("manifest.jsonl", "--output", "."), "the list of what is done 'manifest.jsonl' is the file of prompts too"),
@@ -150,6 +157,31 @@ def test_what_is_wrong_is_one_line(
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("mode", "advice"),
+    [
+        ("", "set RAY_AUTH_MODE=token, and have its token in that file or in RAY_AUTH_TOKEN"),
+        ("token", "RAY_AUTH_MODE is token: see that RAY_AUTH_TOKEN, or ~/.ray/auth_token, holds the token that the"),
+    ],
+)
+def test_a_cluster_that_does_not_let_us_in(
+    mode: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        with pytest.raises(InputError) as raised:
+            engine.batch(request(tmp_path, {"prompt": "a"}, address=address))
+    assert f"address '{address}' has no Ray cluster to join: Failed to connect" in str(raised.value)
+    assert advice in str(raised.value)
 
 
 def test_without_ray(tmp_path: Path) -> None:
@@ -184,6 +216,42 @@ def test_the_list_of_what_is_done(tmp_path: Path) -> None:
     (tmp_path / "3.mp4").unlink()
     with Manifest.opened(tmp_path) as manifest:
         assert [manifest.has(line) for line in (one, three)] == [False, False]
+
+
+def test_lines_of_the_list_that_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count as not done, and are told of; a disk that takes no more leaves the list as it was."""
+    lines = [line_of(number) for number in range(1, 6)]
+    with Manifest.opened(tmp_path) as manifest:
+        for line in lines:
+            manifest.store(line, b"video", ".mp4", {"maker": "odd"})
+        assert manifest.notes() == manifest.mixed(lines) == ()
+    path = tmp_path / MANIFEST
+    records = [json.loads(text) for text in path.read_text().splitlines()]
+    del records[0]["sha256"]
+    records[1]["output"] = "../2.mp4"
+    records[2]["id"] = 3
+    path.write_text(
+        "".join(json.dumps(record) + "\n" for record in records[:4]) + "\x00\x00\n" + json.dumps(records[4]) + "\n"
+    )
+    with Manifest.opened(tmp_path) as manifest:
+        assert [manifest.has(line) for line in lines] == [False, False, False, True, True]
+        (note,) = manifest.notes()
+        assert note.startswith(f"'{path}' has 4 damaged lines (1, 2, 3, 5): what they told of counts as not done")
+        before = path.read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            for _ in range(2):
+                with pytest.raises(OutputError, match=r"can't be written .No space left on device.: see to its disk"):
+                    manifest.fail(lines[0], "no luck", 1)
+        assert path.read_bytes() == before
+    assert path.read_bytes() == before
+    path.unlink()
+    path.mkdir()
+    with (
+        pytest.raises(OutputError, match=r"can't be opened .Is a directory.: make it yours"),
+        Manifest.opened(tmp_path),
+    ):
+        pass
 
 
 def test_a_file_is_known_by_its_name_and_content(tmp_path: Path) -> None:
@@ -260,13 +328,14 @@ class Seated:
             "",
             Report(state=IDLE),
         )
+        self.wrong: list[str | None] | None = None
         self._outcomes: list[Outcome] = []
 
     def advance(self) -> Outcome | None:
         return self._outcomes.pop() if self._outcomes else None
 
-    def check(self, asks: list[Ask]) -> tuple[str, list[None]]:
-        return ".mp4", [None] * len(asks)
+    def check(self, asks: list[Ask]) -> None:
+        self.wrong = [None] * len(asks)
 
     def begin(self, number: int, *_: Any) -> None:
         self._outcomes.append(Outcome(number=number, kind=FAILED, reason="no luck"))
@@ -275,12 +344,17 @@ class Seated:
         pass
 
 
+def stand_in(patched: pytest.MonkeyPatch, replica: Any, room: int = 2) -> None:
+    """Have a batch run without Ray, by replicas of this class."""
+    needs = Needs(cpus=1, gpus=0, environment={}, room=room)
+    patched.setattr(engine, "Replica", replica)
+    patched.setattr(engine, "PAUSE_SECONDS", 0.0)
+    patched.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+
+
 def test_a_replica_that_waits_for_room_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed on the one that is there is tried there again, and then given up."""
-    monkeypatch.setattr(engine, "Replica", Seated)
-    monkeypatch.setattr(engine, "PAUSE_SECONDS", 0.0)
-    needs = Needs(cpus=1, gpus=0, environment={}, room=1)
-    monkeypatch.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+    stand_in(monkeypatch, Seated, room=1)
     seen: list[Any] = []
     made = engine.batch(request(tmp_path, {"prompt": "a"}, {"prompt": "b"}, replicas=2), seen.append)
     assert [(line.number, reason, attempts) for line, reason, attempts in made.failures] == [
@@ -312,7 +386,11 @@ class Quick(Seated):
 @pytest.mark.parametrize(
     ("replica", "error", "message"),
     [
-        (Broken, RunError, "no replica is left: 3 in a row ended .* since model '/m' is gone"),
+        (
+            Broken,
+            RunError,
+            "no replica is left: 3 in a row ended .*, at last replica 5, since model '/m' is gone; replica 6, since",
+        ),
         (Quick, OutputError, "No space left on device.*3 videos in a row were lost; free some space"),
     ],
 )
@@ -320,12 +398,9 @@ def test_what_ends_a_run(
     replica: Any, error: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that goes away, and a disk that is full: no half file, and the same command goes on later."""
-    asked = request(tmp_path, *[{"prompt": f"{number}"} for number in range(5)])
-    needs = Needs(cpus=1, gpus=0, environment={})
+    asked = request(tmp_path, *[{"prompt": f"{number}"} for number in range(5)], replicas=2)
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "Replica", replica)
-        patched.setattr(engine, "PAUSE_SECONDS", 0.0)
-        patched.setattr(cluster, "joined", lambda *_: contextlib.nullcontext(needs))
+        stand_in(patched, replica)
         with monkeypatch.context() as full:
             full.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(error, match=message):
@@ -333,6 +408,57 @@ def test_what_ends_a_run(
         assert [path.name for path in asked.output.iterdir()] == [MANIFEST]
         patched.setattr(engine, "Replica", Quick)
         assert len(engine.batch(asked).records) == 5
+
+
+class Unsteady(Quick):
+    """The first one never answers what is wrong with the lines, the second one dies of it, and others do."""
+
+    def check(self, asks: list[Ask]) -> None:
+        if self.number == 1:
+            self.state = CHECKING
+        elif self.number == 2:
+            self.state, self.reason = BROKEN, "a rank died"
+        else:
+            super().check(asks)
+
+    def __init__(self, number: int, *_: Any) -> None:
+        super().__init__(number)
+        self.state = IDLE
+
+
+def test_a_replica_that_never_answers_or_dies_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, Unsteady)
+    made = engine.batch(request(tmp_path, *[{"prompt": f"{number}"} for number in range(5)], replicas=2))
+    assert (len(made.records), made.failures, made.restarts) == (5, (), 1)
+
+
+def test_pictures_travel_with_their_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that makes one need not have its file; one that is gone from here fails its line alone."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    given: list[Any] = []
+
+    class Given(Quick):
+        def begin(self, number: int, *arguments: Any) -> None:
+            given.append(arguments)
+            super().begin(number)
+
+    stand_in(monkeypatch, Given)
+    asked = request(tmp_path, {"prompt": "a", "image": "a.png"}, {"prompt": "b", "last_image": "b.png"}, attempts=2)
+    lines = asked.lines()
+    monkeypatch.setattr(Request, "lines", lambda _: lines)
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").unlink()
+    made = engine.batch(asked)
+    ((line, reason, attempts),) = made.failures
+    assert (line.number, attempts) == (2, 2)
+    assert reason == f"last_image '{tmp_path}/b.png' can't be read any more (No such file or directory): put it back"
+    ((ask, _, contents),) = given
+    assert contents == {"image": content}
+    (tmp_path / "a.png").unlink()
+    with pictures.unpacked(ask, contents) as here:
+        assert Path(here.image or "").read_bytes() == content
+    assert not Path(here.image or "").exists()
 
 
 def start_and_be_terminated() -> None:
@@ -428,7 +554,7 @@ def test_a_driver_that_is_killed_and_the_same_command_again(
     )
     assert sorted(record["line"] for record in records_of(tmp_path)) == list(range(1, len(lines) + 1))
     assert seen[-1].done == len(lines)
-    for line in asked.lines()[:4]:
+    for line in asked.lines()[:4:3]:  # one of the first run, and one of the second
         expected = fleet_cases.generated(model, line.ask, tmp_path, **given)
         assert (asked.output / f"{line.stem}.mp4").read_bytes() == expected
     again = engine.batch(asked)  # starts nothing
@@ -447,7 +573,8 @@ def generated_by_all(model: str, asks: list[Ask], folder: str) -> list[bytes]:
 
 
 @pytest.mark.ranks
-@SLOW  # by default a machine is killed, below, and a rank and a replica of a server in test_serve.py
+@pytest.mark.usefixtures("rays_place")
+@SLOW  # by default the driver is killed, above, and a rank and the gate of a server in test_serve.py
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its replica begins anew, its line is made all the same, and a line that can't be made is listed."""
@@ -471,6 +598,8 @@ def test_a_rank_that_is_killed(replicas: int, model: Path, tmp_path: Path, monke
     assert [(asked.output / f"{line.stem}.mp4").read_bytes() for line in asked.lines()] == files
 
 
+@pytest.mark.usefixtures("rays_place")
+@SLOW
 def test_a_machine_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two, with its raylet and its rank, while it computes: the other one makes the rest.
 

@@ -163,10 +163,10 @@ def test_a_worker_in_a_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     thread = WorkerThread(fleet_cases.base(model))
     try:
         assert wait(thread).state == IDLE
-        assert thread.suffix == ".mp4"
         wrong = dataclasses.replace(FIRST, height=33)
-        (good, bad) = thread.check([FIRST, wrong])
+        good, bad, other = thread.check([FIRST, wrong, dataclasses.replace(FIRST, image="/of/another/machine.png")])
         assert good is None
+        assert "image can't be used" in str(other)
         assert "height is 33, but this pipeline takes multiples of 16" in str(bad)
         thread.begin(1, FIRST)
         outcome = wait(thread, 1).outcome
@@ -236,6 +236,9 @@ def test_a_worker_that_can_not_load_says_why(tmp_path: Path) -> None:
         ({"prompt": "a", "options": {"fp8": {}}}, "options has 'fp8', which all videos of a worker share"),
         ({"prompt": "a", "options": {"attention": 3}}, "give an object of sections"),
         ({"prompt": "a", "true_cfg": 3}, "does nothing without negative_prompt"),
+        ({"prompt": "a", "set": {"a=b": 1}}, "set has 'a=b', which is no argument's name: give names such as max_"),
+        ({"prompt": "a", "set": {" sigmas": 1}}, "set has ' sigmas', which is no argument's name"),
+        ({"prompt": "a", "options": {"attention": {"a.b=3": 1}}}, "options.attention has 'a.b=3', which is no"),
         ({"prompt": "\ud800"}, "prompt is no valid text"),
         ({"prompt": "a" * 20_001}, "prompt has 20001 characters"),
     ],
@@ -277,10 +280,18 @@ def test_what_is_asked_for_as_the_commands_know_it(tmp_path: Path) -> None:
 
 def test_shapes_and_identities() -> None:
     base = Clips(prompt="-", backend_settings=("lower=eager",))
-    same = [Ask(prompt="a"), Ask(prompt="b", seed=2, steps=9, guidance=2.0)]
+    same = [Ask(prompt="a", guidance=3.0), Ask(prompt="b", seed=2, steps=9, guidance=2.0)]
     assert len({ask.shape for ask in same}) == 1
-    others = [Ask(prompt="a", frames=9), Ask(prompt="a", options={"first_block_cache": {"threshold": 0.5}})]
-    assert len({ask.shape for ask in (*same, *others)}) == 3
+    others = [
+        Ask(prompt="a"),
+        Ask(prompt="a", frames=9),
+        Ask(prompt="a", options={"first_block_cache": {"threshold": 0.5}}),
+        Ask(prompt="a", guidance=1.0),  # these call the model otherwise, or may
+        Ask(prompt="a", true_cfg=2.0, negative_prompt="b"),
+        Ask(prompt="a", true_cfg=1.0),
+        Ask(prompt="a", negative_prompt="b"),
+    ]
+    assert len({ask.shape for ask in (*same, *others)}) == 1 + len(others)
     asks = [*same, *others, Ask(prompt="a", settings={"max_sequence_length": 9}), Ask(prompt="a", fps=3)]
     digests = {identity(ask, base, 1) for ask in asks}
     assert len(digests) == len(asks)

@@ -26,7 +26,12 @@ EXTRAS = {
     },
     "fp8": {"torchao": "torchao"},
     "debug": {"depyf": "depyf"},
-    "ray": {"ray": "ray", "starlette": "starlette", "prometheus_client": "prometheus-client"},
+    "ray": {
+        "ray": "ray",
+        "starlette": "starlette",
+        "prometheus_client": "prometheus-client",
+        "python_multipart": "python-multipart",
+    },
     "bench": {"cache_dit": "cache-dit", "matplotlib": "matplotlib"},
 }
 """Extra -> name of a module -> name of the package that holds it."""

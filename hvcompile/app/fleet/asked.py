@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hvcompile.app.fleet import form
 from hvcompile.app.request.ask import LARGEST_SCALE, Ask
 from hvcompile.app.request.serve import Size
 from hvcompile.errors import InputError
@@ -17,8 +18,8 @@ MOST_BYTES = 2**16
 """Of a body: text alone."""
 MOST_CHARACTERS = 4000
 """Of a prompt."""
-MOST_FIELDS = 32
-"""Of a form."""
+MOST_LISTED = 100
+"""Videos of an answer."""
 FIELDS = ("prompt", "model", "size", "seconds", "seed", "steps", "guidance", "negative_prompt", "true_cfg")
 _NUMBERS = ("seed", "steps", "guidance", "true_cfg")
 _LARGEST = 10**30
@@ -28,11 +29,21 @@ JSON, FORM = "application/json", "multipart/form-data"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What clients may ask for: the sizes, the most steps, and the frames a second of files."""
+    """What clients may ask for: the model, the sizes, the most steps, and the frames a second of files."""
 
+    model: str
     sizes: tuple[Size, ...]
     most_steps: int
     fps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Which videos a client wants listed: how many at most, those after which, and whether the oldest come first."""
+
+    limit: int = 20
+    after: str | None = None
+    is_ascending: bool = False
 
 
 def asked(body: bytes, content_type: str, limits: Limits) -> Ask:
@@ -52,18 +63,20 @@ def asked(body: bytes, content_type: str, limits: Limits) -> Ask:
     kind = content_type.partition(";")[0].strip().lower()
     if kind not in (JSON, FORM):
         raise InputError(f"the content type is neither {JSON} nor {FORM}: name the one that the body is")
-    fields = _form(body, content_type) if kind == FORM else _json(body)
-    for name in fields:
+    sent = form.fields(body, content_type) if kind == FORM else _json(body)
+    for name in sent:
         if name == "input_reference":
             raise InputError("input_reference is not served here: this server makes videos of text alone")
         if name not in FIELDS:
-            raise InputError(f"a field is unknown; allowed are {', '.join(FIELDS)}")
-    given = {name: value for name, value in fields.items() if value is not None}
+            raise InputError(f"a field is unknown: allowed are {', '.join(FIELDS)}")
+    given = {name: value for name, value in sent.items() if value is not None}
     for name in ("prompt", "negative_prompt"):
         if name in given and not isinstance(given[name], str):
             raise InputError(f"{name} is no text")
         if len(given.get(name, "")) > MOST_CHARACTERS:
             raise InputError(f"{name} has over {MOST_CHARACTERS} characters")
+    if given.get("model", limits.model) != limits.model:
+        raise InputError(f"model is not served: allowed is {limits.model}, or none")
     if "prompt" not in given:
         raise InputError("prompt is missing: say what the video shows")
     size = _size(given.get("size"), given.get("seconds"), limits)
@@ -76,53 +89,53 @@ def asked(body: bytes, content_type: str, limits: Limits) -> Ask:
 
 def _json(body: bytes) -> Mapping[str, Any]:
     try:
-        content = json.loads(body.decode(), parse_constant=finite, parse_float=finite)
+        content = json.loads(body.decode(), parse_constant=finite, parse_float=finite, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError("the body is no JSON in UTF-8") from error
     if not isinstance(content, dict):
         raise InputError("the body is no JSON object")
     return content
 
 
-def _form(body: bytes, content_type: str) -> Mapping[str, Any]:
-    """The fields of a form, as RFC 7578 has it; a file in it is only seen to be one.
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no key comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InputError("the body has a field twice: send each once")
+    return found
 
-    Python's reader of mails reads forms too, but takes seconds for some of 64 KiB, and fails on others.
+
+def queried(pairs: Sequence[tuple[str, str]], allowed: Collection[str] = ()) -> dict[str, str]:
+    """Read what stands behind the question mark of an address.
+
+    Args:
+        pairs: names and values.
+        allowed: the names that may be there, each once.
+
+    Raises:
+        InputError: another is, or one is twice.
+
     """
-    if not re.fullmatch(r"[\x20-\x7e]{1,300}", content_type):
-        raise InputError("the content type can't be read")
-    boundary = re.search(r";\s*boundary=(\"?)([0-9A-Za-z'()+_,./:=?-]{1,70})\1\s*(;|$)", content_type, re.IGNORECASE)
-    if boundary is None:
-        raise InputError("the body is no form: its boundary is missing")
-    delimiter = b"\r\n--" + boundary[2].encode()
-    whole = b"\r\n" + body
-    if whole.count(delimiter) > MOST_FIELDS + 1:
-        raise InputError(f"the form has too many fields: send {MOST_FIELDS} or fewer")
-    first, *parts = whole.split(delimiter)
-    if first or not parts or not parts.pop().startswith(b"--"):
-        raise InputError("the body is no form: it does not begin and end with its boundary")
-    fields: dict[str, Any] = {}
-    for part in parts:
-        name, content = _field(part)
-        if name in fields:
-            raise InputError("the form has a field twice: send each once")
-        fields[name] = content
-    return fields
+    found = dict(pairs)
+    if not set(found) <= set(allowed):
+        raise InputError(f"a query parameter is unknown: allowed here are {', '.join(allowed) or 'none'}")
+    if len(found) < len(pairs):
+        raise InputError("a query parameter is there twice: send each once")
+    return found
 
 
-def _field(part: bytes) -> tuple[str, str | bytes]:
-    """The name and the text of a part of a form; of a file, no content."""
-    head, blank, content = part.partition(b"\r\n\r\n")
-    try:
-        lines = head.decode().split("\r\n")
-        told = [line for line in lines[1:] if line.lower().startswith("content-disposition:")]
-        named = re.findall(r";\s*name=\"([^\"]{1,100})\"", told[0] if len(told) == 1 else "")
-        if not blank or lines[0].strip() or len(named) != 1:
-            raise InputError("the form has a field without a name")
-        is_file = re.search(r";\s*filename\*?=", told[0], re.IGNORECASE)
-        return named[0], b"" if is_file else content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError("a field of the form is no text in UTF-8") from error
+def listing(pairs: Sequence[tuple[str, str]]) -> Listing:
+    """Read which videos a client wants listed; raises InputError where that can't be."""
+    given = queried(pairs, ("limit", "after", "order"))
+    text, order = given.get("limit", "20"), given.get("order", "desc")
+    limit = int(text) if re.fullmatch("[0-9]{1,5}", text) else 0
+    if not 1 <= limit <= MOST_LISTED:
+        raise InputError(f"limit is no number from 1 to {MOST_LISTED}")
+    if order not in ("asc", "desc"):
+        raise InputError("order is neither asc nor desc")
+    return Listing(limit=limit, after=given.get("after"), is_ascending=order == "asc")
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hvcompile.app.fleet import cluster
+from hvcompile.app.fleet import cluster, pictures
 from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.manifest import Manifest
 from hvcompile.app.fleet.replica import WAITING, Replica
 from hvcompile.app.fleet.thread import BROKEN, BUSY, IDLE, Outcome
 from hvcompile.app.fleet.todo import Task, Todo
 from hvcompile.app.request.batch import Line, Request, raise_wrong
-from hvcompile.errors import OutputError, RunError, one_line
+from hvcompile.errors import InputError, OutputError, RunError, one_line
 
 PAUSE_SECONDS = 0.1
 """Between two looks at the replicas."""
@@ -125,6 +125,8 @@ def batch(request: Request, observe: Observer = lambda event: None) -> Batch:
     request.check()
     lines = request.lines()
     with Manifest.opened(request.output) as manifest:
+        for note in manifest.notes():
+            observe(Note(note))
         left = [line for line in lines if not manifest.has(line)]
         run = Run(request, lines, left, manifest, observe)
         if left:
@@ -164,7 +166,8 @@ class Run:
         self._failures: list[tuple[Line, str, int]] = []
         self._numbers = iter(range(1, 2**62))
         self._restarts, self._unwritten, self._steps, self._reused = 0, 0, 0, 0
-        self._suffix: str | None = None
+        self._is_checked = False
+        self._given_up: list[str] = []
         self._begin = time.monotonic()
 
     def all(self, needs: Needs) -> None:
@@ -219,9 +222,8 @@ class Run:
             self._take(task, outcome, replica)
         if replica.state == BROKEN:
             self._replace(seat, needs)
-        elif replica.state == IDLE:
+        elif replica.state == IDLE and self._has_checked(replica):
             seat.failures = 0
-            self._check_all(replica)
             self._give(seat)
         elif replica.state == BUSY and self._is_stuck(seat):
             replica.fail(f"it did not stop {LATE_SECONDS:.0f} s after its time")
@@ -230,13 +232,20 @@ class Run:
         limit = self._request.timeout
         return limit is not None and time.monotonic() - seat.began > limit + LATE_SECONDS
 
-    def _check_all(self, replica: Replica) -> None:
-        """Before the first video, have the pipeline itself look at every line."""
-        if self._suffix is not None:
-            return
-        self._suffix, reasons = replica.check([line.ask for line in self._left])
-        wrong = [f"line {line.number}: {reason}" for line, reason in zip(self._left, reasons, strict=True) if reason]
-        raise_wrong(self._request.prompts, wrong)
+    def _has_checked(self, replica: Replica) -> bool:
+        """Before the first video, have the pipeline itself look at every line.
+
+        Each replica that is idle is asked, so that one that is slow or dies holds up none of the others; the first
+        answer counts.
+        """
+        if not self._is_checked:
+            if replica.wrong is None:
+                replica.check([line.ask for line in self._left])
+                return False
+            wrong = zip(self._left, replica.wrong, strict=True)
+            raise_wrong(self._request.prompts, [f"line {line.number}: {reason}" for line, reason in wrong if reason])
+            self._is_checked = True
+        return True
 
     def _give(self, seat: _Seat) -> None:
         """Begin a replica's next task, if there is one for it."""
@@ -248,8 +257,13 @@ class Run:
             return
         task.attempts += 1
         task.tried.add(seat.replica.number)
+        try:
+            contents = pictures.packed(task.line.ask)
+        except InputError as error:
+            self._failed(task, one_line(error))
+            return
         seat.task, seat.shape, seat.began = task, task.shape, time.monotonic()
-        seat.replica.begin(next(self._numbers), task.line.ask, self._request.timeout)
+        seat.replica.begin(next(self._numbers), task.line.ask, self._request.timeout, contents)
 
     def _take(self, task: Task, outcome: Outcome, replica: Replica) -> None:
         """Store what was made, or have it tried again."""
@@ -293,11 +307,11 @@ class Run:
             seat.replica = self._replica(needs)
             return
         self._seats.remove(seat)
+        self._given_up.append(f"replica {seat.replica.number}, since {reason}")
+        told = f"{MOST_STARTS} in a row ended before they made anything, at last {'; '.join(self._given_up)}"
         if not self._seats:
-            raise RunError(
-                f"no replica is left: {MOST_STARTS} in a row ended before they made anything, the last since {reason}; "
-                "give the same command to go on where this ended"
-            )
+            raise RunError(f"no replica is left: {told}; give the same command to go on where this ended")
+        self._observe(Note(f"{len(self._seats)} replicas go on alone: {told}"))
 
 
 def _phrase(seat: _Seat) -> str:

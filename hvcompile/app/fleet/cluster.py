@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hvcompile.app.pipelines import first_line
 from hvcompile.app.request.fleet import Fleet
 from hvcompile.errors import InputError
 
@@ -29,6 +30,15 @@ HEAD_SECONDS = 10
 
 Where this process itself is killed, ranks end within about 3 s: each looks every second whether its raylet is there.
 Two agents of Ray's own, which compute nothing, try for 60 s to tell of it before they end; nothing sets that.
+"""
+
+
+TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+"""Variables that hold, or lead to, what Ray's processes have to know of each other to be answered.
+
+From 2.52 on, Ray can ask for it, and from 2.59 on it does in a cluster of one's own. Where there is none it makes one,
+in ``~/.ray/auth_token``, and then every ``ray start`` of the same user asks for that. So a Ray of this process's own
+gets one of its own.
 """
 
 
@@ -70,6 +80,10 @@ def joined(fleet: Fleet, **init: Any) -> Iterator[Needs]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     if fleet.address is None:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_SECONDS))
+        if not TOKENS & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if "ray" not in sys.modules:  # it reads this once
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     was_there = ray.is_initialized()
@@ -94,13 +108,30 @@ def _connect(fleet: Fleet, init: dict[str, Any]) -> None:
             else:
                 _check_answers(fleet.address)
                 ray.init(address=fleet.address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        where = (
-            "Ray can't be started here" if fleet.address is None else f"address {fleet.address!r} has no Ray cluster"
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        from hvcompile.app.pipelines import first_line  # which loads torch, and makers and the gate do without
+
+        raise InputError(f"{_where(fleet.address)}: {first_line(error)}; {_advice(fleet.address)}") from error
+
+
+def _where(address: str | None) -> str:
+    return "Ray can't be started here" if address is None else f"address {address!r} has no Ray cluster to join"
+
+
+def _advice(address: str | None) -> str:
+    """What to do where there is no cluster, or it answers but has not let this process in."""
+    start = "start one with ray start --head, or leave address out"
+    if address is None or not address.rpartition(":")[2].isdecimal() or not _answers(address):
+        return start
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return (
+            "RAY_AUTH_MODE is token: see that RAY_AUTH_TOKEN, or ~/.ray/auth_token, holds the token that the cluster "
+            "was started with"
         )
-        raise InputError(
-            f"{where}: {first_line(error)}; start one with ray start --head, or leave address out"
-        ) from error
+    return (
+        "if it asks for a token, as Ray does where ~/.ray/auth_token was there when it was started, set "
+        "RAY_AUTH_MODE=token, and have its token in that file or in RAY_AUTH_TOKEN"
+    )
 
 
 @contextlib.contextmanager
@@ -129,6 +160,14 @@ def _check_answers(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
             raise ConnectionError(error.strerror or str(error)) from error
+
+
+def _answers(address: str) -> bool:
+    try:
+        _check_answers(address)
+    except ConnectionError:
+        return False
+    return True
 
 
 def _needs(fleet: Fleet, *, is_ours: bool) -> Needs:

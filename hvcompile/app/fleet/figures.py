@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -31,9 +31,22 @@ class Figures:
         self.captures = of(Counter, "captures", "Steps of videos in which a graph was compiled, after the warm-up.")
         self.waited = of(Histogram, "wait_seconds", "From the request to the beginning.", buckets=buckets)
         self.made = of(Histogram, "make_seconds", "From the beginning to the end.", buckets=buckets)
-        self.memory = of(Gauge, "resident_bytes", "Memory of a rank on the host.", "replica", "rank")
+        self._ranks: dict[str, int] = {}
+        self._memory = of(Gauge, "resident_bytes", "Memory of a rank on the host.", "replica", "rank")
         of(Gauge, "queued", "Videos that wait.").set_function(num_queued)
         of(Gauge, "running", "Videos that are being made.").set_function(num_running)
+
+    def remember(self, replica: str, memory: Sequence[int]) -> None:
+        """Tell what each rank of a replica holds now, in bytes."""
+        self.forget(replica)
+        self._ranks[replica] = len(memory)
+        for rank, amount in enumerate(memory):
+            self._memory.labels(replica, str(rank)).set(amount)
+
+    def forget(self, replica: str) -> None:
+        """Tell no more of a replica that is gone."""
+        for rank in range(self._ranks.pop(replica, 0)):
+            self._memory.remove(replica, str(rank))
 
     def text(self) -> bytes:
         """All of them, as Prometheus' text format has it."""

@@ -10,40 +10,40 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import itertools
 import logging
-import math
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from hvcompile.app.fleet.asked import MOST_BYTES, Limits, asked
+from hvcompile.app.fleet import alive, jobs
+from hvcompile.app.fleet.alive import Presence
+from hvcompile.app.fleet.asked import MOST_BYTES, Limits, asked, listing, queried
 from hvcompile.app.fleet.figures import Figures
-from hvcompile.app.fleet.jobs import COMPLETED, LOCK, QUEUED, RUNNING, Job, Jobs, locked, shown
+from hvcompile.app.fleet.jobs import COMPLETED, QUEUED, RUNNING, Job, Jobs, shown
 from hvcompile.app.fleet.thread import MADE, STOPPED, Outcome
-from hvcompile.app.request.serve import is_loopback
+from hvcompile.app.request.ask import Ask, identity
+from hvcompile.app.request.clips import Clips
+from hvcompile.app.request.serve import Size, is_loopback
 from hvcompile.errors import InputError, OutputError, one_line
 
 log = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 3
 """How often a video is begun, where its replica breaks."""
-MOST_LISTED = 100
 EXPIRE_SECONDS = 10.0
-"""How often videos that were kept long enough are looked for."""
+"""How often videos that were kept long enough, and makers that are gone, are looked for."""
 RETRY_SECONDS = 5
 """After which clients are told to come back."""
 BODY_SECONDS = 30.0
 """For which a client may take to send what it asks for."""
 BASE = "/v1/videos"
-PREFIX = "hvcompile-serve-"
-"""Of the temporary directories of servers."""
 SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'",
@@ -77,7 +77,8 @@ class Gate:
         timeout: seconds that a video may take.
         keep: seconds for which one that has ended is kept.
         store: a directory for them; None for a temporary one.
-        model: its name, as clients are told it.
+        base: what all videos share; with ``ranks``, what a video that is found in the store must have been asked of.
+        ranks: how many share a video.
 
     """
 
@@ -91,24 +92,56 @@ class Gate:
         timeout: float,
         keep: float,
         store: str | None,
-        model: str,
+        base: Clips,
+        ranks: int,
     ) -> None:
-        self._maker, self._keys, self._limits, self._model = maker, keys, limits, model
+        self._maker, self._keys, self._limits = maker, keys, limits
         self._most_queued, self._timeout, self._num_makers = most_queued, timeout, num_makers
-        self._folder = None if store else _folder()
+        self._base, self._ranks = base, ranks
+        self._folder = None if store else jobs.temporary()
         self._jobs = Jobs(self._folder or Path(store or ""), keep)
-        self._queue: list[Job] = [job for job in self._jobs.known.values() if job.status == QUEUED]
+        self._queue: list[Job] = []
         self._running: dict[str, asyncio.Task[None]] = {}
         self._is_draining = False
         self._figures = Figures(lambda: len(self._queue), lambda: len(self._running))
-        self._loop: asyncio.Task[None] | None = None
+        self._makers: dict[str, Presence] = {}
+        self._loops: dict[str, asyncio.Task[None]] = {}
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Have what an earlier server left wait again, or say why it can't be made here."""
+        for job in [job for job in self._jobs.known.values() if job.status == QUEUED]:
+            if (reason := self._unserved(job)) is None:
+                self._queue.append(job)
+            else:
+                log.warning("%s, asked for of model %r, is not made: %s", job.id, job.model, reason)
+                self._fail(job, "not_served", f"the server was started anew, and {reason}: ask for the video again")
+
+    def _unserved(self, job: Job) -> str | None:
+        """Why a video that was asked of an earlier server would not be the same from this one; None where it is."""
+        ask = job.ask
+        size = Size(width=ask.width or 0, height=ask.height or 0, frames=ask.frames or 0)
+        if job.model != self._limits.model:
+            return "serves another model"
+        if size not in self._limits.sizes:
+            return f"serves {size} with {size.frames} frames no more"
+        if (ask.steps or 0) > self._limits.most_steps:
+            return f"serves {self._limits.most_steps} steps at most"
+        return None if job.made_for == self._made_for(ask) else "makes videos by other settings than before"
+
+    def _made_for(self, ask: Ask) -> str:
+        return identity(ask, self._base, self._ranks)
 
     async def warm(self) -> bool:
         """Wait until every maker is loaded and compiled, and begin to hand out work."""
-        calls = [self._maker.warm.remote() for _ in range(self._num_makers)]  # each maker takes one call at a time
-        await asyncio.gather(*calls)
+        await asyncio.gather(*(self._meet() for _ in range(self._num_makers)))  # each takes one call at a time
         self._begin()
         return True
+
+    async def _meet(self) -> None:
+        """Wait until a maker is loaded and compiled, and remember it."""
+        maker = await self._maker.warm.remote()
+        self._makers[maker.name] = maker
 
     async def drain(self, seconds: float) -> int:
         """Take no more, and wait until all is made, or the time is up; gives how many videos are left."""
@@ -121,8 +154,8 @@ class Gate:
     async def close(self) -> None:
         """Forget all that was kept for this process alone: prompts and videos are nobody else's to find."""
         self._is_draining = True
-        if self._loop is not None:
-            self._loop.cancel()
+        for loop in self._loops.values():
+            loop.cancel()
         running = list(self._running.values())
         for task in running:
             task.cancel()
@@ -136,7 +169,8 @@ class Gate:
         self._begin()
         try:
             return await self._answer(request)
-        except _Refusal as refusal:
+        except (_Refusal, InputError) as error:
+            refusal = error if isinstance(error, _Refusal) else _Refusal(400, "invalid_request", one_line(error))
             self._figures.refused.labels(str(refusal.status)).inc()
             return refusal.response()
         except Exception as error:  # a client must not learn more of it
@@ -145,29 +179,41 @@ class Gate:
 
     async def _answer(self, request: HttpRequest) -> Response:
         path, method = request.url.path.rstrip("/"), request.method
-        if path == "/healthz" and method == "GET":
-            status = "draining" if self._is_draining else "ok"
-            return JSONResponse({"status": status}, 503 if self._is_draining else 200, headers=SAFE)
-        if path == "/metrics" and method == "GET":
-            return Response(self._figures.text(), media_type="text/plain; version=0.0.4", headers=SAFE)
+        query = request.query_params.multi_items()
+        if path in ("/livez", "/healthz", "/metrics") and method == "GET":
+            queried(query)
+            return self._told(path)
         self._check_site(request)
         owner = self._owner(request)
-        if path == "/v1/models" and method == "GET":
-            model = {"id": self._model, "object": "model", "owned_by": "hvcompile", "created": 0}
-            return JSONResponse({"object": "list", "data": [model]}, headers=SAFE)
-        if path == BASE and method == "POST":
-            return await self._create(request, owner)
         if path == BASE and method == "GET":
-            return self._list(request, owner)
+            return self._list(query, owner)
+        if path == BASE and method == "POST":
+            queried(query)
+            return await self._create(request, owner)
+        if path == "/v1/models" and method == "GET":
+            queried(query)
+            model = {"id": self._limits.model, "object": "model", "owned_by": "hvcompile", "created": 0}
+            return JSONResponse({"object": "list", "data": [model]}, headers=SAFE)
         identity, _, rest = path.removeprefix(f"{BASE}/").partition("/")
         if not path.startswith(f"{BASE}/") or (rest, method) not in {("", "GET"), ("", "DELETE"), ("content", "GET")}:
             raise _Refusal(404, "not_found", "there is nothing here")
+        if queried(query, ("variant",) if rest else ()).get("variant", "video") != "video":
+            raise _Refusal(400, "invalid_request", "variant is not served: allowed is video")
         job = self._jobs.find(identity, owner)
         if job is None:
             raise _Refusal(404, "not_found", "there is no such video")
         if method == "DELETE":
             return self._delete(job)
-        return self._content(job) if rest else JSONResponse(shown(job, self._model), headers=SAFE)
+        return self._content(job) if rest else JSONResponse(shown(job), headers=SAFE)
+
+    def _told(self, path: str) -> Response:
+        """What whoever runs the server is told: whether its process lives, whether it is ready, and what it counts."""
+        if path == "/metrics":
+            return Response(self._figures.text(), media_type="text/plain; version=0.0.4", headers=SAFE)
+        if path == "/livez":
+            return JSONResponse({"status": "ok"}, headers=SAFE)
+        status = "draining" if self._is_draining else "ok" if self._makers else "loading"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503, headers=SAFE)
 
     def _check_site(self, request: HttpRequest) -> None:
         """Where no key is asked for, refuse what a page in a browser may have sent.
@@ -199,19 +245,16 @@ class Gate:
         if self._is_draining:
             raise _Refusal(503, "draining", "the server is about to stop", {"Retry-After": "60"})
         body = await self._body(request)
-        try:
-            ask = asked(body, request.headers.get("content-type", ""), self._limits)
-        except InputError as error:
-            raise _Refusal(400, "invalid_request", one_line(error)) from error
+        ask = asked(body, request.headers.get("content-type", ""), self._limits)
         if len(self._queue) >= self._most_queued:
             message = f"{len(self._queue)} videos wait, the most that may: come back later"
             raise _Refusal(429, "queue_full", message, {"Retry-After": str(RETRY_SECONDS)})
         try:
-            job = self._jobs.create(ask, owner)
+            job = self._jobs.create(ask, owner, self._limits.model, self._made_for(ask))
         except OutputError as error:
             raise _Refusal(507, "disk_full", "the server can't keep more videos") from error
         self._queue.append(job)
-        return JSONResponse(shown(job, self._model), headers=SAFE)
+        return JSONResponse(shown(job), headers=SAFE)
 
     async def _body(self, request: HttpRequest) -> bytes:
         """What a client sends, within the limits of size and time."""
@@ -232,21 +275,20 @@ class Gate:
             raise _Refusal(408, "too_slow", f"the body took over {BODY_SECONDS:g} s") from error
         return body
 
-    def _list(self, request: HttpRequest, owner: str) -> Response:
-        text = request.query_params.get("limit", "20")
-        limit = int(text) if text.isdecimal() and len(text) < 6 else 0
-        if not 1 <= limit <= MOST_LISTED:
-            raise _Refusal(400, "invalid_request", f"limit is no number from 1 to {MOST_LISTED}")
-        jobs = list(self._jobs.of(owner))
-        if request.query_params.get("order", "desc") == "asc":
-            jobs.reverse()
-        after = request.query_params.get("after")
-        if after is not None:
-            place = next((place for place, job in enumerate(jobs) if job.id == after), len(jobs))
-            jobs = jobs[place + 1 :]
-        data = [shown(job, self._model) for job in jobs[:limit]]
+    def _list(self, query: Sequence[tuple[str, str]], owner: str) -> Response:
+        wanted = listing(query)
+        found = list(self._jobs.of(owner))
+        if wanted.is_ascending:
+            found.reverse()
+        if wanted.after is not None:
+            place = next((place for place, job in enumerate(found) if job.id == wanted.after), None)
+            if place is None:
+                raise InputError("after is no video that is there: begin the list anew")
+            found = found[place + 1 :]
+        data = [shown(job) for job in found[: wanted.limit]]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return JSONResponse({"object": "list", "data": data, "has_more": len(jobs) > limit, **ends}, headers=SAFE)
+        has_more = len(found) > wanted.limit
+        return JSONResponse({"object": "list", "data": data, "has_more": has_more, **ends}, headers=SAFE)
 
     def _content(self, job: Job) -> Response:
         if job.status != COMPLETED:
@@ -267,22 +309,41 @@ class Gate:
         return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True}, headers=SAFE)
 
     def _begin(self) -> None:
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.get_running_loop().create_task(self._hand_out())
+        """Have both loops run, in the loop of whoever calls first, and again should one have failed."""
+        for loop in (self._hand_out, self._look_after):
+            task = self._loops.get(loop.__name__)
+            if task is None or task.done():
+                self._loops[loop.__name__] = asyncio.create_task(loop())
 
     async def _hand_out(self) -> None:
-        """Begin the oldest video that waits whenever a maker is free, and forget what was kept long enough."""
-        expired = -math.inf
+        """Begin the oldest video that waits whenever a maker is free."""
         while True:
             while self._queue and len(self._running) < self._num_makers:
                 job = self._queue.pop(0)
                 task = self._running[job.id] = asyncio.create_task(self._run(job))
                 # Not in the task itself: one that is cancelled before its first turn never runs.
                 task.add_done_callback(functools.partial(self._ended, job))
-            if time.monotonic() - expired > EXPIRE_SECONDS:
-                expired = time.monotonic()
-                self._jobs.expire()
             await asyncio.sleep(0.02)
+
+    async def _look_after(self) -> None:
+        """Forget what was kept long enough, and makers that are gone, and get to know those in their place."""
+        meeting: asyncio.Task[None] | None = None
+        try:
+            while True:
+                self._jobs.expire()
+                makers = list(self._makers.values())
+                are_gone = await asyncio.gather(*map(alive.is_gone, makers))
+                for maker in itertools.compress(makers, are_gone):
+                    self._makers.pop(maker.name, None)
+                    self._figures.forget(maker.name)
+                if meeting is not None and meeting.done() and (error := meeting.exception()) is not None:
+                    log.warning("a maker can't load: %s", one_line(error))
+                if len(self._makers) < self._num_makers and (meeting is None or meeting.done()):
+                    meeting = asyncio.create_task(self._meet())
+                await asyncio.sleep(EXPIRE_SECONDS)
+        finally:
+            if meeting is not None:
+                meeting.cancel()
 
     def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
         self._running.pop(job.id, None)
@@ -334,14 +395,15 @@ class Gate:
             self._fail(job, "generation_failed", "the model failed at this request")
 
     async def _followed(self, job: Job) -> Outcome:
-        stream = self._maker.options(stream=True).make.remote(job.ask, self._timeout)
+        stream = self._maker.options(stream=True).make.remote(job.ask, self._timeout, alive.own())
         try:
             async for event in stream:
                 if "outcome" not in event:
                     job.progress = min(99, 100 * event["step"] // max(1, event["num_steps"]))
                     continue
-                for rank, amount in enumerate(event["memory"]):
-                    self._figures.memory.labels(str(event["replica"]), str(rank)).set(amount)
+                maker = event["maker"]
+                self._makers[maker.name] = maker
+                self._figures.remember(maker.name, event["memory"])
                 outcome: Outcome = event["outcome"]
                 return outcome
         except asyncio.CancelledError:
@@ -354,14 +416,3 @@ class Gate:
         self._figures.ended.labels("failed").inc()
         if job.id in self._jobs.known:  # else it was deleted meanwhile
             self._jobs.fail(job, code, message)
-
-
-def _folder() -> Path:
-    """A temporary directory of this process; those of servers that were killed, and left theirs, are removed."""
-    place = Path(tempfile.gettempdir())
-    for path in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError, InputError):  # another user's, or of a server that runs
-            if path.is_dir() and not path.is_symlink() and (path / LOCK).exists():
-                locked(path).close()
-                shutil.rmtree(path)
-    return Path(tempfile.mkdtemp(prefix=PREFIX))

@@ -10,7 +10,12 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
+import os
 import secrets
+import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +24,14 @@ from typing import Any, BinaryIO
 
 from hvcompile import outputs
 from hvcompile.app.request.ask import Ask
-from hvcompile.errors import InputError, OutputError
+from hvcompile.errors import InputError, OutputError, one_line
+
+log = logging.getLogger(__name__)
 
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 LOCK = ".lock"
+PREFIX = "hvcompile-serve-"
+"""Of the temporary directories of servers."""
 MOST_KEPT = 10_000
 """Videos that have ended and are kept, however young."""
 
@@ -35,6 +44,8 @@ class Job:
         id: made at random.
         owner: a digest of the client's key.
         ask: what was asked for.
+        model: of whom, by the name that clients know.
+        made_for: a digest of all that makes it what it is, as ``request.ask.identity`` has it.
         status: as clients know it.
         created: seconds since the epoch, as the others, and parts of one.
         completed: when it ended.
@@ -48,6 +59,8 @@ class Job:
     id: str
     owner: str
     ask: Ask
+    model: str
+    made_for: str
     status: str = QUEUED
     created: float = 0.0
     completed: int | None = None
@@ -82,17 +95,21 @@ class Jobs:
         self._lock = locked(self.directory)
         found = []
         for path in self.directory.glob("video_*.json"):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            try:
                 content = json.loads(path.read_text())
                 job = Job(**content | {"ask": Ask(**content["ask"])})
-                if job.status == RUNNING:
-                    job.status, job.progress = QUEUED, 0
-                found.append(job)
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                log.warning("%s is damaged, so that its video is forgotten: %s", path, one_line(error))
+                continue
+            if job.status == RUNNING:
+                job.status, job.progress = QUEUED, 0
+            found.append(job)
         self.known.update((job.id, job) for job in sorted(found, key=lambda job: (job.created, job.id)))
 
-    def create(self, ask: Ask, owner: str) -> Job:
+    def create(self, ask: Ask, owner: str, model: str, made_for: str) -> Job:
         """Add a video; raises OutputError where the disk takes no more."""
-        job = Job(id=f"video_{secrets.token_hex(16)}", owner=owner, ask=ask, created=time.time())
+        identity, now = f"video_{secrets.token_hex(16)}", time.time()
+        job = Job(id=identity, owner=owner, ask=ask, model=model, made_for=made_for, created=now)
         self.save(job)
         self.known[job.id] = job
         return job
@@ -157,10 +174,21 @@ def locked(directory: Path) -> BinaryIO:
     """Take a directory for this process until the file that is returned is closed, or the process ends.
 
     Raises:
-        InputError: another server has it.
+        InputError: another server has it, or its lock can't be opened.
 
     """
-    file = (directory / LOCK).open("ab")
+    try:
+        # A link that somebody put there is not followed.
+        number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InputError(
+            f"store {str(directory)!r} can't be locked ({error.strerror}): give a directory of your own"
+        ) from error
+    return _flocked(number, directory)
+
+
+def _flocked(number: int, directory: Path) -> BinaryIO:
+    file = os.fdopen(number, "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -171,13 +199,44 @@ def locked(directory: Path) -> BinaryIO:
     return file
 
 
-def shown(job: Job, model: str) -> dict[str, Any]:
+def temporary() -> Path:
+    """A temporary directory of this process, which nobody else may read.
+
+    Those of servers of this user that were killed, and left theirs, are removed. Others share the place where they
+    are: nothing is opened there, or removed, but directories of this user that nobody else can have written to.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError, InputError):  # another user's, or of a server that runs
+            _remove_abandoned(path)
+    return Path(tempfile.mkdtemp(prefix=PREFIX))  # of mode 0700
+
+
+def _remove_abandoned(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _check_own(directory, 0o077)
+        number = os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        with _flocked(number, path) as lock:
+            _check_own(lock.fileno(), 0o022)
+        shutil.rmtree(path)
+    finally:
+        os.close(directory)
+
+
+def _check_own(number: int, barred: int) -> None:
+    """Raise OSError where an open file is another user's, or others have one of the permissions ``barred``."""
+    found = os.fstat(number)
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & barred:
+        raise PermissionError("it is another user's, or open to others")
+
+
+def shown(job: Job) -> dict[str, Any]:
     """A video as clients know it."""
     ask = job.ask
     return {
         "id": job.id,
         "object": "video",
-        "model": model,
+        "model": job.model,
         "status": job.status,
         "progress": job.progress,
         "created_at": int(job.created),

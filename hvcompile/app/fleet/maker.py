@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from hvcompile.app.fleet import alive
+from hvcompile.app.fleet.alive import Presence
 from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.replica import Replica
 from hvcompile.app.fleet.thread import BROKEN, BUSY, IDLE, Outcome
@@ -44,28 +45,37 @@ class Maker:
     def _begun(self) -> Replica:
         return Replica(next(_NUMBERS), self._base, self._ranks, self._needs, holds_all_sizes=True)
 
-    async def warm(self) -> bool:
-        """Load and compile, if that is not done yet; raises RunError where it can't be."""
+    async def warm(self) -> Presence:
+        """Load and compile, if that is not done yet, and say who this is; raises RunError where it can't be."""
         await self._ready()
-        return True
+        return alive.own()
 
-    async def make(self, ask: Ask, seconds: float) -> AsyncIterator[dict[str, Any]]:
+    async def make(self, ask: Ask, seconds: float, gate: Presence) -> AsyncIterator[dict[str, Any]]:
         """Make a video.
 
         Args:
             ask: for what.
             seconds: after which it is stopped.
+            gate: who asks. Ray does not end what a process asked for that has died: the video is stopped here, so
+                that it holds up nothing that the next gate asks for.
 
         Yields:
-            How far it is, and last of all what has become of it: ``outcome`` and the memory of each rank.
+            How far it is, and last of all what has become of it: ``outcome``, the memory of each rank, and who this is.
+
+        Raises:
+            RunError: its ranks broke, or the gate is gone.
 
         """
         await self._ready()
         number, begin = next(_NUMBERS), time.monotonic()
         self._replica.begin(number, ask, seconds)
+        orphaned = asyncio.create_task(alive.gone(gate))
         try:
             told = (-1, "")
             while (outcome := self._replica.advance()) is None:
+                if orphaned.done():
+                    orphaned.result()  # raises what went wrong with looking
+                    raise RunError("the gate that asked for a video is gone")
                 report = self._replica.report
                 if self._replica.state == BROKEN:
                     raise RunError(self._replica.reason)
@@ -76,8 +86,9 @@ class Maker:
                     yield {"step": report.step, "num_steps": report.num_steps}
                 await asyncio.sleep(PAUSE_SECONDS)
             memory = [report.resident_bytes for report in self._replica.reports]
-            yield {"outcome": outcome, "memory": memory, "replica": os.getpid()}  # numbers are of one maker alone
+            yield {"outcome": outcome, "memory": memory, "maker": alive.own()}
         finally:
+            orphaned.cancel()
             if self._replica.state == BUSY:
                 self._replica.cancel()
 

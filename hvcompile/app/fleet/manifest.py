@@ -9,12 +9,16 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hvcompile import outputs
 from hvcompile.app.request.batch import MANIFEST, Line
 from hvcompile.errors import InputError, OutputError
+
+MOST_TOLD = 10
+"""Damaged lines whose numbers are told."""
 
 
 class Manifest:
@@ -22,13 +26,16 @@ class Manifest:
 
     Attributes:
         done: the records of files that are there, by the file's name without its ending.
+        damaged: the numbers of its lines that can't be read; what they told of is not done.
 
     """
 
-    def __init__(self, directory: Path, file: BinaryIO) -> None:
+    def __init__(self, directory: Path, file: FileIO) -> None:
         self._directory, self._file = directory, file
         self.done: dict[str, dict[str, Any]] = {}
-        self._read()
+        self.damaged: list[int] = []
+        with self._told("read"):
+            self._read()
 
     @classmethod
     @contextlib.contextmanager
@@ -37,9 +44,19 @@ class Manifest:
 
         Raises:
             InputError: another process makes videos there.
+            OutputError: the list can't be read or written.
 
         """
-        with (directory / MANIFEST).open("a+b") as file:
+        path = directory / MANIFEST
+        try:
+            # With no buffer, what a full disk did not take is not tried again behind our back.
+            unbuffered = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise OutputError(
+                f"{str(path)!r} can't be opened ({error.strerror}): make it yours to read and write, or give another "
+                "directory"
+            ) from error
+        with unbuffered as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
             except OSError as error:
@@ -56,11 +73,22 @@ class Manifest:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             self._file.truncate(len(whole))
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                if record["error"] is None:
-                    self.done[Path(record["output"]).stem] = record
+        for number, line in enumerate(whole.splitlines(), 1):
+            record = _record(line)
+            if record is None:
+                self.damaged.append(number)
+            elif record["error"] is None:
+                self.done[Path(record["output"]).stem] = record
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of its lines that can't be read; nothing where there are none."""
+        if not self.damaged:
+            return ()
+        told = ", ".join(map(str, self.damaged[:MOST_TOLD])) + (", ..." if len(self.damaged) > MOST_TOLD else "")
+        return (
+            f"{str(self._directory / MANIFEST)!r} has {len(self.damaged)} damaged lines ({told}): what they told of "
+            "counts as not done",
+        )
 
     def has(self, line: Line) -> bool:
         """Whether a line's file was made, under the name that it has now, and is still there as it was."""
@@ -96,29 +124,55 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         digest = hashlib.sha256(content).hexdigest()
-        record = self._record(line) | {"output": name, "bytes": len(content), "sha256": digest, "error": None}
+        record = self._begun(line) | {"output": name, "bytes": len(content), "sha256": digest, "error": None}
         self._add(record | dict(figures))
         self.done[line.stem] = record | dict(figures)
         return self.done[line.stem]
 
     def fail(self, line: Line, reason: str, attempts: int) -> None:
         """Write why a line has no file; a later run tries it again."""
-        self._add(self._record(line) | {"error": reason, "attempts": attempts})
+        self._add(self._begun(line) | {"error": reason, "attempts": attempts})
 
-    def _record(self, line: Line) -> dict[str, Any]:
+    def _begun(self, line: Line) -> dict[str, Any]:
         return {"id": line.identity, "line": line.number, "prompt": line.ask.prompt, "seed": line.ask.seed}
 
     def _add(self, record: Mapping[str, Any]) -> None:
-        start = self._file.seek(0, os.SEEK_END)
+        content = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with self._told("written"):
+            start = self._file.seek(0, os.SEEK_END)
+            try:
+                while content:
+                    content = content[self._file.write(content) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(start)
+                raise
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Within, an OSError becomes one that says of what, and what to do."""
         try:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            yield
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(start)
-            raise OutputError(f"{str(self._directory / MANIFEST)!r} can't be written ({error.strerror})") from error
+            raise OutputError(
+                f"{str(self._directory / MANIFEST)!r} can't be {what} ({error.strerror}): see to its disk, and give "
+                "the same command to go on"
+            ) from error
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line of the list tells; None where it is damaged."""
+    try:
+        record = json.loads(line)
+        texts = [record["id"]] if record["error"] is not None else [record[key] for key in ("id", "output", "sha256")]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    is_whole = all(isinstance(text, str) for text in texts)
+    is_here = record["error"] is not None or (is_whole and Path(record["output"]).name == record["output"])
+    return record if is_whole and is_here else None
 
 
 def _maker(record: Mapping[str, Any]) -> dict[str, str]:
-    return dict(record.get("maker") or {"version": "not told"})
+    told = record.get("maker")
+    return told if isinstance(told, dict) and told else {"version": "not told"}

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.thread import BROKEN, BUSY, IDLE, LOADING, MADE, Outcome, Report, WorkerThread
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.clips import Clips
+from hvcompile.errors import one_line
 
 log = logging.getLogger(__name__)
 
-WAITING = "waiting"
-"""For room in the cluster."""
+WAITING, CHECKING = "waiting", "checking"
+"""It waits for room in the cluster; its pipeline looks at requests."""
 SILENCE_SECONDS = 120.0
 """After which a rank that does not answer is taken for dead; importing and compiling may hold it up for a while."""
 GRACE_SECONDS = 15.0
 """How long ranks may end a video, or load, apart from each other."""
+TAKE_SECONDS = 0.05
+"""For which a file is waited for at once; one that takes longer is there at one of the next looks."""
 
 
 class Rank:
@@ -55,9 +59,9 @@ class Rank:
         self._thread = WorkerThread(base, holds_all_sizes=holds_all_sizes)
         return os.getpid()
 
-    def begin(self, number: int, ask: Ask, seconds: float | None) -> None:
+    def begin(self, number: int, ask: Ask, seconds: float | None, contents: dict[str, bytes]) -> None:
         """As of the worker's thread."""
-        self._worker.begin(number, ask, seconds)
+        self._worker.begin(number, ask, seconds, contents)
 
     def cancel(self, number: int) -> None:
         """As of the worker's thread."""
@@ -71,9 +75,9 @@ class Rank:
         """As of the worker's thread."""
         return self._worker.take()
 
-    def check(self, asks: list[Ask]) -> tuple[str, list[str | None]]:
-        """Give the ending of files, and what is wrong with each of some requests."""
-        return self._worker.suffix, self._worker.check(asks)
+    def check(self, asks: list[Ask]) -> list[str | None]:
+        """As of the worker's thread."""
+        return self._worker.check(asks)
 
     @property
     def _worker(self) -> WorkerThread:
@@ -90,6 +94,13 @@ def _be_quiet() -> None:
     quiet.hide_progress_bars()
 
 
+def _hint(error: Exception) -> str:
+    """What Ray does not say where its head can't ask who wants an actor: it ends the actor as nobody's."""
+    if "all references to the actor were removed" not in str(error):
+        return ""
+    return ": RAY_AUTH_MODE here may differ from what it was where the cluster was started; set it alike"
+
+
 class Replica:
     """The ranks of one mesh, from the wish for them until they are gone.
 
@@ -101,10 +112,11 @@ class Replica:
         holds_all_sizes: as for ``Worker``.
 
     Attributes:
-        state: ``WAITING``, or as the worker's.
+        state: ``WAITING``, ``CHECKING``, or as the worker's.
         reason: why it is broken.
         report: of the first rank, the latest.
         pids: of the ranks' processes, once they are known.
+        wrong: what ``check`` has found, once that is known.
 
     """
 
@@ -117,6 +129,7 @@ class Replica:
         self.report = Report(state=LOADING, phase="waiting for room")
         self.reports: list[Report] = []
         self.pids: list[int] = []
+        self.wrong: list[str | None] | None = None
         self._group = placement_group([needs.bundle] * ranks, strategy="STRICT_PACK")
         self._actors: list[Any] = []
         self._awaited: list[Any] = [self._group.ready()]
@@ -141,16 +154,20 @@ class Replica:
                 ray.get(ready)  # raises what ended a rank
             if self.state != WAITING and time.monotonic() - self._since > SILENCE_SECONDS:
                 self.fail(f"a rank has not answered for {SILENCE_SECONDS:.0f} s")
+        except ray.exceptions.RayTaskError as error:
+            self.fail(f"a rank failed ({type(error.cause).__name__}: {one_line(error.cause)[:300]})")
         except ray.exceptions.RayError as error:
-            self.fail(f"a rank died ({type(error).__name__})")
+            self.fail(f"a rank died ({type(error).__name__}){_hint(error)}")
         return None
 
-    def begin(self, number: int, ask: Ask, seconds: float | None = None) -> None:
-        """Have it make a video; it must be idle."""
+    def begin(
+        self, number: int, ask: Ask, seconds: float | None = None, contents: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Have it make a video; it must be idle. Of pictures, it is given the contents, whatever the machine has."""
         self._number, self.state, self._uneven_since = number, BUSY, None
         self.report = Report(state=BUSY, phase="starting")
         for actor in self._actors:
-            actor.begin.remote(number, ask, seconds)
+            actor.begin.remote(number, ask, seconds, dict(contents or {}))
 
     def cancel(self) -> None:
         """Stop the video that it makes, after the step it is at."""
@@ -158,12 +175,10 @@ class Replica:
             for actor in self._actors:
                 actor.cancel.remote(self._number)
 
-    def check(self, asks: Sequence[Ask]) -> tuple[str, list[str | None]]:
-        """The ending of its files, and what is wrong with each of some requests; it must be idle, and this waits."""
-        import ray
-
-        suffix, reasons = ray.get(self._actors[0].check.remote(list(asks)), timeout=SILENCE_SECONDS)
-        return suffix, reasons
+    def check(self, asks: Sequence[Ask]) -> None:
+        """Have its pipeline look at some requests; it must be idle, and is again once ``wrong`` is known."""
+        self.state = CHECKING
+        self._await([self._actors[0].check.remote(list(asks))], self._checked)
 
     def kill(self) -> None:
         """End its processes at once, and give its room back."""
@@ -206,6 +221,10 @@ class Replica:
         self.pids = list(answers)
         self._poll()
 
+    def _checked(self, answers: list[Any]) -> None:
+        (self.wrong,), self.state = answers, IDLE
+        self._poll()
+
     def _poll(self) -> None:
         self._await([actor.report.remote() for actor in self._actors], self._reported)
 
@@ -221,6 +240,10 @@ class Replica:
             self.state = IDLE
         elif self.state == BUSY:
             outcome = self._ended(reports)
+            if outcome is not None and outcome.made is not None:
+                return self._take(outcome)
+            if outcome is not None:
+                self.state, self._number = IDLE, None
         if self.state != BROKEN:
             self._poll()
         return outcome
@@ -239,13 +262,21 @@ class Replica:
         if odd is not None:
             self.fail(f"its ranks disagree: {odd.reason}")
             return None
-        self.state, self._number = IDLE, None
-        if ends[0].made is None:
-            return ends[0]
+        return ends[0]
+
+    def _take(self, outcome: Outcome) -> Outcome | None:
+        """Have the first rank send the file."""
         import ray
 
-        content = ray.get(self._actors[0].take.remote(), timeout=SILENCE_SECONDS)
-        return dataclasses.replace(ends[0], made=dataclasses.replace(ends[0].made, content=content))
+        self._await([self._actors[0].take.remote()], functools.partial(self._taken, outcome))
+        ray.wait(self._awaited, timeout=TAKE_SECONDS)
+        return self.advance()
+
+    def _taken(self, outcome: Outcome, answers: list[Any]) -> Outcome:
+        self.state, self._number = IDLE, None
+        self._poll()
+        made = None if outcome.made is None else dataclasses.replace(outcome.made, content=answers[0])
+        return dataclasses.replace(outcome, made=made)
 
     def _await(self, references: list[Any], then: Any) -> None:
         self._awaited, self._next, self._since = references, then, time.monotonic()

@@ -14,7 +14,6 @@ from hvcompile.app.fleet import cluster
 from hvcompile.app.fleet.asked import Limits
 from hvcompile.app.fleet.cluster import Needs
 from hvcompile.app.fleet.jobs import locked
-from hvcompile.app.pipelines import first_line
 from hvcompile.app.request.serve import Request
 from hvcompile.errors import InputError, RunError
 
@@ -22,6 +21,8 @@ NAME = "hvcompile"
 GATE = "Gate"
 CLOSE_SECONDS = 10.0
 """For which the gate may take to forget what it holds."""
+LOOK_SECONDS = 2.0
+"""Between two looks of Ray Serve at the gate and the makers: for so long, one that died is missed at most."""
 LOAD_SECONDS = 3600.0
 """For which all replicas may take to load and compile."""
 
@@ -77,25 +78,34 @@ def _run(request: Request, needs: Needs) -> Any:
     from hvcompile.app.fleet.gate import Gate
     from hvcompile.app.fleet.maker import Maker
 
-    nothing = {"num_cpus": 0}  # the ranks have what they need by themselves
-    maker = serve.deployment(
-        Maker, num_replicas=request.replicas, max_ongoing_requests=1, ray_actor_options=nothing
-    ).bind(request.base, request.ranks, needs, request.served)
-    gate = serve.deployment(Gate, name=GATE, num_replicas=1, max_ongoing_requests=1000, ray_actor_options=nothing).bind(
+    # The ranks have what they need by themselves.
+    common: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "health_check_period_s": LOOK_SECONDS}
+    maker = serve.deployment(Maker, num_replicas=request.replicas, max_ongoing_requests=1, **common).bind(
+        request.base, request.ranks, needs, request.served
+    )
+    gate = serve.deployment(Gate, name=GATE, num_replicas=1, max_ongoing_requests=1000, **common).bind(
         maker,
         request.replicas,
         tuple(hashlib.sha256(key.encode()).hexdigest() for key in request.keys),
-        Limits(sizes=request.served, most_steps=request.most_steps, fps=request.fps),
+        Limits(
+            model=request.model or "tiny-hunyuan-video",
+            sizes=request.served,
+            most_steps=request.most_steps,
+            fps=request.fps,
+        ),
         request.most_queued,
         request.timeout,
         request.keep,
         None if request.store is None else str(request.store.resolve()),
-        request.model or "tiny-hunyuan-video",
+        request.base,
+        request.ranks,
     )
     try:
         handle = serve.run(gate, name=NAME, route_prefix="/", blocking=False)
         handle.warm.remote().result(timeout_s=LOAD_SECONDS)
     except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
+        from hvcompile.app.pipelines import first_line  # which loads torch
+
         cause = getattr(error, "cause", None) or error
         raise RunError(f"the server can't start: {first_line(cause)}") from error
     return handle

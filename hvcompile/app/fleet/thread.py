@@ -7,15 +7,17 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hvcompile.app.fleet import pictures
+from hvcompile.app.fleet.made import Made
 from hvcompile.app.request.ask import Ask
 from hvcompile.app.request.clips import Clips
 from hvcompile.errors import DisagreementError, HvcompileError, InputError, OptionError, one_line, ours_below
 
 if TYPE_CHECKING:
-    from hvcompile.app.fleet.worker import Made
     from hvcompile.app.pipelines import Loaded
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class _Task:
     number: int
     ask: Ask
     deadline: float | None
+    contents: Mapping[str, bytes]
 
 
 class WorkerThread:
@@ -89,16 +92,20 @@ class WorkerThread:
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
 
-    def begin(self, number: int, ask: Ask, seconds: float | None = None) -> None:
+    def begin(
+        self, number: int, ask: Ask, seconds: float | None = None, contents: Mapping[str, bytes] | None = None
+    ) -> None:
         """Have it make a video; returns at once.
 
         Args:
             number: that tells it from other videos.
             ask: for what.
             seconds: after which it is stopped; None for no limit.
+            contents: of pictures, by name, where the files that ``ask`` names may be another machine's.
 
         """
-        self._tasks.put(_Task(number=number, ask=ask, deadline=None if seconds is None else time.monotonic() + seconds))
+        deadline = None if seconds is None else time.monotonic() + seconds
+        self._tasks.put(_Task(number=number, ask=ask, deadline=deadline, contents=contents or {}))
 
     def cancel(self, number: int) -> None:
         """Stop a video after the step it is at; one that has not begun is not begun."""
@@ -115,20 +122,16 @@ class WorkerThread:
         return content
 
     def check(self, asks: list[Ask]) -> list[str | None]:
-        """What is wrong with each of some requests for this pipeline; it must be idle."""
+        """What is wrong with each of some requests for this pipeline; it must be idle. No picture is looked at."""
         reasons: list[str | None] = []
         for ask in asks:
             try:
-                self._worker.check(ask)
+                with pictures.unpacked(ask, pictures.stand_ins(ask)) as here:
+                    self._worker.check(here)
                 reasons.append(None)
             except (InputError, OptionError) as error:
                 reasons.append(one_line(error))
         return reasons
-
-    @property
-    def suffix(self) -> str:
-        """Of the files that it makes; it must be idle."""
-        return str(self._worker.suffix)
 
     def close(self, seconds: float = 30.0) -> None:
         """End the thread once it is idle, and wait for that."""
@@ -164,7 +167,8 @@ class WorkerThread:
 
         self._report = Report(state=BUSY, phase="starting")
         try:
-            made = self._worker.make(task.ask, self._told, should_stop)
+            with pictures.unpacked(task.ask, task.contents) as ask:
+                made = self._worker.make(ask, self._told, should_stop)
         except Exception as error:
             log.debug("a video failed", exc_info=error)
             fault = ours_below(error)

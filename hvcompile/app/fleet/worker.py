@@ -7,12 +7,9 @@ alone decides whether a video is stopped, and alone has its file.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +18,7 @@ import hvcompile
 from hvcompile.app import metrics, pictures, video
 from hvcompile.app.arguments import call_arguments
 from hvcompile.app.denoisers import denoisers, stats_of_all
+from hvcompile.app.fleet.made import Made
 from hvcompile.app.generate import BACKEND, Observer, opened
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.records import device_name
@@ -46,45 +44,6 @@ class StoppedError(HvcompileError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason} between two steps")
         self.reason = reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """A video that was made.
-
-    Attributes:
-        content: of its file; empty on other ranks than the first.
-        suffix: of its file, such as ".mp4".
-        frames: how many.
-        height: pixels.
-        width: pixels.
-        steps: how many were done.
-        reused: how many of them took the cached residual.
-        captured: steps in which Dynamo captured a graph.
-        seconds: of all: text, compiling, steps, decoding, encoding.
-        compile_seconds: of them.
-        peak_bytes: the most memory that this process held; None where it was not measured.
-        maker: what the last bits of the pixels depend on besides the request: ``device`` with its threads, and the
-            versions of ``torch`` and ``hvcompile``.
-
-    """
-
-    content: bytes
-    suffix: str
-    frames: int
-    height: int
-    width: int
-    steps: int
-    reused: int
-    captured: int
-    seconds: float
-    compile_seconds: float
-    peak_bytes: int | None
-    maker: dict[str, str] = field(default_factory=dict)
-
-    def figures(self) -> dict[str, Any]:
-        """All but the content, as JSON."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "content"}
 
 
 class Worker:

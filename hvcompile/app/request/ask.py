@@ -74,18 +74,26 @@ class Ask:
                 raise InputError(f"{key} is {_short(value)}: give a number from 0 to {LARGEST_SCALE}")
         if (self.true_cfg or 0) > 1 and self.negative_prompt is None:
             raise InputError(f"true_cfg is {self.true_cfg}, which does nothing without negative_prompt: give that too")
-        for section in self.options:
+        for section, fields in self.options.items():
             if section not in OWN_SECTIONS:
                 raise InputError(
-                    f"options has {section!r}, which all videos of a worker share: allowed here are "
+                    f"options has {section[:40]!r}, which all videos of a worker share: allowed here are "
                     f"{', '.join(OWN_SECTIONS)}; give others to the command"
                 )
+            _check_names(f"options.{section}", fields, "threshold")
+        _check_names("set", self.settings, "max_sequence_length")
 
     @property
     def shape(self) -> str:
-        """The same text for all that one compiled graph serves."""
+        """The same text for all that one compiled graph serves.
+
+        Guidance above 1 may double the batch, or call the model twice a step; what it is beyond that changes no graph.
+        Where it is not given, the pipeline's own may be either.
+        """
         sizes = (self.frames, self.height, self.width, sorted(self.options.items()), sorted(self.settings.items()))
-        return _canonical([*sizes, self.true_cfg is None, self.image is None, self.last_image is None])
+        guided = [None if scale is None else scale > 1 for scale in (self.guidance, self.true_cfg)]
+        absent = [value is None for value in (self.negative_prompt, self.image, self.last_image)]
+        return _canonical([*sizes, *guided, *absent])
 
     def of(self, base: Clips) -> Clips:
         """Give the video as the commands know one: what is not given is as ``base`` has it.
@@ -149,6 +157,13 @@ def _check_text(name: str, value: str | None) -> None:
 def _check_number(name: str, value: int | None, *, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
         raise InputError(f"{name} is {_short(value)}: give a whole number from {low} to {high}")
+
+
+def _check_names(what: str, values: Mapping[str, Any], example: str) -> None:
+    """Raise InputError where a name is none of an argument: joined to its value, it would be read as another."""
+    for name in values:
+        if not name.isidentifier():
+            raise InputError(f"{what} has {name[:40]!r}, which is no argument's name: give names such as {example}")
 
 
 def _short(value: float) -> str:

@@ -114,10 +114,15 @@ class Request(Fleet):
         return tuple(found)
 
     def _placed(self, ask: Ask, has_fps: bool) -> Ask:
-        """With the paths of its pictures seen from here, which have to be there."""
+        """With the paths of its pictures seen from here, which have to be there, and the command's own choices.
+
+        A line that gives a size, or guidance, as the command has it is then of one shape with one that gives none.
+        """
         from hvcompile.app import pictures
 
         changed: dict[str, Any] = {} if has_fps else {"fps": self.fps}
+        common = ("frames", "height", "width", "guidance")
+        changed |= {name: getattr(self, name) for name in common if getattr(ask, name) is None}
         for name in ("image", "last_image"):
             place = getattr(ask, name)
             if place is not None:
