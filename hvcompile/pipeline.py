@@ -87,6 +87,8 @@ class Pass:
             require_type(setting, hints[field.name], f"{self.section}.{field.name}")
             if isinstance(setting, list):
                 object.__setattr__(self, field.name, tuple(setting))
+            elif isinstance(setting, numbers.Real) and not isinstance(setting, int):
+                object.__setattr__(self, field.name, float(setting))  # NumPy's, say, which no graph takes
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk in place, or leave it as it was and say why."""

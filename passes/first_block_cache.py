@@ -58,7 +58,8 @@ class FirstBlockCache(Pass):
             at one timestep (second-order schedulers) count as one. The end is extrapolated from the last three
             timesteps, so a generation's first two are computed too.
         computed_steps: further steps of a generation that are always computed, each a number from 0; they are counted
-            in calls. With a large threshold they are the only ones: a fixed schedule, as cache-dit's masks of steps.
+            in calls, less those that repeat the first one. With a large threshold they are the only ones: a fixed
+            schedule, as cache-dit's masks of steps.
         forecast: along how many differences between the last computed steps a reused step goes on, in the combination
             that comes closest to block 1's own change. 0 repeats what was computed last; 1 or 2 extrapolate it. Each
             keeps one more tensor of every stream, and of block 1.
@@ -106,11 +107,11 @@ class FirstBlockCache(Pass):
             ...
             isfinite: bool[] = where_3.isfinite()
             le: bool[] = le(where_3, 0.06)
-            or__7: bool[] = or_(le, and__10)
-            and__11: bool[] = and_(isfinite, or__7)
-            and__12: bool[] = and_(and__11, and__9)
+            or__8: bool[] = or_(le, and__11)
+            and__12: bool[] = and_(isfinite, or__8)
+            and__13: bool[] = and_(and__12, and__10)
             ...
-            cond = cond(and__12, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
+            cond = cond(and__13, cache_hit, cache_miss, (..., 12 weights of blocks.1, blocks.2))
             getitem_15: f32[1, 12, 16] = cond[0]
             ...
             linear: f32[1, 12, 16] = linear(getitem_15, head.weight, head.bias)
@@ -226,8 +227,7 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
-        is_new, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
-        steps = torch.where(is_new, torch.zeros_like(steps), steps)
+        is_new, steps, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
         allowed = is_new.logical_not() & self._may_reuse(steps, streak)
         if past_clocks is not None:
             is_known, is_near_end, kept_clocks = near_end(

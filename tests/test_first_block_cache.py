@@ -139,8 +139,23 @@ def test_a_schedule_of_computed_steps(lower: str) -> None:
     for _ in range(2):  # the numbers begin anew with a generation
         decisions = run(model, [900.0 - place for place in range(140)])
         assert tuple(step for step, reused in enumerate(decisions) if not reused) == numbers
-    few = compiled(Toy(), threshold=0.0, computed_steps=[1])
-    assert run(few, [900.0] * 4) == [False, False, True, True], "the others are decided as ever"
+    few = compiled(Toy(), threshold=0.05, computed_steps=[1])
+    assert run(few, [900.0, 899.0, 898.0, 100.0]) == [False, False, True, False], "the others are decided as ever"
+
+
+@pytest.mark.parametrize("num_made", [1, 2])
+def test_a_generation_that_was_broken_off_at_its_first_step_shifts_no_schedule(num_made: int) -> None:
+    """The same prompt, seed and timestep again: nothing has moved, so the first step is numbered 0 once more."""
+    cache = {"threshold": 1e9, "computed_steps": [0, 1, 2, 4], "guidance": "apart"}
+    model, (one, other) = compiled(Toy(), **cache), (toy_inputs(seed) for seed in (0, 7))
+    with torch.no_grad():
+        for half in (one, other)[:num_made]:
+            model(**half)
+        for place in range(7):
+            for text in (one["text"], other["text"]):
+                model(sample=one["sample"], timestep=torch.tensor([900.0 - 9 * place]), text=text)
+    made = [step.reused for step in hvcompile.stats(model).steps[num_made:]]
+    assert made[::2] == made[1::2] == [False, False, False, True, False, True, True]
 
 
 @pytest.mark.parametrize("wrong", [[-1], [True], [1.5], "1", [10**10]])

@@ -7,6 +7,7 @@ import dataclasses
 import re
 import types
 import typing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def test_defaults_and_modes() -> None:
     assert dict(parse(PASSES, {"first_block_cache": True}, None).passes)[FirstBlockCache(threshold=0.06)]
     given = parse(PASSES, {"first_block_cache": {"threshold": 1}}, "default").passes
     assert (FirstBlockCache(threshold=1), True) in given
+    numbers: tuple[Any, ...] = (np.float64(0.5), np.float32(0.5), Fraction(1, 2))
+    for number in numbers:
+        assert type(FirstBlockCache(threshold=number).threshold) is float, "no graph takes another kind of number"
     off = parse(PASSES, {"first_block_cache": False}, None)
     assert FirstBlockCache not in [type(item) for item, _ in off.passes]
     exact = parse(PASSES, None, "exact")

@@ -77,6 +77,17 @@ def test_what_is_no_number_is_in_no_schedule() -> None:
     found = schedule.schedules([trajectory])
     assert found == {T: tuple(range(T))}, "all streams are measured by their mean, which is none either"
     assert schedule.schedules([]) == {}
+    assert schedule.why_none([trajectory]) == "what the blocks made is no number in some step of a clip"
+
+
+def test_a_stream_of_nothing_and_a_long_generation() -> None:
+    *_, trajectory = walk(0)
+    found = schedule.schedules([trajectory])
+    trajectory.rest["residual_2"] = np.zeros((T, T))
+    assert schedule.schedules([trajectory]) == found
+    *_, long = walk(0, schedule.MOST_STEPS + 1)
+    assert schedule.schedules([long]) == {}
+    assert schedule.why_none([long]) == "of generations of 129 steps, more than 128, none is sought"
 
 
 def test_candidates_go_from_many_steps_to_few_and_bound_what_follows_the_schedule() -> None:
@@ -154,3 +165,11 @@ def test_the_last_step_of_a_clock_that_falls_ends_at_0(num_steps: int) -> None:
     falling = np.linspace(900.0, 40.0, num_steps)
     assert schedule._lengths(falling)[-1] == 40.0
     assert schedule._lengths(1000 - falling)[-1] == pytest.approx(abs(np.diff(falling)[-1]))
+    assert schedule._lengths(np.append(falling, 0.0))[-1] == 40.0, "one that comes to 0 has a last step all the same"
+
+
+def test_a_call_that_corrects_a_step_is_as_long_as_that() -> None:
+    heun = np.array([1000.0, 700.0, 700.0, 200.0, 200.0])
+    assert schedule._lengths(heun).tolist() == [300.0, 300.0, 500.0, 500.0, 200.0]
+    assert schedule._lengths(heun[1:]).tolist() == [500.0, 500.0, 500.0, 200.0]
+    assert schedule._lengths(np.full(3, 5.0)).tolist() == [1.0] * 3

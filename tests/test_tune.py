@@ -142,41 +142,56 @@ def test_a_row_sums_up_its_clips() -> None:
     compiled = run_of(np.zeros((1, 4, 4, 3)), seconds=1.0)
     first = dataclasses.replace(compiled.steps[0], seconds=60.0, compiled=True)
     run = dataclasses.replace(compiled, steps=(first, *compiled.steps[1:]))
-    assert denoising_seconds(run) == pytest.approx(4.0), "a step that compiles counts as a computed one"
+    assert denoising_seconds(run, 9.0) == pytest.approx(4.0), "a step that compiles counts as a computed one"
+    rest = [dataclasses.replace(step, reused=True, seconds=0.1) for step in run.steps[1:]]
+    run = dataclasses.replace(run, steps=(first, *rest))
+    assert denoising_seconds(run, 2.0) == pytest.approx(2.3), "it tells of no computed one"
 
 
 def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store", {"model": "a", "prompts": ["x"]})
+    store = Store(tmp_path / "store", {"model": "a", "prompts": ["x"]}, 2)
     candidate, clip = Candidate(threshold=0.1, forecast=1), np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
-    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0], {2: (0, 3)}
-    store.write_reference(0, clip)
+    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0, 2.0], {2: (0, 3)}
+    for place in range(2):
+        store.write_reference(place, clip)
     store.keep()
-    again = Store(tmp_path / "store", {"prompts": ["x"], "model": "a"})
+    again = Store(tmp_path / "store", {"prompts": ["x"], "model": "a"}, 2)
     assert again.rows[candidate].clips == row_of().clips
     assert again.schedules == {2: (0, 3)}
-    assert again.has_references(1)
-    assert not again.has_references(2)
+    assert again.has_references()
+    second = tmp_path / "store" / "reference" / "1.npy"
+    for damaged in (b"", second.read_bytes()[:200]):
+        second.write_bytes(damaged)
+        assert not again.has_references()
     assert np.array_equal(again.reference(0), rounded(clip))
     assert np.abs(rounded(clip) - clip).max() < 1e-5
     with pytest.raises(InputError, match=r"other conditions: prompts was \[\"x\"\] and is \[\"y\"\]: give another"):
-        Store(tmp_path / "store", {"model": "a", "prompts": ["y"]})
+        Store(tmp_path / "store", {"model": "a", "prompts": ["y"]}, 2)
     whole = json.loads((tmp_path / "store" / "results.json").read_text())
     section, clip_record = {"threshold": 0.1}, whole["settings"][0]["clips"][0]
-    wrong_clips: tuple[Any, ...] = ([], [{**clip_record, "ssim": "x"}], [{**clip_record, "seconds": 0}])
+    wrong_clips: tuple[Any, ...] = (
+        [],
+        [clip_record],
+        [{**clip_record, "ssim": "x"}] * 2,
+        [{**clip_record, "seconds": 0}] * 2,
+    )
+    wrong_sections = ({"threshold": "0.1"}, {"threshold": 0.1, "forecast": 7})
     damages: tuple[dict[str, Any], ...] = (
         {"conditions": None},
         {"reference_seconds": 3},
+        {"reference_seconds": [math.nan, 2.0]},
         {"schedules": [0, 1]},
         *({"settings": [{"first_block_cache": section, "clips": clips}]} for clips in wrong_clips),
+        *({"settings": [{"first_block_cache": wrong, "clips": [clip_record] * 2}]} for wrong in wrong_sections),
     )
     for damage in damages:
         (tmp_path / "store" / "results.json").write_text(json.dumps({**whole, **damage}))
         with pytest.raises(InputError, match=r"results\.json that can't be read"):
-            Store(tmp_path / "store", {"model": "a", "prompts": ["x"]})
+            Store(tmp_path / "store", {"model": "a", "prompts": ["x"]}, 2)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "holiday.jpg").touch()
     with pytest.raises(InputError, match="is no earlier tuning: give another directory"):
-        Store(tmp_path / "other", {})
+        Store(tmp_path / "other", {}, 1)
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +319,38 @@ def test_a_tuning_that_is_broken_off_goes_on(
     assert [*first[:-1], *world] == ["inductor", "repeat at 0", *map(str, whole.rows)], (
         "nothing twice but what was broken off"
     )
+
+
+def test_a_tuning_that_is_broken_off_in_its_reference_goes_on_as_it_was_or_otherwise(
+    loaded: pipelines.Loaded, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was measured, so that it may go on under other conditions too."""
+    request = Request(prompt="a red circle", seeds="0-1", psnr=90.0, output=tmp_path / "tuned.json")
+    make, made = Runner.run, itertools.count()
+
+    def until(self: Any, job: Any, arguments: Any) -> Any:
+        if next(made) % 2:
+            raise KeyboardInterrupt
+        return make(self, job, arguments)
+
+    for asked in (request, dataclasses.replace(request, seeds="0-2")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Runner, "run", until)
+            with pytest.raises(KeyboardInterrupt):
+                tune.tune(asked, loaded=loaded)
+        assert (tmp_path / "tuned.store" / "reference" / "0.npy").exists()
+    world.clear()
+    tune.tune(dataclasses.replace(request, seeds="0-2"), loaded=loaded)
+    assert world[0] == "inductor"
+
+
+def test_generations_of_one_step_have_nothing_to_tune(
+    loaded: pipelines.Loaded, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, "run", lambda *_: run_of(np.zeros((3, 8, 8, 3)), num_reused=0, num_steps=1))
+    with pytest.raises(InputError, match=r"of the steps \(1\) none can be timed"):
+        tune.tune(Request(prompt="a red circle", output=tmp_path / "tuned.json"), loaded=loaded)
+    assert world == ["inductor"]
 
 
 @pytest.mark.parametrize(

@@ -145,18 +145,22 @@ class Run:
     @property
     def compile_seconds(self) -> float:
         """The steps that compiled, less what a computed step takes otherwise."""
-        computed = [step.seconds for step in self._settled if not step.reused]
-        usual = statistics.median(computed) if computed else 0.0
-        settled = set(self._settled)
+        usual, settled = self.computed_seconds or 0.0, set(self.settled)
         return sum(max(0.0, step.seconds - usual) for step in self.steps if step not in settled)
+
+    @property
+    def computed_seconds(self) -> float | None:
+        """The median of the steps that computed all and compiled nothing; None where there is none after the first."""
+        computed = [step.seconds for step in self.settled if not step.reused]
+        return statistics.median(computed) if computed else None
 
     @property
     def step_seconds(self) -> float | None:
         """The mean of a step, computed or reused, that compiled nothing; None where all did."""
-        return statistics.fmean(step.seconds for step in self._settled) if self._settled else None
+        return statistics.fmean(step.seconds for step in self.settled) if self.settled else None
 
     @property
-    def _settled(self) -> list[Step]:
+    def settled(self) -> list[Step]:
         """The steps that compiled nothing: a second denoiser, or another length, compiles on the way."""
         return [step for step in self.steps[1:] if not step.compiled]
 

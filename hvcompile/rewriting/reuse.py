@@ -24,8 +24,8 @@ def new_generation(
     direction: Any,
     sample: Any,
     last_sample: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Whether a step begins a generation, and what the next step compares with.
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Whether a step begins a generation, its number there, and what the next step compares with.
 
     Args:
         steps: done in this generation, int64 scalar.
@@ -38,7 +38,8 @@ def new_generation(
         last_sample: that of the step before, same shape.
 
     Returns:
-        A bool scalar, and the next ``direction``, ``last_clock``, ``last_contents`` and ``last_sample``.
+        A bool scalar; an int64 scalar, from 0; and the next ``direction``, ``last_clock``, ``last_contents`` and
+        ``last_sample``. A call that repeats a generation's first one, as where that was broken off, is the first too.
 
     """
     moved = (clock - last_clock).sign()
@@ -47,11 +48,13 @@ def new_generation(
     # moved, and where one of several has (guidance is one too) they may have begun from the same sample.
     has_moved, is_same_sample = moved != 0, (sample == last_sample).all()
     is_other_guidance = has_moved.any() & has_moved.logical_not().any() & is_same_sample
-    is_other_sample = has_moved.any().logical_not() & is_same_sample.logical_not()
+    stands, is_start = has_moved.any().logical_not(), (direction == 0).all()
+    is_other_sample = stands & is_same_sample.logical_not()
     # The host has found this state by what it can see of weights and conditions: the same, unmodified tensors. Those
     # may have been written to all the same (a LoRA that was merged or swapped), and then this is another model's step.
     is_other = (contents != last_contents).any()
-    is_new = (steps == 0) | is_other | turned_back | ((direction == 0).all() & (is_other_sample | is_other_guidance))
+    is_new = (steps == 0) | is_other | turned_back | (is_start & (is_other_sample | is_other_guidance))
+    number = torch.where(is_new | (is_start & stands), torch.zeros_like(steps), steps)
     moved = torch.where(moved == 0, direction, moved)
     follow = {
         "direction": torch.where(is_new, torch.zeros_like(moved), moved),
@@ -60,7 +63,7 @@ def new_generation(
         # It comes back as state, which is contiguous, whatever the sample's layout is.
         "last_sample": sample.clone(memory_format=torch.contiguous_format),
     }
-    return is_new, follow
+    return is_new, number, follow
 
 
 def contents(*, weights: Any, fakes: Mapping[str, torch.Tensor], **conditions: Any) -> dict[str, Any]:

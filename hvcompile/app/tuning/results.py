@@ -43,7 +43,7 @@ class Measured:
         """The figures of a run that was compared with its reference."""
         return cls(
             reused=run.num_reused / len(run.steps),
-            seconds=denoising_seconds(run),
+            seconds=denoising_seconds(run, reference_seconds / len(run.steps)),
             reference_seconds=reference_seconds,
             psnr=quality.mean_psnr,
             worst_frame_psnr=min(quality.psnr),
@@ -106,6 +106,13 @@ class Row:
         return statistics.fmean(known) if known else None
 
 
-def denoising_seconds(run: Run) -> float:
-    """The wall time of all steps, those that compiled counted as what a computed step takes otherwise."""
-    return sum(step.seconds for step in run.steps) - run.compile_seconds
+def denoising_seconds(run: Run, computed_seconds: float) -> float:
+    """The wall time of all steps, those that compiled counted as what a computed step takes otherwise.
+
+    Args:
+        run: of one clip.
+        computed_seconds: what a computed step takes, of a run that does not tell: it computed the first step alone.
+
+    """
+    usual, settled = run.computed_seconds or computed_seconds, set(run.settled)
+    return sum(step.seconds if step in settled else min(step.seconds, usual) for step in run.steps)

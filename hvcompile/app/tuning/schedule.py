@@ -20,6 +20,8 @@ COMPUTED = {"threshold": 0.0, "warmup_steps": 10**9}
 """Fields of the cache with which every step is computed, and what the blocks made is kept until the next."""
 SAMPLED = 2**16
 """Elements of a stream that are looked at, evenly spaced."""
+MOST_STEPS = 128
+"""Of a generation: the work grows with the fourth power, and 128 steps take seconds."""
 
 Products = dict[str, NDArray[np.float64]]
 """Of a stream by its name, the inner products of what it was in each step with what it was in each other, [T, T]."""
@@ -129,6 +131,8 @@ def errors(trajectory: Trajectory) -> NDArray[np.float64]:
         change, difference = _square(products, last, step), _square(products, before, last)
         turned = products[last, step] - products[last, last] - products[before, step] + products[before, last]
         scale = np.trace(products) / num_steps
+        if scale == 0:  # a stream that the blocks leave as it is
+            continue
         missed = change - 2 * ahead * turned + ahead * ahead * difference
         found[1:] += missed.clip(min=0) / scale
         found[:1] += change.clip(min=0) / scale
@@ -144,16 +148,25 @@ def _square(products: NDArray[np.float64], one: Any, other: Any) -> NDArray[np.f
 
 
 def _lengths(clocks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How long each step is; one whose clock falls ends at 0, another's last one is as long as the one before."""
+    """How long each step is; one whose clock falls ends at 0, another's last one is as long as the one before.
+
+    Second-order samplers call twice at a time. A call whose clock stands until the next corrects the step before, and
+    is as long.
+    """
     differences = np.abs(np.diff(clocks))
-    return np.append(differences, clocks[-1] if clocks[-1] < clocks[0] else differences[-1])
+    moving = np.flatnonzero(differences)
+    if not moving.size:
+        return np.ones(len(clocks))
+    places = np.searchsorted(moving, np.arange(len(differences)), side="right") - 1
+    differences = differences[moving[places.clip(min=0)]]
+    return np.append(differences, clocks[-1] if 0 < clocks[-1] < clocks[0] else differences[-1])
 
 
 def schedules(trajectories: Sequence[Trajectory]) -> dict[int, tuple[int, ...]]:
     """For each number of steps computed, those steps whose forecasts are off by least, by squares, in all.
 
     Args:
-        trajectories: of generations of T steps each; without one, nothing is found.
+        trajectories: of generations of T steps each; without one, or with more than ``MOST_STEPS``, nothing is found.
 
     Returns:
         The steps, from 0, by their number, 1 to T. None stands there whose error is no number.
@@ -162,7 +175,7 @@ def schedules(trajectories: Sequence[Trajectory]) -> dict[int, tuple[int, ...]]:
     computed last, measures each edge by a generation of its own, and takes the path whose largest error is least.
 
     """
-    if not trajectories:
+    if not trajectories or len(trajectories[0].clocks) > MOST_STEPS:
         return {}
     costs = np.mean([errors(trajectory) for trajectory in trajectories], axis=0)
     num_steps = costs.shape[1]
@@ -184,6 +197,16 @@ def schedules(trajectories: Sequence[Trajectory]) -> dict[int, tuple[int, ...]]:
         best = none.copy()
         best[1:] = onward.min(axis=0)
     return found
+
+
+def why_none(trajectories: Sequence[Trajectory]) -> str:
+    """Why ``schedules`` finds none that leaves a step out."""
+    if not trajectories:
+        return "the steps of a generation can't be told apart"
+    num_steps = len(trajectories[0].clocks)
+    if num_steps > MOST_STEPS:
+        return f"of generations of {num_steps} steps, more than {MOST_STEPS}, none is sought"
+    return "what the blocks made is no number in some step of a clip"
 
 
 def _path(end: Sequence[Any], parents: Sequence[NDArray[np.intp]]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from hvcompile.app.metrics import Frames
 from hvcompile.app.tuning.candidates import Candidate
 from hvcompile.app.tuning.results import Measured, Row
 from hvcompile.errors import InputError, OutputError
+from hvcompile.passes.first_block_cache import FirstBlockCache
 
 RESULTS = "results.json"
 REFERENCE = "reference"
@@ -29,14 +31,16 @@ class Store:
     Args:
         directory: made where it is missing.
         conditions: what figures must have in common to stand in one table, as JSON.
+        num_clips: of each setting, and of the reference.
 
     Raises:
         InputError: the directory holds something else, or figures of other conditions.
 
     """
 
-    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, conditions: Mapping[str, Any], num_clips: int) -> None:
         self._directory, self._conditions = directory, json.loads(json.dumps(conditions))
+        self._num_clips = num_clips
         self.rows: dict[Candidate, Row] = {}
         self.reference_seconds: list[float] = []
         self.schedules: dict[int, tuple[int, ...]] | None = None  # by their number of steps; None where not yet sought
@@ -54,18 +58,20 @@ class Store:
         try:
             content = json.loads(self.results.read_text())
             earlier = dict(content["conditions"])
-            self.reference_seconds = [float(seconds) for seconds in content["reference_seconds"]]
+            reference_seconds = [float(seconds) for seconds in content["reference_seconds"]]
+            if not all(0 < seconds < math.inf for seconds in reference_seconds):
+                raise ValueError("a time is no number of seconds")
+            schedules = None
             if content["schedules"] is not None:
-                self.schedules = {len(steps): tuple(map(int, steps)) for steps in content["schedules"]}
-            for row in content["settings"]:
-                clips = [Measured.read(clip) for clip in row["clips"]]
-                found = self.rows[Candidate(**row["first_block_cache"])] = Row(clips)
-                found.check()
+                schedules = {len(steps): tuple(map(int, steps)) for steps in content["schedules"]}
+            rows = dict(self._row(record) for record in content["settings"])
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             raise InputError(
                 f"store {str(self._directory)!r} holds a {RESULTS} that can't be read ({type(error).__name__}: {error})"
                 ": give another directory, or remove it"
             ) from error
+        if not rows and schedules is None and earlier != self._conditions:
+            return  # a tuning that was broken off before anything was measured keeps none from another
         for name in sorted({*earlier, *self._conditions}):
             before, now = earlier.get(name), self._conditions.get(name)
             if before != now:
@@ -73,6 +79,16 @@ class Store:
                     f"store {str(self._directory)!r} is of other conditions: {name} was {_short(before)} and is "
                     f"{_short(now)}: give another directory, or remove it"
                 )
+        self.rows, self.reference_seconds, self.schedules = rows, reference_seconds, schedules
+
+    def _row(self, record: Mapping[str, Any]) -> tuple[Candidate, Row]:
+        """A setting and its figures from JSON; raises ValueError or TypeError where they are none."""
+        FirstBlockCache(**record["first_block_cache"])  # says what is no option of the cache
+        row = Row([Measured.read(clip) for clip in record["clips"]])
+        row.check()
+        if len(row.clips) != self._num_clips:
+            raise ValueError(f"a setting has {len(row.clips)} clips of {self._num_clips}")
+        return Candidate(**record["first_block_cache"]), row
 
     def record(self) -> dict[str, Any]:
         """All figures as JSON."""
@@ -92,9 +108,17 @@ class Store:
         self._make(self._directory)
         outputs.write_json(self.record(), self.results)
 
-    def has_references(self, number: int) -> bool:
-        """Whether the reference's clips are there, this many."""
-        return len(self.reference_seconds) == number and all(self._clip(place).exists() for place in range(number))
+    def has_references(self) -> bool:
+        """Whether the reference's clips are there, and can be read."""
+        return len(self.reference_seconds) == self._num_clips and all(map(self._is_whole, range(self._num_clips)))
+
+    def _is_whole(self, place: int) -> bool:
+        """Whether the file of a clip holds one; reads no pixel."""
+        try:
+            levels = np.load(self._clip(place), mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return bool(levels.ndim == 4 and levels.dtype == np.uint16)
 
     def write_reference(self, place: int, frames: Frames) -> None:
         """Keep a clip of the reference; raises OutputError where that can't be."""

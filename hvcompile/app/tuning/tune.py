@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from hvcompile import outputs
 from hvcompile.app import identity, metrics, pipelines, video
@@ -19,15 +19,13 @@ from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
 from hvcompile.app.tuning.candidates import LADDERS, Candidate, Goal, Ladders, ladder_of, missing, most_missing
 from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
-from hvcompile.app.tuning.schedule import COMPUTED, Recorder, Trajectory, schedules
+from hvcompile.app.tuning.schedule import COMPUTED, Recorder, Trajectory, schedules, why_none
 from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
 from hvcompile.ranks import launch
-from hvcompile.ranks.store import take_turn
+from hvcompile.ranks.store import Exchange
 from hvcompile.runtime.probing import probing
 
-PATIENCE_SECONDS = 3600.0
-"""How long the other ranks wait while the first one compares clips."""
 OBSERVED = 4
 """Clips, at most, by which schedules are found."""
 
@@ -98,7 +96,8 @@ class _Tuning:
         self._request, self._observe, self._loaded, self._arguments = request, observe, loaded, arguments
         self._jobs = request.jobs()
         self._goal = Goal(psnr=request.psnr, worst_psnr=request.worst_psnr, speedup=request.speedup)
-        self._store = Store(request.directory, self._conditions()) if launch.rank() == 0 else None
+        self._store = Store(request.directory, self._conditions(), len(self._jobs)) if launch.rank() == 0 else None
+        self._exchange = Exchange(request.rank_timeout)
         self._notes: list[str] = []
         self._num_done = 0
 
@@ -119,7 +118,7 @@ class _Tuning:
     def measure(self) -> None:
         """Make the clips that are missing, the reference's first: a rewrite may free the weights that it runs on."""
         store = self._store
-        if self._agreed(bool(self._missing()) and store is not None and not store.has_references(len(self._jobs))):
+        if self._agreed(bool(self._missing()) and store is not None and not store.has_references()):
             self._make_reference()
         if self._agreed(store is not None and store.schedules is None):
             self._find_schedules()
@@ -130,6 +129,7 @@ class _Tuning:
                 store.keep()
         if store is not None:
             store.drop_references()
+        self._exchange.finish()
 
     def _next(self) -> Candidate | None:
         """The candidate that all ranks make now; None where nothing is missing."""
@@ -148,23 +148,28 @@ class _Tuning:
 
     def _agreed(self, item: Any) -> Any:
         """The first rank's item, on all of them."""
-        return _told(item)[0]
+        return self._told(item)[0]
+
+    def _told(self, item: Any) -> list[Any]:
+        """What each rank has, on all of them; anything that JSON has."""
+        return [theirs for _, theirs in sorted(self._exchange(item), key=operator.itemgetter(0))]
 
     def _find_schedules(self) -> None:
         """Keep the schedules that follow from some clips with every step computed; none where nothing follows."""
         given = self._request.backend_options().get("first_block_cache", {})
         taken = sorted({"computed_steps", "max_consecutive_hits"}.intersection(given))
-        parts = [] if taken else _told([item.record() for item in self._observed(given)])
-        found: dict[int, tuple[int, ...]] = {}
+        parts = [] if taken else self._told([item.record() for item in self._observed(given)])
+        if self._store is None:
+            return
+        trajectories: list[Trajectory] = []
         if len(set(map(len, parts))) == 1:  # of all ranks the same generations
-            trajectories = [list(map(Trajectory.read, part)) for part in parts]
-            found = schedules([first.joined(others) for first, *others in zip(*trajectories, strict=True)])
-        if self._store is not None:
-            self._store.schedules = found
-            self._store.keep()
-            if not found:
-                reason = f"{' and '.join(taken)} is given" if taken else "the steps of a generation can't be told apart"
-                self._notes.append(f"no schedule was tried: {reason}")
+            read = [list(map(Trajectory.read, part)) for part in parts]
+            trajectories = [first.joined(others) for first, *others in zip(*read, strict=True)]
+        self._store.schedules = schedules(trajectories)
+        self._store.keep()
+        if not ladder_of(self._store.schedules):
+            reason = f"{' and '.join(taken)} is given" if taken else why_none(trajectories)
+            self._notes.append(f"no schedule was tried: {reason}")
 
     def _observed(self, given: Mapping[str, Any]) -> list[Trajectory]:
         """Make some clips with every step computed; what this rank's blocks made in each step."""
@@ -180,6 +185,8 @@ class _Tuning:
         return recorder.trajectories()
 
     def _make_reference(self) -> None:
+        if self._store is not None:
+            self._store.keep()  # whose the directory is, before there is a clip in it
         reference = Reference(self._loaded, is_dynamic=self._request.dynamic, observe=self._observe)
         seconds = []
         for place, job in enumerate(self._jobs):
@@ -188,9 +195,13 @@ class _Tuning:
             video.check_finite(run.frames, "the plain compiled model")
             if min(run.frames.shape[1:3]) < metrics.SMALLEST:
                 raise InputError(f"the clips are smaller than {metrics.SMALLEST} pixels, which SSIM needs: give more")
-            seconds.append(denoising_seconds(run))
+            if run.computed_seconds is None:
+                told = "the first, and those that compile, tell nothing"
+                raise InputError(f"of the steps ({len(run.steps)}) none can be timed, since {told}: give more")
+            seconds.append(denoising_seconds(run, run.computed_seconds))
             if self._store is not None:
                 self._store.write_reference(place, run.frames)
+            self._agreed(None)
         self._num_done += len(self._jobs)
         self._notes += reference.notes
         if self._store is not None:
@@ -209,6 +220,7 @@ class _Tuning:
                 video.check_finite(run.frames, str(candidate))
                 quality = metrics.compare(rounded(run.frames), self._store.reference(place))
                 clips.append(Measured.of(run, quality, self._store.reference_seconds[place]))
+            self._agreed(None)  # the others wait here while clips are compared, and in no collective, which times out
         self._num_done += len(self._jobs)
         self._notes += [note for note in runner.notes if note not in self._notes]
         return Row(clips) if clips else None
@@ -243,12 +255,3 @@ class _Tuning:
             notes=tuple(self._notes),
             problems=problems,
         )
-
-
-def _told(item: Any) -> list[Any]:
-    """What each rank has, on all of them; anything that JSON has."""
-    if launch.num_ranks() == 1:
-        return [item]
-    group = dist.group.WORLD
-    assert group is not None
-    return take_turn(group, "hvcompile-tune", item, PATIENCE_SECONDS)
