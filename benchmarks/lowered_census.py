@@ -1,37 +1,90 @@
-"""Small models of many families, compiled for GPUs that are not there, in every mode: what compiles, and what it does.
+"""Families in every way, compiled for GPUs that are not there: what compiles, and what it does.
 
-``python benchmarks/lowered_census.py`` takes one tiny configuration of each family, in bfloat16, through hvfast,
-Inductor, Triton and ptxas. HunyuanVideo goes through every mode on every architecture, the others through two modes on
-Hopper. Nothing is computed. Each case is a process of its own; rows are kept as they come, and a case that fails is a
-row that says why. ``--case NAME`` runs one and prints its row.
+``python benchmarks/lowered_census.py`` takes models as wide as they are published and two or three blocks deep through
+hvfast, Inductor, Triton and ptxas. HunyuanVideo goes through every way, every family through the common ones and a
+third of the others, each for one of three architectures; so every way and every family meets each architecture.
+``--whole`` compiles every family in every way for all three, which takes most of a day. Nothing is computed. A case
+that fails is a row that says why. Rows are kept as they come, so that what was broken off goes on where it was.
+``--case NAME`` prints one.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
-import subprocess
+import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lowered_models import FAMILIES, model_and_inputs
 from rich.console import Console
 from tables_of_rows import Row, read, write
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
 OUTPUT = ROOT / "docs" / "measurements" / "lowered_census.json"
 
 err = Console(stderr=True, highlight=False)
 
-HUNYUAN, GPUS = "hunyuan_video", ("h100", "b200", "l40s")
-"""One GPU of each architecture with float8: sm_90, sm_100, sm_89."""
-FAMILIES = (
-    *("hunyuan_video_i2v_concat", "hunyuan_video_i2v_replace", "hunyuan_video_framepack"),
-    *("cogvideox", "mochi", "wan_t2v", "ltx", "flux_guided", "qwen_image"),
+GPUS = {"h100": "sm_90", "b200": "sm_100", "l40s": "sm_89"}
+"""One GPU of each architecture with float8."""
+FIRST = "HunyuanVideo"
+"""The family that is compiled in every way."""
+COMMON = ("exact", "default")
+"""The ways in which every family is compiled, and the first family for every architecture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a model is compiled.
+
+    Attributes:
+        name: as it stands in the table.
+        mode: as for ``torch.compile``.
+        options: as for ``torch.compile``.
+        ranks: how many share the call.
+        samples: in the call.
+        dynamic: whether sizes may change from call to call.
+
+    """
+
+    name: str
+    mode: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ranks: int = 1
+    samples: int = 1
+    dynamic: bool = False
+
+
+_OFF = {"first_block_cache": False, "fp8": False}
+_ALL = {"keep_last_blocks": 0}
+WAYS = (
+    Way(name="exact", mode="exact"),
+    Way(name="cache", options={"fp8": False}),
+    Way(name="forecast", options={"fp8": False, "first_block_cache": {"forecast": 2}}),
+    Way(name="float8 by row", options={"first_block_cache": False, "fp8": _ALL}),
+    Way(name="float8 by tensor", options={"first_block_cache": False, "fp8": {**_ALL, "granularity": "tensor"}}),
+    Way(name="float8 attention", options={**_OFF, "attention": {"fp8": True}}),
+    Way(name="default", options={"fp8": _ALL}),
+    Way(name="max", options={"mode": "max", "fp8": _ALL}),
+    Way(name="cuDNN", options={**_OFF, "attention": {"kernel": "cudnn"}}),
+    Way(name="flash", options={**_OFF, "attention": {"kernel": "flash"}}),
+    Way(name="Ulysses, 2 ranks", options={"fp8": _ALL, "context_parallel": {"ulysses": 2}}, ranks=2),
+    Way(name="ring, 2 ranks", options={"fp8": _ALL, "context_parallel": {"ring": 2}}, ranks=2),
+    Way(name="2 x 2 of 4 ranks", options={"fp8": _ALL, "context_parallel": {"ulysses": 2, "ring": 2}}, ranks=4),
+    Way(
+        name="guidance halves, 2 x 2 of 8 ranks",
+        options={"fp8": _ALL, "context_parallel": {"cfg": 2, "ulysses": 2, "ring": 2}},
+        ranks=8,
+        samples=2,
+    ),
+    Way(name="two samples", samples=2, options={"fp8": _ALL}),
+    Way(name="dynamic shapes", dynamic=True, options={"fp8": _ALL}),
 )
 
 
@@ -40,69 +93,28 @@ class Case:
     """A family, a way to compile it, and for what."""
 
     family: str
-    way: str
-    gpu: str = "h100"
-    ranks: int = 1
-    mode: str | None = None
-    options: tuple[tuple[str, Any], ...] = ()
+    way: Way
+    gpu: str
 
     @property
     def name(self) -> str:
         """As it stands in the table."""
-        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        return f"{self.family}, {self.way}, {self.gpu}{ranks}"
+        return f"{self.family}; {self.way.name}; {GPUS[self.gpu]}"
 
 
-OFF = ("first_block_cache", False)
-WAYS: tuple[functools.partial[Case], ...] = (
-    functools.partial(Case, way="exact", mode="exact"),
-    functools.partial(Case, way="cache", options=(("fp8", False),)),
-    functools.partial(Case, way="forecast", options=(("fp8", False), ("first_block_cache", {"forecast": 2}))),
-    functools.partial(Case, way="float8 by row", options=(("fp8", {"keep_last_blocks": 0}), OFF)),
-    functools.partial(
-        Case, way="float8 by tensor", options=(("fp8", {"granularity": "tensor", "keep_last_blocks": 0}), OFF)
-    ),
-    functools.partial(Case, way="default"),
-    functools.partial(Case, way="max", mode="max"),
-)
-SHARDED: tuple[functools.partial[Case], ...] = (
-    functools.partial(Case, way="Ulysses", ranks=2),
-    functools.partial(Case, way="ring", ranks=2, options=(("context_parallel", {"ring": 2}),)),
-    functools.partial(Case, way="2 x 2", ranks=4, options=(("context_parallel", {"ulysses": 2, "ring": 2}),)),
-)
-CASES: tuple[Case, ...] = (
-    *(way(family=HUNYUAN, gpu=gpu) for gpu in GPUS for way in WAYS),
-    *(way(family=HUNYUAN) for way in SHARDED),
-    *(way(family=family) for family in FAMILIES for way in WAYS if way.keywords["way"] in {"default", "max"}),
-)
+def cases(*, is_whole: bool) -> Iterator[Case]:
+    """The cases in the order in which they run: those of a family and an architecture share kernels.
 
-
-def model_and_inputs(family: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny model of a family on the meta device, in bfloat16, its heads as wide as a GPU's kernels take them."""
-    import torch
-    import zoo
-
-    if family == HUNYUAN:
-        from diffusers import HunyuanVideoTransformer3DModel
-
-        config = zoo.hunyuan_video_config(2, 4, 256) | {"num_attention_heads": 4, "attention_head_dim": 64}
-        config["rope_axes_dim"] = (16, 24, 24)
-        with torch.device("meta"):
-            model: Any = HunyuanVideoTransformer3DModel(**config)
-        inputs = zoo.inputs_hunyuan_video()
-        inputs["hidden_states"] = torch.empty(1, 4, 5, 24, 40)
-    else:
-        known = zoo.FAMILIES[family]
-        model, inputs = known.build(), known.inputs()
-    model = model.eval().to(torch.bfloat16)
-
-    def moved(held: Any) -> Any:
-        if isinstance(held, torch.Tensor):
-            device = next(model.parameters()).device
-            return held.to(device, torch.bfloat16 if held.is_floating_point() else held.dtype)
-        return [moved(item) for item in held] if isinstance(held, list) else held
-
-    return model, {name: moved(held) for name, held in inputs.items()}
+    Of the square of families and ways, the first family and the common ways are compiled in full, and of the rest a
+    third, each case for one architecture. They are laid out so that each family meets each architecture, and each way
+    does.
+    """
+    for (column, family), (place, gpu) in itertools.product(enumerate(FAMILIES), enumerate(GPUS)):
+        for row, way in enumerate(WAYS):
+            is_common, is_here = way.name in COMMON, (row + column + column // 3) % 3 == place
+            is_first, is_third = family == FIRST, (row // 3 + column) % 3 == 0
+            if is_whole or (is_here and (is_first or is_common or is_third)) or (is_first and is_common):
+                yield Case(family=family, way=way, gpu=gpu)
 
 
 def measured(case: Case) -> Row:
@@ -110,95 +122,134 @@ def measured(case: Case) -> Row:
     import hvcompile
     from hvcompile.lowered import walk
 
-    model, inputs = model_and_inputs(case.family)
-    lowered = hvcompile.lower(
-        model,
-        **inputs,
-        return_dict=False,
-        mode=case.mode,
-        options=dict(case.options),
-        ranks=case.ranks,
-        device=case.gpu,
-    )
+    model, inputs = model_and_inputs(case.family, case.way.samples)
+    row: Row = {"name": case.name, "family": case.family, "way": case.way.name, "gpu": GPUS[case.gpu]}
+    try:
+        lowered = hvcompile.lower(
+            model,
+            **inputs,
+            mode=case.way.mode,
+            options=case.way.options,
+            ranks=case.way.ranks,
+            device=case.gpu,
+            dynamic=case.way.dynamic,
+        )
+    except hvcompile.RequestedPassError as error:
+        return {**row, "refused": " ".join(str(error).split())}
     kinds = (walk.TRITON, walk.LIBRARY, walk.COPY, walk.SYNC, walk.COLLECTIVE)
     return {
-        "name": case.name,
-        "passes": [row.name for row in lowered.journal if row.report.applied],
+        **row,
+        "passes": [item.name for item in lowered.journal if item.report.applied],
         "declined": {
-            row.name: row.report.declined[0][1]
-            for row in lowered.journal
-            if not row.report.applied and row.report.declined
+            item.name: item.report.declined[0][1]
+            for item in lowered.journal
+            if not item.report.applied and item.report.declined
         },
         "kernels": len(lowered.kernels),
         "failures": [list(item) for item in lowered.failures],
-        "spilling": [kernel.name for kernel in lowered.spilling],
+        "spilling": [f"{kernel.name}, {kernel.spill_bytes} bytes" for kernel in lowered.spilling],
+        "measured": list(lowered.measured),
         "computed": {kind: lowered.computed.count(kind) for kind in kinds},
         "reused": None if lowered.reused is None else {kind: lowered.reused.count(kind) for kind in kinds},
-        "at once": sum(launches == 0 for _, launches in lowered.computed.overlaps()),
+        "at once": [name for name, launches in lowered.computed.overlaps() if launches == 0],
+        "bytes": lowered.computed.num_bytes,
+        "peak bytes": lowered.computed.peak_bytes,
         "seconds": round(lowered.seconds, 1),
     }
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a page."""
+    compiled = [row for row in rows if "computed" in row]
+    kernels = sum(row["kernels"] for row in compiled)
     lines = [
-        "# Small models, compiled for GPUs that were not there",
+        "# Families and ways, compiled for GPUs that were not there",
         "",
-        "Tiny configurations in bfloat16. Written by `python benchmarks/lowered_census.py`. Nothing was computed. "
-        "Launches are those of a computed step, and in brackets of one that reuses.",
+        "Models as wide as they are published and two or three blocks deep, in bfloat16. Written by "
+        "`python benchmarks/lowered_census.py`. Nothing was computed.",
         "",
-        "| case | passes | Triton kernels | library calls | copies | synchronisations "
-        "| collectives [waited for at once] | kernels compiled, failed, spilling | s compiling |",
-        "|---|---|---:|---:|---:|---:|---:|---|---:|",
+        f"{len(rows)} cases: {len(compiled)} compiled, {sum('refused' in row for row in rows)} refused with a reason, "
+        f"{sum('error' in row for row in rows)} failed. Of {kernels} Triton kernels, "
+        f"{sum(len(row['failures']) for row in compiled)} did not compile and "
+        f"{sum(len(row['spilling']) for row in compiled)} spill.",
+        "",
+        "Figures are those of a computed step, and in brackets of one that reuses.",
+        "",
+        "| family | way | GPU | passes | Triton kernels | library calls | copies | synchronisations "
+        "| collectives (waited for at once) | kernels compiled, failed, spilling |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['name']} | {row['error']} | | | | | | | |")
+        head = [row["family"], row["way"], row["gpu"]]
+        if "computed" not in row:
+            told = row.get("error") or f"refused: {row['refused']}"
+            lines.append(f"| {' | '.join([*head, told.replace('|', '/')])} | | | | | | |")
             continue
         counts = [str(number) for number in row["computed"].values()]
         if row["reused"]:
             counts = [f"{one} ({other})" for one, other in zip(counts, row["reused"].values(), strict=True)]
-        made = f"{row['kernels']}, {len(row['failures'])}, {len(row['spilling'])}"
+        counts[4] = f"{row['computed']['collective']} ({len(row['at once'])})"
         passes = ", ".join(name for name in row["passes"] if name != "outline")
-        cells = [row["name"], passes or "none", *counts[:4], f"{counts[4]} [{row['at once']}]", made]
-        lines.append(f"| {' | '.join(cells)} | {row['seconds']:.0f} |")
+        made = f"{row['kernels']}, {len(row['failures'])}, {len(row['spilling'])}"
+        lines.append(f"| {' | '.join([*head, passes or 'none', *counts, made])} |")
     return "\n".join([*lines, ""])
 
 
 def main(
     case: Annotated[str | None, typer.Option(help="Run this case alone, and print its row as JSON.")] = None,
     only: Annotated[str, typer.Option(help="Cases whose names hold this.")] = "",
+    whole: Annotated[bool, typer.Option("--whole", help="Every family for every architecture.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a case.")] = 600.0,
     output: Annotated[Path, typer.Option(help="The rows (.json); a table (.md) goes beside it.")] = OUTPUT,
 ) -> None:
     """Compile every case, and write the table."""
+    known = {item.name: item for item in cases(is_whole=True)}
     if case is not None:
-        chosen = [item for item in CASES if item.name == case]
-        if not chosen:
-            raise typer.BadParameter(f"--case {case!r} is none of {'; '.join(item.name for item in CASES)}")
-        sys.stdout.write(json.dumps(measured(chosen[0])) + "\n")
+        if case not in known:
+            raise typer.BadParameter(f"--case {case!r} is none of {'; '.join(known)}")
+        sys.stdout.write(json.dumps(measured(known[case])) + "\n")
         return
-    rows = {} if fresh else read(output)
-    for item in CASES:
+    rows, worker = {} if fresh else read(output), Worker()
+    for item in cases(is_whole=whole):
         if only not in item.name or (item.name in rows and "error" not in rows[item.name]):
             continue
-        rows[item.name] = _row(item, timeout)
-        err.print(f"{item.name}: {rows[item.name].get('error', 'compiled')}", soft_wrap=True, markup=False)
-        write(output, [rows[known.name] for known in CASES if known.name in rows], 0.0, table)
+        rows[item.name] = worker.row(item, timeout)
+        err.print(f"{item.name}: {_in_short(rows[item.name])}", soft_wrap=True, markup=False)
+        write(output, [rows[name] for name in known if name in rows], 0.0, table)
 
 
-def _row(case: Case, timeout: float) -> Row:
-    command = [sys.executable, __file__, "--case", case.name]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"name": case.name, "error": f"not done after {timeout:.0f} s"}
-    if ran.returncode:
-        last = next((line for line in reversed(ran.stderr.splitlines()) if line.strip(" │╰─╯")), "no word")
-        return {"name": case.name, "error": last.strip()[:300]}
-    found: Row = json.loads(ran.stdout.splitlines()[-1])
-    return found
+def _in_short(row: Row) -> str:
+    if "computed" not in row:
+        return str(row.get("error") or f"refused: {row['refused']}")
+    return f"{row['seconds']} s, {len(row['failures'])} failed, {len(row['spilling'])} spill"
+
+
+class Worker:
+    """A process that compiles cases, and one in its place after some of them, or where it died."""
+
+    def __init__(self) -> None:
+        self._make = functools.partial(
+            concurrent.futures.ProcessPoolExecutor,
+            max_workers=1,
+            mp_context=multiprocessing.get_context("spawn"),
+            max_tasks_per_child=24,
+        )
+        self._pool = self._make()
+
+    def row(self, case: Case, timeout: float) -> Row:
+        """The row of a case; of one that failed what was raised."""
+        try:
+            return self._pool.submit(measured, case).result(timeout)
+        except Exception as error:
+            if isinstance(error, (TimeoutError, concurrent.futures.BrokenExecutor)):
+                for process in self._pool._processes.values():  # a public way to end a worker comes with Python 3.14
+                    process.kill()
+                self._pool.shutdown()
+                self._pool = self._make()
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            row = {"name": case.name, "family": case.family, "way": case.way.name, "gpu": GPUS[case.gpu]}
+            return {**row, "error": f"not done after {timeout:.0f} s" if isinstance(error, TimeoutError) else told}
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from hvcompile.app.skeleton import first_call
 from hvcompile.errors import InputError
 from hvcompile.journal import Declined
 from hvcompile.lowered.gpus import GPUS
-from hvcompile.lowered.lower import Lowered, lower_call
-from hvcompile.options import Options, parse
-from hvcompile.passes import PASSES
+from hvcompile.lowered.lower import Lowered, lower_call, settings_for
+from hvcompile.options import Options
 from hvcompile.torch_private.dynamo import frame_call
 from hvcompile.trunk.outline import recover
 
@@ -40,11 +39,12 @@ def lower_request(request: Request) -> dict[str, Lowered]:
     request.check()
     if request.is_script:
         call, settings = script_call(str(request.model), request.arguments)
+        results = {"hvfast": lower_call(call, settings, GPUS[request.gpu], ranks=request.ranks)}
     else:
         found = first_call(request.model, request.dtype, request.prompt, request.sizes)
         call = (found.pipe.transformer, found.args, found.kwargs)
-        settings = parse(PASSES, request.backend_options(), request.mode)
-    results = {"hvfast": lower_call(call, settings, GPUS[request.gpu], ranks=request.ranks)}
+        with settings_for(request.backend_options(), request.mode, request.ranks) as settings:
+            results = {"hvfast": lower_call(call, settings, GPUS[request.gpu], ranks=request.ranks)}
     if request.plain:
         results["Inductor"] = lower_call(call, settings, GPUS[request.gpu], plain=True)
     if request.output is not None:

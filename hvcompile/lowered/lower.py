@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
+from torch.distributed.device_mesh import init_device_mesh
 
 from hvcompile.backend import lower as hand_over
 from hvcompile.backend import rewrite, sealed_inputs
@@ -26,8 +27,9 @@ from hvcompile.lowered.walk import Walk, walk
 from hvcompile.options import Options, parse
 from hvcompile.passes import PASSES
 from hvcompile.sealing import seal
-from hvcompile.torch_private.absent_gpu import Compilation, Gpu, TritonKernel, absent_gpu, fake_tensors, on_gpu
-from hvcompile.torch_private.distributed import absent_ranks
+from hvcompile.torch_private.absent_gpu import Compilation, Gpu, TritonKernel, absent_gpu
+from hvcompile.torch_private.absent_inputs import fake_tensors, on_gpu
+from hvcompile.torch_private.distributed import absent_ranks, has_absent_ranks
 from hvcompile.torch_private.fakes import size_hint, value
 from hvcompile.torch_private.lowering import LOWERINGS
 from hvcompile.trunk.observer import Observer
@@ -82,6 +84,7 @@ def lower(
     ranks: int = 1,
     rank: int = 0,
     plain: bool = False,
+    dynamic: bool = False,
     compile_kernels: bool = True,
     **kwargs: Any,
 ) -> Lowered:
@@ -98,6 +101,7 @@ def lower(
         ranks: how many ranks, each with such a GPU, share the call.
         rank: which of them this is.
         plain: compile by plain Inductor, without any rewrite.
+        dynamic: compile for other sizes of the tensors as well, as ``torch.compile(dynamic=True)`` does.
         compile_kernels: whether Triton and ptxas compile the kernels too.
         kwargs: of the call.
 
@@ -108,15 +112,42 @@ def lower(
         RequestedPassError: a pass that options ask for by name can't apply.
 
     """
-    return lower_call(
-        (model, args, kwargs),
-        parse(PASSES, options, mode),
-        gpu_of(device),
-        ranks=ranks,
-        rank=rank,
-        plain=plain,
-        compile_kernels=compile_kernels,
-    )
+    gpu = gpu_of(device)
+    with settings_for(options, mode, ranks, rank) as settings:
+        return lower_call(
+            (model, args, kwargs),
+            settings,
+            gpu,
+            ranks=ranks,
+            rank=rank,
+            plain=plain,
+            dynamic=dynamic,
+            compile_kernels=compile_kernels,
+        )
+
+
+@contextlib.contextmanager
+def settings_for(options: Mapping[str, Any] | None, mode: str | None, ranks: int, rank: int = 0) -> Iterator[Options]:
+    """Options, parsed, and within a group of so many ranks.
+
+    Where the ranks are to share out samples too (``context_parallel.cfg``), a mesh of them is made, for they are not
+    there to make one.
+
+    Raises:
+        OptionError: one is invalid.
+        InputError: there is a process group already.
+
+    """
+    if not 0 <= rank < ranks:
+        raise OptionError(f"rank is {rank}; allowed is 0 to {ranks - 1}, for there are {ranks} ranks")
+    if ranks > 1 and dist.is_initialized():
+        raise InputError("this process has a process group: ranks that are not there can't be added to it")
+    with absent_ranks(ranks, rank):
+        section = (options or {}).get("context_parallel")
+        if isinstance(section, Mapping) and section.get("cfg") == 2 and "mesh" not in section and ranks % 2 == 0:
+            mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("samples", "sequence"))
+            options = {**(options or {}), "context_parallel": {**section, "mesh": mesh}}
+        yield parse(PASSES, options, mode)
 
 
 def gpu_of(device: Gpu | str) -> Gpu:
@@ -135,6 +166,7 @@ def lower_call(
     ranks: int = 1,
     rank: int = 0,
     plain: bool = False,
+    dynamic: bool = False,
     compile_kernels: bool = True,
 ) -> Lowered:
     """As ``lower``, of options that are parsed already.
@@ -146,17 +178,18 @@ def lower_call(
         ranks: see ``lower``; as all that follow.
         rank: of them.
         plain: by Inductor alone.
+        dynamic: for other sizes too.
         compile_kernels: to machine code.
 
     """
     if not 0 <= rank < ranks:
         raise OptionError(f"rank is {rank}; allowed is 0 to {ranks - 1}, for there are {ranks} ranks")
-    if ranks > 1 and dist.is_initialized():
+    if ranks > 1 and dist.is_initialized() and not has_absent_ranks():
         raise InputError("this process has a process group: ranks that are not there can't be added to it")
     begin = time.monotonic()
     with on_absent(gpu, ranks, compile_kernels) as compilation, absent_ranks(ranks, rank):
         fakes = fake_tensors()
-        model, (args, kwargs) = on_gpu(fakes, call[0], call[1:])
+        model, (args, kwargs) = on_gpu(fakes, call[0], call[1:], dynamic=dynamic)
         with fakes:  # else Dynamo would make a mode of its own
             graph = capture(model, *args, **kwargs)
         inputs = [value(node) for node in graph.graph.find_nodes(op="placeholder")]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hvcompile.float8.rules import refusals
-from hvcompile.torch_private.absent_gpu import fake_tensors
+from hvcompile.torch_private.absent_inputs import fake_tensors
 from hvcompile.torch_private.fakes import num_bytes
 from hvcompile.torch_private.generated_code import Hooks, run
 from hvcompile.torch_private.storages import LiveBytes, storage_id

@@ -10,7 +10,6 @@ made to be deceived like this, so all of them are private; each has its reason b
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import functools
@@ -27,10 +26,10 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hvcompile.errors import InputError
 from hvcompile.torch_private.absent_attention import Choose, attention_on_cuda, forgetting
+from hvcompile.torch_private.absent_inputs import constants_on_cpu
 
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -134,37 +133,6 @@ class Compilation:
     measured: list[str] = dataclasses.field(default_factory=list)
 
 
-def fake_tensors() -> FakeTensorMode:
-    """The mode in which tensors on the absent device can be made."""
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-
-
-def on_gpu(mode: FakeTensorMode, model: torch.nn.Module, arguments: Any) -> tuple[torch.nn.Module, Any]:
-    """A model and the arguments of its call as they would be on the absent GPU: equal, and without memory.
-
-    Args:
-        mode: of the fake tensors.
-        model: is copied, without its weights.
-        arguments: tensors in lists, tuples and dicts.
-
-    """
-    # Private: what torch itself looks into nested arguments with (2.11.0, 2.13.0).
-    from torch.utils import _pytree as pytree
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-
-    # A copy of a module copies its tensors; those that it is told of already it takes as they are.
-    known: dict[int, Any] = {}
-    for parameter in model.parameters():
-        known[id(parameter)] = torch.nn.Parameter(moved(parameter), requires_grad=parameter.requires_grad)
-    attributes = (item for module in model.modules() for item in vars(module).values())
-    for tensor in (*model.buffers(), *(item for item in attributes if isinstance(item, torch.Tensor))):
-        known.setdefault(id(tensor), moved(tensor))
-    return copy.deepcopy(model, known), pytree.tree_map_only(torch.Tensor, moved, arguments)
-
-
 def decide_items(decide: Callable[[torch.Tensor], Any]) -> contextlib.AbstractContextManager[Any]:
     """Have ``decide`` answer ``item`` of fake tensors, whose numbers nobody knows."""
 
@@ -216,6 +184,7 @@ def absent_gpu(
             *_inductor(compilation),
             *_triton(gpu, compilation, compile_kernels),
             attention_on_cuda(choose_attention),
+            constants_on_cpu(),
             forgetting(),
         ):
             stack.enter_context(patch)
@@ -353,6 +322,10 @@ class _Driver:
         return True
 
 
+_KNOWN: dict[tuple[str, ...], tuple[int, int, int]] = {}
+"""Kernels that this process has compiled: registers of a thread, bytes that spill, shared memory of a block."""
+
+
 def _triton(
     gpu: Gpu, compilation: Compilation, compile_kernels: bool
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
@@ -365,19 +338,24 @@ def _triton(
         if not compile_kernels:
             return
         name = self.inductor_meta.get("kernel_name", self.fn.__name__)
+        # The same kernel goes by many names, which end in a number of its graph.
+        source = self.fn.src.replace(self.fn.__name__, "kernel")
+        key = (gpu.arch, source, repr(self.triton_meta), repr(self.configs[0]))
         try:
-            binary = self._precompile_config(self.configs[0]).kernel
+            if key not in _KNOWN:
+                binary = self._precompile_config(self.configs[0]).kernel
+                _KNOWN[key] = (*_resources(binary.asm["cubin"]), binary.metadata.shared)
         except Exception as error:  # whatever Triton, LLVM or ptxas raise: it is what is looked for
             compilation.failures.append((name, f"{type(error).__name__}: {error}"))
             return
-        registers, spill_bytes = _resources(binary.asm["cubin"])
+        registers, spill_bytes, shared_bytes = _KNOWN[key]
         compilation.kernels.append(
             TritonKernel(
                 name=name,
                 kind=str(self.heuristic_type).split(".")[-1].lower(),
                 registers=registers,
                 spill_bytes=spill_bytes,
-                shared_bytes=binary.metadata.shared,
+                shared_bytes=shared_bytes,
                 num_configs=len(self.configs),
             )
         )

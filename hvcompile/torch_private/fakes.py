@@ -59,9 +59,23 @@ def size_hint(size: int | torch.SymInt) -> int:
         if hint is None:
             # Private: what the graph's shape environment knows of it (2.11.0, 2.13.0).
             most = size.node.shape_env.bound_sympy(size.node.expr).upper
-            return int(most) if most.is_Integer and most < sys.maxsize else 1
+            return int(most) if most.is_Integer and most < sys.maxsize else _most(size)
         return int(hint)
     return int(size)
+
+
+def _most(size: torch.SymInt) -> int:
+    """The most that a size can be by a bound that is a symbolic size itself, or 1."""
+    env, symbol = size.node.shape_env, size.node.expr
+    # Private: bounds that are no numbers, checked where the graph runs, and what sizes were in the captured run, under
+    # its old name before 2.13 (2.11.0, 2.13.0).
+    values = getattr(env, "backed_var_to_val", None) or env.var_to_val
+    for bound in env.deferred_runtime_asserts.get(symbol, ()):
+        if isinstance(bound.expr, sympy.LessThan) and bound.expr.lhs == symbol:
+            most = env.replace(bound.expr.rhs).xreplace(values)
+            if most.is_Integer:
+                return int(most)
+    return 1
 
 
 def number_hint(number: Any) -> float | None:

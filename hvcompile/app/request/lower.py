@@ -31,12 +31,12 @@ class Request(FirstCallRequest):
     def check(self) -> None:
         """Raise InputError, or OptionError, for all that is wrong whatever the model; loads nothing."""
         from hvcompile.lowered.gpus import GPUS
-        from hvcompile.options import parse
-        from hvcompile.passes import PASSES
+        from hvcompile.lowered.lower import settings_for
 
         if self.ranks < 1:
             raise InputError(f"ranks is {self.ranks}: give 1 or more")
-        parse(PASSES, self.backend_options(), self.mode)
+        with settings_for(self.backend_options(), self.mode, self.ranks):
+            pass
         if self.output is not None and self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {str(self.output)!r} is a file: give a directory")
         self.check_call(self.gpu, GPUS, "options")
