@@ -273,3 +273,28 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
     assert torch.equal(train(tmp_path / "parts", 12), whole)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3, 5, 7, 9, 11]
+
+
+def test_larger_clips_show_the_same() -> None:
+    """Four pixels in the place of one hold what that one did."""
+    clip = clips.make(5)
+    small, large = clip.frames(), clip.frames(4)
+    assert large.shape == (17, 128, 192, 3)
+    pooled = large.reshape(17, 32, 4, 48, 4, 3).mean(axis=(2, 4))
+    assert np.abs(pooled - small).mean() < 2e-3
+
+
+def test_finer_patches_begin_where_larger_ones_ended(pipe: Any, name: Name) -> None:
+    """Where the values of a patch are alike, embedding and output are what they were."""
+    kind = FAMILIES[name]
+    if name is Name.WAN:
+        with pytest.raises(ValueError, match="can't be given finer patches"):
+            kind.finer(pipe.transformer)
+        return
+    fine, latents = kind.finer(pipe.transformer), torch.randn(1, 16, 2, 2, 3)
+    embed, embed_fine = pipe.transformer.x_embedder, fine.x_embedder
+    alike = latents.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    torch.testing.assert_close(embed_fine(latents), embed(alike))
+    hidden = torch.randn(1, 12, fine.proj_out.in_features)
+    patches = pipe.transformer.proj_out(hidden).unflatten(-1, (16, 4)).mean(dim=-1)
+    torch.testing.assert_close(fine.proj_out(hidden), patches)

@@ -81,12 +81,16 @@ class Thing:
         """The object as a clause: article, size, colour, shape, and what it does."""
         return " ".join(word for word in ("a", self.size, self.colour, self.shape, self.phrase) if word)
 
-    def coverage(self) -> Pixels:
-        """Share of each pixel that the object covers: (frames, height, width), 0 to 1, edges antialiased."""
+    def coverage(self, scale: int = 1) -> Pixels:
+        """Share of each pixel that the object covers: (frames, height, width), 0 to 1, edges antialiased.
+
+        With ``scale`` the picture has so many pixels in the place of one along each side.
+        """
         centres = np.array(self.centres, np.float32)
-        x = np.arange(WIDTH, dtype=np.float32)[None, None, :] - centres[:, 0, None, None]
-        y = np.arange(HEIGHT, dtype=np.float32)[None, :, None] - centres[:, 1, None, None]
-        coverage: Pixels = np.clip(0.5 - _distance(self.shape, x, y, SIZES[self.size]), 0, 1).astype(np.float32)
+        x, y = (((np.arange(extent * scale) + 0.5) / scale - 0.5).astype(np.float32) for extent in (WIDTH, HEIGHT))
+        across, down = x[None, None, :] - centres[:, 0, None, None], y[None, :, None] - centres[:, 1, None, None]
+        distance = scale * _distance(self.shape, across, down, SIZES[self.size])
+        coverage: Pixels = np.clip(0.5 - distance, 0, 1).astype(np.float32)
         return coverage
 
 
@@ -110,11 +114,11 @@ class Clip:
         """The clip in words of the grammar."""
         return f"{' and '.join(thing.words for thing in self.things)} over a {self.background} background"
 
-    def frames(self) -> Pixels:
-        """Draw the clip: (frames, height, width, 3), 0 to 1."""
-        picture = np.broadcast_to(_rgb(self.background), (NUM_FRAMES, HEIGHT, WIDTH, 3))
+    def frames(self, scale: int = 1) -> Pixels:
+        """Draw the clip, ``scale`` times as large: (frames, height, width, 3), 0 to 1."""
+        picture = np.broadcast_to(_rgb(self.background), (NUM_FRAMES, scale * HEIGHT, scale * WIDTH, 3))
         for thing in self.things:
-            coverage = thing.coverage()[..., None]
+            coverage = thing.coverage(scale)[..., None]
             picture = picture * (1 - coverage) + _rgb(thing.colour) * coverage
         return picture.astype(np.float32)
 

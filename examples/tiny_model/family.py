@@ -79,6 +79,15 @@ class Family(ABC):
     def prepare(self, transformer: Any, text: dict[str, torch.Tensor]) -> None:
         """Make the transformer ready to be trained with texts that ``tokenise`` gave; what is saved stays as it is."""
 
+    def finer(self, transformer: Any) -> Any:
+        """Build a transformer with a token for each latent value, whose weights come from one of larger patches.
+
+        Raises:
+            ValueError: nobody has said how for this family.
+
+        """
+        raise ValueError(f"a {type(transformer).__name__} can't be given finer patches here")
+
     @abstractmethod
     def finish(self, transformer: Any) -> None:
         """Change the trained transformer before it is published."""

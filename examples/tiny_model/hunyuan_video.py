@@ -127,6 +127,21 @@ class HunyuanVideo(Family):
     def prepare(self, transformer: Any, text: dict[str, torch.Tensor]) -> None:
         """Leave it as it is: padding is masked."""
 
+    @torch.no_grad()
+    def finer(self, transformer: Any) -> Any:
+        """Build a transformer with a token for each latent value, whose weights come from one of larger patches.
+
+        Where a patch's values are alike, it begins with the same embedding and the same prediction.
+        """
+        fine = type(transformer).from_config({**transformer.config, "patch_size": 1})
+        weights = transformer.state_dict()
+        embedding = "x_embedder.proj.weight"  # (width, channels, 1, rows, columns)
+        weights[embedding] = weights[embedding].sum(dim=(3, 4), keepdim=True)
+        for name in ("proj_out.weight", "proj_out.bias"):  # (channels x rows x columns, ...)
+            weights[name] = weights[name].unflatten(0, (LATENT_CHANNELS, -1)).mean(dim=1)
+        fine.load_state_dict(weights)
+        return fine
+
     def finish(self, transformer: Any) -> None:
         """Damp the timestep's fast sinusoids, as its model card says."""
         damp_clocks(transformer, _SLOW_IN_THE_END)

@@ -6,6 +6,12 @@ it and learns what guidance does (``--teacher``), so that the guidance embedding
 ``python examples/tiny_model/train_transformer.py --vae runs/vae/vae --run runs/plain``
 ``python examples/tiny_model/train_transformer.py --vae runs/vae/vae --run runs/guided --teacher runs/plain/pipeline``
 
+A finer one, of 480 tokens and then 1,920, begins with the weights that the package ships:
+
+``cd examples/tiny_model``
+``python train_transformer.py --start ../../hvcompile/app/tiny_hunyuan_video --fine --scale 2 --run ../../runs/fine2``
+``python train_transformer.py --start ../../runs/fine2/pipeline --scale 4 --run ../../runs/fine4``
+
 The tiny Wan, whose guidance takes two passes a step, needs the first run alone, with ``--family wan``. Run again, each
 goes on where it was stopped.
 """
@@ -39,6 +45,9 @@ def main(
     vae: Annotated[Path, typer.Option(help="Directory of the trained VAE.")] = Path("runs/vae/vae"),
     run: Annotated[Path, typer.Option(help="Directory of the run; made if absent.")] = Path("runs/plain"),
     teacher: Annotated[Path | None, typer.Option(help="Pipeline whose guidance is to be learnt.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Pipeline whose weights training begins with.")] = None,
+    fine: Annotated[bool, typer.Option(help="Give what --start names a token for each latent value.")] = False,
+    scale: Annotated[int, typer.Option(min=1, help="How many times as large clips are drawn.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 8000,
     minutes: Annotated[float, typer.Option(help="Wall-clock minutes in all, whichever ends first.")] = 1e9,
     batch: Annotated[int, typer.Option(help="Clips a step.")] = 32,
@@ -51,7 +60,7 @@ def main(
     place, kind = device(), FAMILIES[family]
     if teacher and not kind.embeds_guidance:
         raise typer.BadParameter(f"{family} has no guidance embedding to teach", param_hint="--teacher")
-    pipe = kind.pipeline.from_pretrained(teacher) if teacher else kind.new_pipeline(vae)
+    pipe = pipeline_of(kind, vae, start or teacher, fine=fine)
     pipe.vae.to(place)
     modules = {name: getattr(pipe, name).to(place).train() for name in kind.trained}
     frozen = {name: copy.deepcopy(module).eval() for name, module in modules.items()} if teacher else None
@@ -65,7 +74,7 @@ def main(
         parts={**modules, **optimisers, "average": average},
     )
     state.resume()
-    latents = latents_of(kind, pipe.vae, num_clips, run / "latents.pt")
+    latents = latents_of(kind, pipe.vae, num_clips, run / "latents.pt", scale)
     # Numbers of captions: the clips' own, and one more for none. Every batch has the same shapes, whatever it draws.
     text = kind.tokenise(pipe, [*(clips.make(seed).caption for seed in range(num_clips)), ""])
     for models in [modules] if frozen is None else [modules, frozen]:
@@ -109,6 +118,18 @@ def main(
         average.update()
         state.log(squared_error=loss.item(), gradient=norm.item())
     export(pipe, average, run / "pipeline")
+
+
+def pipeline_of(kind: Family, vae: Path, start: Path | None, *, fine: bool) -> Any:
+    """Load what training begins with, or make it from the trained VAE."""
+    if start is None:
+        if fine:
+            raise typer.BadParameter("needs a pipeline to begin with: --start", param_hint="--fine")
+        return kind.new_pipeline(vae)
+    pipe = kind.pipeline.from_pretrained(start, torch_dtype=torch.float32)
+    if fine:
+        pipe.register_modules(transformer=kind.finer(pipe.transformer))
+    return pipe
 
 
 def optimisers_of(kind: Family, modules: dict[str, torch.nn.Module], peak: float) -> dict[str, torch.optim.Optimizer]:
@@ -164,16 +185,21 @@ def guided_velocity(
 
 
 @torch.no_grad()
-def latents_of(kind: Family, vae: Any, num_clips: int, cache: Path) -> torch.Tensor:
-    """Encode the training clips, scaled as the pipeline's decoding expects, once a run: (clips, 16, 5, 4, 6)."""
+def latents_of(kind: Family, vae: Any, num_clips: int, cache: Path, scale: int = 1) -> torch.Tensor:
+    """Encode the training clips, scaled as the pipeline's decoding expects, once a run.
+
+    Returns:
+        (clips, 16, 5, 4 scale, 6 scale).
+
+    """
     if cache.is_file():
         latents: torch.Tensor = torch.load(cache, weights_only=True)
         if len(latents) == num_clips:
             return latents
-    place, size = next(vae.parameters()).device, 16
+    place, size = next(vae.parameters()).device, max(1, 16 // scale**2)
     parts = []
     for start in track(range(0, num_clips, size), description="encoding clips"):
-        pixels = batch_of(range(start, start + size)).to(place, memory_format=torch.channels_last_3d)
+        pixels = batch_of(range(start, start + size), scale=scale).to(place, memory_format=torch.channels_last_3d)
         mean, _ = kind.moments(vae, pixels).chunk(2, dim=1)
         parts.append(kind.normalised(vae, mean).cpu())
     latents = torch.cat(parts)[:num_clips].contiguous()

@@ -128,9 +128,9 @@ def losses(kind: Family, vae: Any, pixels: torch.Tensor, noise: torch.Tensor) ->
     return mse_loss(kind.pixels(vae, latents), pixels), divergence
 
 
-def batch_of(seeds: range, *, held_out: bool = False) -> torch.Tensor:
-    """Draw clips as the VAE takes them: (clips, 3, frames, height, width), -1 to 1."""
-    frames = np.stack([clips.make(seed, held_out=held_out).frames() for seed in seeds])
+def batch_of(seeds: range, *, held_out: bool = False, scale: int = 1) -> torch.Tensor:
+    """Draw clips, ``scale`` times as large, as the VAE takes them: (clips, 3, frames, height, width), -1 to 1."""
+    frames = np.stack([clips.make(seed, held_out=held_out).frames(scale) for seed in seeds])
     return torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
