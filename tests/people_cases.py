@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import hooks
 from lora_cases import BOUNDS, MODES
 from oracle import first, hvfast, relative_error
 from quantised_cases import KINDS
@@ -225,6 +226,22 @@ REFUSED = {
     ("`hvcompile.load_float8`", "exact"),
 }
 """What can't be, and is an error before anything is compiled."""
+
+
+def _settle_hooks() -> None:
+    """Make accelerate keep its uncompiled hooks now.
+
+    It does so at their first call. Where Dynamo traces that one and a backend raises, as some do here, all later calls
+    of the process fail (accelerate 1.15: "'function' object has no attribute '_compiled_fn'").
+    """
+    for kind in vars(hooks).values():
+        for hook in vars(kind).values() if isinstance(kind, type) else ():
+            own = getattr(hook, "__wrapped__", None)
+            if own is not None and not hasattr(hook, "_compiled_fn"):
+                hook._compiled_fn = torch.compiler.disable(own)
+
+
+_settle_hooks()
 
 
 def bound(name: str, mode: str) -> float:
