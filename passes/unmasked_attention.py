@@ -30,6 +30,7 @@ from hvcompile.rewriting.key_padding import (
     num_keys,
     read_lengths,
 )
+from hvcompile.rewriting.shared_work import share_activations
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import numel_hint, size_hint, value
 from hvcompile.trunk.invariants import drop_dead
@@ -171,6 +172,7 @@ class UnmaskedAttention(Pass):
             matched.append(f"{len(plan.kinds)} attentions run kernel {kernel!r}, asked for by options: {kinds}")
         if self.hoist and not unmet:
             matched += hoist(trunk, UnmaskedAttention.__name__)
+            matched += share_activations(trunk, UnmaskedAttention.__name__)
         return PassReport(matched=tuple(matched), declined=tuple(declined), unmet=unmet, noted=tuple(noted))
 
     def instead(self) -> Pass:

@@ -30,7 +30,7 @@ from hvcompile.graph.nodes import (
     storage,
 )
 from hvcompile.graph.paths import module_path
-from hvcompile.graph.slices import count_from_start
+from hvcompile.graph.slices import count_from_start, undo_cuts
 from hvcompile.journal import Declined
 from hvcompile.torch_private import dynamo, fakes
 from hvcompile.torch_private.fakes import TAG, provenance, value
@@ -65,6 +65,8 @@ def recover(captured: fx.GraphModule) -> Trunk | Declined:
         return blocks
     scales = take_scales(module, blocks)
     fix_numbers_of_blocks(module.graph, blocks)
+    for block in blocks:
+        block.nodes = undo_cuts(module.graph, block.nodes)
     # Inductor binds the symbols of a subgraph's shapes from operands that are symbols, never from products of them.
     sizes = symbolic_sizes(module.graph, before=blocks[0].nodes[0])
     _adopt_context_switches(module.graph, blocks)

@@ -329,9 +329,11 @@ class Trunk:
 
     def add_operand(self, body: Body, node: fx.Node) -> fx.Node:
         """Pass one more value to every call of a body; returns its placeholder inside."""
-        last = list(body.module.graph.find_nodes(op="placeholder"))[-1]
-        with body.module.graph.inserting_after(last):
-            placeholder = body.module.graph.placeholder(node.name)
+        placeholders, name = list(body.module.graph.find_nodes(op="placeholder")), node.name
+        while any(item.target == name for item in placeholders):
+            name += "_"
+        with body.module.graph.inserting_after(placeholders[-1]):
+            placeholder = body.module.graph.placeholder(name)
         placeholder.meta["example_value"] = value(node)
         for block in self.blocks:
             if block.body is body:
