@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import ranks
+import tune_cases as cases
 from PIL import Image
 from slow import SLOW
+from tune_cases import law, row_of, run_of
 from typer.testing import CliRunner
 
 import hvcompile
-from hvcompile.app import identity, metrics, pipelines
+from hvcompile.app import identity, pipelines
 from hvcompile.app.cli import app
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
@@ -28,44 +30,9 @@ from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
 from hvcompile.options import parse
 from hvcompile.passes import PASSES
-from hvcompile.runtime import probing
 
 SCHEDULES = {number: tuple(range(number)) for number in range(1, 31)}
 LADDERS = [*candidates.LADDERS, candidates.ladder_of(SCHEDULES)]
-
-
-def row_of(*, reused: float = 0.5, seconds: float = 1.0, psnr: float = 40.0, worst: float | None = None) -> Row:
-    """A setting's row of two clips, of which the second is the worse one."""
-    common = {"seconds": seconds, "reference_seconds": 2.0, "worst_frame_psnr": 20.0, "ssim": 0.9}
-    worst = psnr if worst is None else worst
-    return Row(
-        [
-            Measured(reused=reused, psnr=2 * psnr - worst, temporal_psnr=30.0, **common),
-            Measured(reused=reused, psnr=worst, temporal_psnr=None, **common),
-        ]
-    )
-
-
-def law(candidate: Candidate) -> Row:
-    """A world in which a larger threshold reuses more, and loses decibels that a forecast wins back in part."""
-    reused = min(0.9, 2 * candidate.threshold)
-    if candidate.computed_steps:
-        reused = 1 - len(candidate.computed_steps) / 30
-    return row_of(reused=reused, seconds=2 * (1 - reused), psnr=60 - 50 * reused + 4 * candidate.forecast)
-
-
-def run_of(frames: Any, *, seconds: float = 1.0, num_reused: int = 1, num_steps: int = 4) -> metrics.Run:
-    steps = [
-        metrics.Step(
-            backend="hvfast",
-            index=place,
-            num_steps=num_steps,
-            seconds=seconds,
-            reused=place > num_steps - 1 - num_reused,
-        )
-        for place in range(num_steps)
-    ]
-    return metrics.Run(frames=np.asarray(frames, dtype=np.float32), seconds=9.0, steps=tuple(steps))
 
 
 def searched(goal: Goal) -> dict[Candidate, Row]:
@@ -199,41 +166,11 @@ def loaded() -> pipelines.Loaded:
     return pipelines.load()
 
 
-def show_steps(num_steps: int) -> None:
-    """Show a probe a generation as the cache's state has it."""
-    probe, streams = probing.current(), np.random.default_rng(0).standard_normal((num_steps, 2, 9)).cumsum(0)
-    for place, (first, rest) in enumerate(torch.from_numpy(streams)):
-        clock = torch.tensor([1000.0 - 100 * place], dtype=torch.float64)
-        state = {"counters": torch.tensor([place + 1, 0]), "last_clock": clock}
-        assert probe is not None
-        probe(0, 0, {**state, "first_residual": first, "residual_0": rest})
-
-
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs cost nothing: their clips are noise that grows with the threshold. Gives the settings in their order."""
+    """Runs cost nothing; gives the settings in their order. See ``tune_cases.begin_world``."""
     made: list[str] = []
-
-    def begin(self: Any, _: Any, backend: str, arguments: Any, *__: Any) -> None:
-        section = arguments.get("options", {}).get("first_block_cache")
-        self.cache = (
-            Candidate(**{name: value for name, value in section.items() if name != "warmup_steps"}) if section else None
-        )
-        self.notes = []
-        made.append(backend if self.cache is None else str(self.cache))
-
-    def run(self: Any, job: Any, _: Any) -> metrics.Run:
-        clip = np.random.default_rng(job.seed).random((3, 8, 8, 3), np.float32)
-        if self.cache is None:
-            return run_of(clip, num_reused=0)
-        if self.cache.threshold == 0:
-            show_steps(4)
-            return run_of(clip, num_reused=0)
-        noise = 10 ** (-law(self.cache).psnr / 20) * (-1) ** np.indices(clip.shape).sum(0)
-        return run_of(0.1 + 0.8 * clip + noise - (0.1 - 0.2 * clip), num_reused=round(4 * law(self.cache).reused))
-
-    monkeypatch.setattr(Runner, "__init__", begin)
-    monkeypatch.setattr(Runner, "run", run)
+    cases.begin_world(made, monkeypatch.setattr)
     return made
 
 
@@ -395,6 +332,42 @@ def test_the_command_says_what_no_setting_reaches(
     assert result.exit_code == 0, result.output
     assert "no goal was given" in result.output
     assert "forecast 2, by error at 0.3" in result.output
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dying", [1, pytest.param(0, marks=SLOW)], ids=["another", "the first"])
+def test_ranks_tune_as_one_does_and_end_with_one_of_them(
+    dying: int, loaded: pipelines.Loaded, world: list[str], tmp_path: Path
+) -> None:
+    """All make the same settings; the first alone keeps and writes what one rank would."""
+    (tmp_path / "alone").mkdir()
+    alone = tune.tune(cases.request_in(tmp_path / "alone"), loaded=loaded)
+    ended = ranks.launch(cases.of_all_ranks, 2, str(tmp_path), dying)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [world, world]
+    assert hvcompile.load_options(tmp_path / "whole" / "tuned.json") == alone.options
+    written = [json.loads((tmp_path / folder / "all.json").read_text()) for folder in ("alone", "whole")]
+    for item in written:
+        del item["conditions"]["ranks"], item["conditions"]["backend"]
+    assert written[0] == written[1], "the schedules too, of what each rank has of the streams"
+
+    num_rows, num_begun, error = ended[1 - dying].result
+    assert "for another, which has ended or hangs" in error
+    assert (ended[dying].exit_code, num_begun) == (9, 4)
+    assert num_rows == (len(alone.rows) if dying else 0)
+    kept = json.loads((tmp_path / "broken" / "tuned.store" / "results.json").read_text())
+    assert len(kept["settings"]) == 1
+
+
+@pytest.mark.ranks
+@SLOW
+def test_ranks_measure_what_one_does(tmp_path: Path) -> None:
+    """The tiny pipeline, compiled, its sequence split."""
+    (alone,) = ranks.results(ranks.launch(cases.of_the_tiny_pipeline, 1, str(tmp_path)))
+    first, second = ranks.results(ranks.launch(cases.of_the_tiny_pipeline, 2, str(tmp_path)))
+    assert second == []
+    assert [row[:3] for row in first] == [row[:3] for row in alone]
+    assert any(row[1] for row in first), "schedules too"
+    assert all(abs(one[3] - other[3]) < 0.01 for one, other in zip(first, alone, strict=True))
 
 
 @SLOW

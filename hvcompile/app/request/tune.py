@@ -18,7 +18,7 @@ from hvcompile.app.request.jobs import Job, jobs
 from hvcompile.app.request.parameters import JsonFile
 from hvcompile.errors import InputError
 
-SECTION = "first_block_cache"
+SECTION, RANKS = "first_block_cache", "context_parallel"
 SOUGHT = ("threshold", "forecast", "decide_by")
 """Fields of the cache that are looked for, and can't be given."""
 
@@ -80,6 +80,14 @@ class Request(Clips):
     def jobs(self) -> tuple[Job, ...]:
         """Every prompt with every seed; nothing is written at their outputs."""
         return jobs(self.prompts, self.all_seeds(), Path("clip.mp4"))
+
+    def options_with(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the backend, with fields of the cache beside those given, as they serve on any number of ranks."""
+        options: dict[str, Any] = dict(self.compile_arguments_with(section)["options"])
+        if ours := self.own_options().get(RANKS):  # a --rank-timeout of this run
+            given = {name: setting for name, setting in options.pop(RANKS).items() if name not in ours}
+            options |= {RANKS: given} if given else {}
+        return options
 
     def compile_arguments_with(self, section: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of ``Module.compile`` besides the backend, with fields of the cache beside those given."""

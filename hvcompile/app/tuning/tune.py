@@ -241,7 +241,7 @@ class _Tuning:
         chosen = None if self._goal.is_open else self._goal.choose(rows)
         options = None
         if chosen is not None:
-            options = self._request.compile_arguments_with(chosen.section())["options"]
+            options = self._request.options_with(chosen.section())
         request, store = self._request, self._store
         problems = written(
             (request.output if options is not None else None, lambda path: outputs.write_json(plain(options), path)),
