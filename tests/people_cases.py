@@ -238,7 +238,7 @@ def _settle_hooks() -> None:
         for hook in vars(kind).values() if isinstance(kind, type) else ():
             own = getattr(hook, "__wrapped__", None)
             if own is not None and not hasattr(hook, "_compiled_fn"):
-                hook._compiled_fn = torch.compiler.disable(own)
+                hook._compiled_fn = torch.compiler.disable(own)  # type: ignore[no-untyped-call]
 
 
 _settle_hooks()
