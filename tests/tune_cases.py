@@ -136,7 +136,7 @@ def of_all_ranks(folder: str, dying: int) -> tuple[int, int, str]:
             ranks.die()
         return make(*args)
 
-    Runner.run = until  # type: ignore[method-assign]
+    Runner.run = until  # type: ignore[method-assign, assignment]
     try:
         tune.tune(request_in(broken), loaded=loaded)
     except InputError as error:
@@ -147,7 +147,7 @@ def of_all_ranks(folder: str, dying: int) -> tuple[int, int, str]:
 def of_the_tiny_pipeline(folder: str) -> list[Any]:
     """Tune the tiny pipeline by some candidates, compiled; what was measured, of all clips, on the first rank."""
     ladders = [ladder[4:8:3] for ladder in candidates.LADDERS[1:2]]
-    candidates.LADDERS = tune.LADDERS = tuple(ladders)  # type: ignore[misc]
+    candidates.LADDERS = tune.LADDERS = tuple(ladders)  # type: ignore[attr-defined]
     prompt = "a red circle moves to the left over a blue background"
     request = Request(
         prompt=prompt, steps=6, backend_settings=("lower=eager",), output=Path(folder) / f"{dist.get_world_size()}.json"
