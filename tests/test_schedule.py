@@ -129,6 +129,7 @@ def test_a_recorder_sees_what_the_blocks_made_and_a_schedule_is_followed() -> No
     with probing(recorder):
         for text in texts:
             generation(model, text, 6)
+            recorder.end()
     first, second = recorder.trajectories()
     assert first.clocks.tolist() == [1000.0 - 90.0 * step for step in range(6)]
     for trajectory, steps in ((first, seen[:6]), (second, seen[6:])):

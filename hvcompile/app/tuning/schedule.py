@@ -68,7 +68,7 @@ class Recorder:
     def __init__(self) -> None:
         self._graphs: set[int] = set()
         self._steps: dict[int, list[dict[str, torch.Tensor]]] = {}
-        self._done: list[list[dict[str, torch.Tensor]]] = []
+        self._done: list[Trajectory] = []
         self._is_whole = True
 
     def __call__(self, graph: int, slot: int, state: Mapping[str, torch.Tensor]) -> None:
@@ -78,20 +78,24 @@ class Recorder:
         self._graphs.add(graph)
         place = int(state["counters"][0]) - 1
         if place == 0 and slot in self._steps:
-            self._done.append(self._steps.pop(slot))
+            self._done.append(_trajectory(self._steps.pop(slot)))
         steps = self._steps.setdefault(slot, [])
         self._is_whole &= place == len(steps)
         streams = {name: tensor for name, tensor in state.items() if name.startswith(("first_residual", "residual_"))}
         steps.append({name: _sampled(tensor) for name, tensor in streams.items()})
         steps[-1]["clock"] = state["last_clock"].double().cpu().clone()
 
+    def end(self) -> None:
+        """Keep the products alone of what was recorded: its generations are over."""
+        self._done += map(_trajectory, self._steps.values())
+        self._steps.clear()
+
     def trajectories(self) -> list[Trajectory]:
         """What was recorded; nothing where generations can't be told apart, or differ in their number of steps."""
-        generations = [*self._done, *self._steps.values()]
-        are_alike = len(set(map(len, generations))) == 1 and len(generations[0]) > 1
-        if not are_alike or not self._is_whole or len(self._graphs) != 1:
-            return []
-        return list(map(_trajectory, generations))
+        self.end()
+        lengths = {len(trajectory.clocks) for trajectory in self._done}
+        is_alike = len(lengths) == 1 and min(lengths) > 1
+        return self._done if is_alike and self._is_whole and len(self._graphs) == 1 else []
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:

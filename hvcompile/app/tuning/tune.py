@@ -181,6 +181,7 @@ class _Tuning:
             for place, job in enumerate(jobs):
                 self._tell("every step computed", place)
                 runner.run(job, self._arguments)
+                recorder.end()
         self._num_done += len(jobs)
         return recorder.trajectories()
 
