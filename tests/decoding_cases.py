@@ -108,14 +108,16 @@ def decoded(name: str, shapes: list[tuple[int, ...]], dtype: str = "float32") ->
 
 
 class Failing(nn.Module):
-    """A decoder that fails, or ends its process, at its second call."""
+    """A decoder that fails or ends its process at its first call, or is stopped while its calls are planned."""
 
     def __init__(self, decoder: nn.Module, how: str) -> None:
         super().__init__()
         self.decoder, self.how = decoder, how
 
     def forward(self, z: torch.Tensor) -> Any:
-        if not z.is_meta and torch.distributed.get_rank() == 1:
+        if z.is_meta and self.how == "stop" and torch.distributed.get_rank() == 1:
+            raise KeyboardInterrupt
+        if not z.is_meta and self.how != "stop" and torch.distributed.get_rank() == 1:
             if self.how == "die":
                 os._exit(9)
             raise MemoryError("no memory is left")
@@ -130,7 +132,7 @@ def failing(how: str) -> str:
     with hvcompile.share_decoding(vae):
         try:
             vae.decode(latents(1, 4, 1, 7, 7))
-        except Exception as error:
+        except BaseException as error:
             assert isinstance(vae.decoder, Failing)
             return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import decoding_cases
 import pytest
 import ranks
@@ -60,6 +61,9 @@ def test_a_rank_that_fails() -> None:
     first, own, third = ranks.results(ranks.launch(decoding_cases.failing, 3, "raise"))
     assert own == "MemoryError: no memory is left"
     assert first == third == "RunError: rank 1 failed while it decoded its tiles: MemoryError: no memory is left"
+    first, own = ranks.results(ranks.launch(decoding_cases.failing, 2, "stop"))
+    assert own == "KeyboardInterrupt: "
+    assert first == "RunError: rank 1 was stopped before it decoded its tiles"
 
 
 def test_a_rank_that_is_gone() -> None:
@@ -78,12 +82,25 @@ def test_latents_that_differ() -> None:
         assert message.startswith("the decoder of rank 1 has other weights than rank 0's")
 
 
+class _Slots:
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def count(self) -> None:
+        self.seen += 1
+
+
 class _Decoder(nn.Module):
+    num_calls = 0
+
     def __init__(self, act: Callable[[nn.Module, torch.Tensor], Any]) -> None:
         super().__init__()
         self.act, self.seen = act, 0
         self.weight, self.kept = nn.Parameter(torch.ones(3)), [0]
         self.space, self.queue = types.SimpleNamespace(seen=0), collections.deque([0], maxlen=1)
+        self.slots = _Slots()
         self.register_buffer("total", torch.zeros(3))
 
     def forward(self, z: torch.Tensor, *more: Any) -> Any:
@@ -131,12 +148,30 @@ def _drops(self: Any, z: torch.Tensor) -> None:
 
 
 SEEN: list[torch.Tensor] = []
+ELSEWHERE = torch.ones(3, device="meta")
+BY_SHAPE: dict[Any, torch.Tensor] = {}
+Pair = collections.namedtuple("Pair", "first second")
 NUMBERS = itertools.count()
 
 
 def _reads_global(self: Any, z: torch.Tensor) -> torch.Tensor:
     SEEN.append(z * 1)
     return z + SEEN[0]
+
+
+def _counts_class(self: Any, z: torch.Tensor) -> None:
+    type(self).num_calls += 1
+
+
+def _twice(self: Any, z: torch.Tensor) -> Any:
+    made = z + 1
+    return made, made[:1]
+
+
+def _looks_up(self: Any, z: torch.Tensor) -> torch.Tensor:
+    if z.shape not in BY_SHAPE:
+        BY_SHAPE[z.shape] = torch.ones_like(z) * 2
+    return z * BY_SHAPE[z.shape]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +186,13 @@ def _reads_global(self: Any, z: torch.Tensor) -> torch.Tensor:
         (_changes(_drops), "keeps something of a call"),
         (_changes(lambda self, z: self.total.add_(z.sum(0))), "writes into what it is given"),
         (_changes(lambda self, z: self.total.data.add_(z.sum(0))), "writes into what it is given"),
-        (_reads_global, "reads a tensor that it was not given"),
+        (_changes(lambda self, z: self.slots.count()), "keeps something of a call"),
+        (_changes(_counts_class), "changes something in a global, a closure or a class"),
+        (_reads_global, "changes something in a global, a closure or a class"),
+        (lambda self, z: z + ELSEWHERE, "reads a tensor that it was not given"),
+        (lambda self, z: nn.functional.batch_norm(z, self.total, None, training=True), "writes into what it is given"),
+        (_twice, "returns a tensor twice"),
+        (lambda self, z: Pair(z + 1, z + 2), "returns a Pair"),
         (lambda self, z: z * next(NUMBERS), "does other things when it is called once more"),
         (lambda self, z: z.mul_(2), "writes into what it is given"),
         (lambda self, z: z[:1], "returns what it was given"),
@@ -181,6 +222,10 @@ def test_what_a_call_is_given() -> None:
             plan(z, {"cache": z})
         with pytest.raises(UnshareableError, match="several others"):
             plan(first, second)
+        caches: tuple[Any, ...] = ([first], collections.OrderedDict())
+        for cache in caches:
+            with pytest.raises(UnshareableError, match=r"into a list or dict|a OrderedDict, which may carry"):
+                plan(z, cache)
         with pytest.raises(UnshareableError, match="an earlier call's result"):
             plan(z, [torch.ones(1, device="meta")])
         plan(second)
@@ -214,6 +259,10 @@ def test_a_vae_that_can_not_be_shared() -> None:
             vae.decode(decoding_cases.latents(1, 4, 1, 4, 7))
         assert state.reason is None
         assert state.num_tiles == 6
+        accelerate.cpu_offload_with_hook(vae, execution_device="cpu")
+        with torch.no_grad():
+            vae.decode(decoding_cases.latents(1, 4, 1, 4, 7))
+        assert (state.reason, state.num_tiles) == (None, 6)
         vae.decoder.up_blocks[0]._hf_hook = object()
         with torch.no_grad():
             vae.decode(decoding_cases.latents(1, 4, 1, 4, 7))
@@ -224,9 +273,10 @@ def test_a_vae_that_can_not_be_shared() -> None:
 class _Toy(nn.Module):
     """A VAE of two tiles; ``act`` decodes with it."""
 
-    def __init__(self, act: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, act: Callable[[Any, torch.Tensor], Any]) -> None:
         super().__init__()
         self.decoder, self.act, self.num_decoded = _Decoder(_scaled), act, 0
+        self.register_buffer("num_steps", torch.zeros(1))
 
     def decode(self, z: Any, *, deeply: bool = False) -> Any:
         if deeply:
@@ -255,10 +305,26 @@ def _hands_on(self: Any, z: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, self.decoder(first), self.decoder(z[1:])])
 
 
+def _feeds(self: Any, z: torch.Tensor) -> torch.Tensor:
+    z, made = z.clone(), []
+    for row in range(len(z)):
+        made.append(self.decoder(z[row : row + 1]))
+        z[-1] += made[-1][0]
+    return torch.cat(made)
+
+
+def _steps(self: Any, z: torch.Tensor) -> torch.Tensor:
+    self.num_steps += 1
+    return _joined(self, z)
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
         (_joined, None),
+        (_feeds, "writes a result of its decoder into another tensor"),
+        (_steps, "writes into a tensor that was there before"),
+        (lambda self, z: _joined(self, z) * self.decoder.weight, "reads what its decoder keeps"),
         (_sets, "decode sets 'scale' of its decoder"),
         (_sets_below, "keeps something of a call"),
         (_hands_on, "writes into a result of its decoder"),
@@ -277,8 +343,32 @@ def test_a_decode_that_is_not_what_it_seems(act: Any, reason: str | None) -> Non
             assert torch.equal(vae.decode(z.clone()), own)
     assert reason is None if state.reason is None else str(reason) in state.reason
     assert vae.num_decoded == 1
+    assert vae.num_steps == (act is _steps)
     assert told == ([(1, 2), (2, 2)] if reason is None else [])
     assert getattr(vae.decoder, "scale", None) == (2 if act is _sets else None)
+
+
+@torch.no_grad()
+def test_what_planning_leaves_elsewhere() -> None:
+    """Nothing in a global, and nothing in a closure; what decode returns beside the video is not lost."""
+    count, z = [0], torch.randn(2, 3)
+    for act in (_looks_up, _changes(lambda self, z: count.append(len(count)))):
+        vae = _Toy(_joined)
+        vae.decoder.act = act
+        own = vae.decode(z)
+        BY_SHAPE.clear()
+        count[:] = [0]
+        with hvcompile.share_decoding(vae, tell=lambda *_: None) as state:
+            assert torch.equal(vae.decode(z), own)
+        assert str(state.reason).startswith(
+            ("its decoder changes something in a global", "its decoder keeps something")
+        )
+    assert count == [0, 1, 2]
+    assert not any(tensor.is_meta for tensor in BY_SHAPE.values())
+    vae = _Toy(lambda self, z: (_joined(self, z), 5))
+    with hvcompile.share_decoding(vae, tell=lambda *_: None) as state:
+        assert vae.decode(z)[1] == 5
+    assert state.reason == "decode returns a tuple of which more than the video is to be sent"
 
 
 @torch.no_grad()

@@ -48,7 +48,19 @@ def _content(value: Any, seen: set[int]) -> Any:
         return same, [_content(cell.cell_contents, seen) for cell in value.__closure__ or () if _is_filled(cell)]
     if isinstance(value, types.MethodType):
         return same, _content(value.__self__, seen)
-    return same, _content(getattr(value, "__dict__", None), seen)
+    slots = [_content(getattr(value, name, None), seen) for name in slots_of(value)]
+    return same, _content(getattr(value, "__dict__", None), seen), slots
+
+
+def slots_of(value: Any) -> list[str]:
+    """The names of an object's attributes that are in slots rather than in its ``__dict__``."""
+    found: list[str] = []
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else tuple(names):
+            is_private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{kind.__name__.lstrip('_')}{name}" if is_private else name)
+    return [name for name in found if name not in {"__dict__", "__weakref__"}]
 
 
 def _is_filled(cell: types.CellType) -> bool:

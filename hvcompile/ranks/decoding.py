@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -20,8 +21,9 @@ from hvcompile.errors import DisagreementError, InputError, RunError, one_line
 from hvcompile.ranks.attributes import PLAIN
 from hvcompile.ranks.fingerprints import sketch
 from hvcompile.ranks.seat import Replay, Seat, Share, Tell, on_meta, shapes
+from hvcompile.ranks.surroundings import kept
 from hvcompile.ranks.tile_calls import Plan, UnshareableError
-from hvcompile.torch_private.operations import Draws
+from hvcompile.torch_private.operations import Around, ForeignTensorError
 from hvcompile.torch_private.storages import version_of
 
 _log = logging.getLogger(__name__)
@@ -121,7 +123,12 @@ class _Shared:
 
     def _decode(self, args: Any, kwargs: Any) -> Any:
         given = _tensors(args, kwargs)
-        plan, reason = self._planned(given, args, kwargs)
+        try:
+            plan, reason = self._planned(given, args, kwargs)
+        except BaseException:  # the user stops it, while the others wait to compare plans
+            if self.num_ranks > 1:
+                self._told(None)
+            raise
         if self.num_ranks > 1:
             reason = self._agree(plan, reason, args, kwargs)
         state = self.state
@@ -150,25 +157,19 @@ class _Shared:
             # In inference mode nothing counts writes. What is planned with are copies: the VAE, what decode is given
             # and the state of random numbers stay as they are.
             devices = {tensor.device for tensor in given if tensor.device.type == "cuda"}
-            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), Draws() as seen:
-                decoder = on_meta(self.vae.decoder)
-                plan = Plan(decoder)
-                own_args, own_kwargs = _with_tensors(torch.Tensor.clone, args, kwargs)
-                copies = _tensors(own_args, own_kwargs)
-                versions = list(map(version_of, copies))
-                _run(_twin(self.vae), plan, own_args, own_kwargs, decoder=decoder)
-                plan.check()
-            if seen.draws:
-                return None, f"it draws random numbers ({seen.draws[0]})"
-            if versions != list(map(version_of, copies)):
-                return None, "it writes into what it is given"
-        except UnshareableError as error:
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices), self._kept():
+                bring = getattr(vars(self.vae).get("_hf_hook"), "pre_forward", None)
+                if bring is not None:  # model offload brings the VAE, as decode would; its copy can't be moved
+                    bring(self.vae)
+                return _plan(self.vae, args, kwargs)
+        except (UnshareableError, ForeignTensorError) as error:
             return None, str(error)
         except Exception as error:  # of a VAE that nobody foresaw; where it is the user's fault, ``decode`` says so
             return None, f"its calls can't be foreseen ({type(error).__name__}: {one_line(error)[:120]})"
-        if plan.num_chains < 2:
-            return plan, "it is one piece: one tile, or tiles of which each needs the one before"
-        return plan, None
+
+    def _kept(self) -> contextlib.AbstractContextManager[None]:
+        """Within, what decode changes beside its VAE's own attributes comes back afterwards."""
+        return kept(self.vae, but=("decode",))
 
     def _counted(self, total: int) -> Callable[..., Any]:
         """The decoder, with each call told."""
@@ -192,6 +193,8 @@ class _Shared:
         ]
         weights = None if plan is None or reason is not None else _weights_of(self.vae.decoder)
         everyone = self._told((given, plan.digest() if plan is not None else None, weights, reason))
+        if None in everyone:
+            raise RunError(f"rank {everyone.index(None)} was stopped before it decoded its tiles")
         if any(other[0] != given for other in everyone):
             each = ", ".join(f"rank {rank}: {other[0]}" for rank, other in enumerate(everyone))
             raise DisagreementError(f"the ranks decode different latents ({each}): share_decoding is for one video")
@@ -221,33 +224,41 @@ class _Shared:
         rank = dist.get_rank(self.group)
         owners = plan.owners(self.num_ranks)
         self.state.num_own = owners.count(rank)
-        share = Share(plan, self.vae.decoder, owners, rank, self.tell)
-        # What decode sets on its VAE it sets once: the first rank runs it again to join the tiles.
-        vae = _twin(self.vae) if rank == 0 else self.vae
-        with share.shapes:
-            shape = self._well(functools.partial(_run, vae, share, args, kwargs))
-        made = share.made
-        del share
-        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device
-        self._gather(plan, owners, rank, made, device)
-        if rank != 0:
-            self._well(lambda: None)
-            contiguous = torch.contiguous_format
-            joined = [torch.empty_like(tensor, device=device, memory_format=contiguous) for tensor in _whole(shape)]
-        else:
-            joined = _whole(shape := self._well(lambda: _run(self.vae, Replay(plan, made), args, kwargs)))
-            joined = [tensor.contiguous() for tensor in joined]
+        device = _tensors(args, kwargs)[0].device
+
+        def decoded() -> tuple[Any, dict[int, list[torch.Tensor]]]:
+            share = Share(plan, self.vae.decoder, owners, rank, self.tell)
+            # What decode sets on its VAE it sets once: the first rank runs it again to join the tiles.
+            vae = _twin(self.vae) if rank == 0 else self.vae
+            with share.shapes, self._kept() if rank == 0 else contextlib.nullcontext():
+                shape = _run(vae, share, args, kwargs)
+            if rank == 0:  # memory for the others' tiles, while all can still be told that there is none
+                share.made |= {
+                    index: [_room_for(tensor, device) for tensor in call.results]
+                    for index, (call, owner) in enumerate(zip(plan.calls, owners, strict=True))
+                    if owner != 0
+                }
+            return shape, share.made
+
+        shape, made = self._well(decoded)
+        self._gather(owners, rank, made)
+
+        def joining() -> tuple[Any, list[torch.Tensor]]:
+            if rank != 0:
+                return shape, [_room_for(tensor, device) for tensor in _whole(shape)]
+            video = _run(self.vae, Replay(plan, made), args, kwargs)
+            return video, [tensor.contiguous() for tensor in _whole(video)]
+
+        shape, joined = self._well(joining)
         for tensor in joined:
             self._reached(functools.partial(dist.broadcast, tensor, group_src=0, group=self.group))
         if isinstance(shape, torch.Tensor):
             return joined[0]
         return (joined[0],) if isinstance(shape, tuple) else type(shape)(sample=joined[0])
 
-    def _gather(
-        self, plan: Plan, owners: list[int], rank: int, made: dict[int, list[torch.Tensor]], device: Any
-    ) -> None:
-        """Bring all results to the first rank, one after the other; elsewhere ``made`` is empty afterwards."""
-        for index, (call, owner) in enumerate(zip(plan.calls, owners, strict=True)):
+    def _gather(self, owners: list[int], rank: int, made: dict[int, list[torch.Tensor]]) -> None:
+        """Bring all results into the first rank's ``made``, one after the other; elsewhere it is empty afterwards."""
+        for index, owner in enumerate(owners):
             if owner == 0:
                 continue
             if rank == owner:
@@ -255,10 +266,6 @@ class _Shared:
                     send = functools.partial(dist.send, tensor.contiguous(), group_dst=0, group=self.group)
                     self._reached(send)
             elif rank == 0:
-                made[index] = [
-                    torch.empty_like(tensor, device=device, memory_format=torch.contiguous_format)
-                    for tensor in call.results
-                ]
                 for tensor in made[index]:
                     self._reached(functools.partial(dist.recv, tensor, group_src=owner, group=self.group))
 
@@ -270,9 +277,11 @@ class _Shared:
             done = work()
         except BaseException as error:  # also where the user stops it: the others wait
             failed = error
-        everyone = self._told(None if failed is None else f"{type(failed).__name__}: {one_line(failed)}")
-        if failed is not None:
-            raise failed
+        try:
+            everyone = self._told(None if failed is None else f"{type(failed).__name__}: {one_line(failed)}")
+        finally:
+            if failed is not None:  # rather than that the others are gone
+                raise failed
         for rank, problem in enumerate(everyone):
             if problem is not None:
                 raise RunError(f"rank {rank} failed while it decoded its tiles: {problem[:300]}")
@@ -292,6 +301,34 @@ class _Shared:
             raise DisagreementError(
                 f"the ranks could not share the decoding, one of them is gone or late: {one_line(error)[:200]}"
             ) from error
+
+
+def _plan(vae: Any, args: Any, kwargs: Any) -> tuple[Plan | None, str | None]:
+    """The calls that a copy of a VAE makes with copies of what it is given; or None and why they can't be shared."""
+    decoder = on_meta(vae.decoder)
+    plan = Plan(decoder)
+    args, kwargs = _with_tensors(torch.Tensor.clone, args, kwargs)
+    copies = _tensors(args, kwargs)
+    versions = list(map(version_of, copies))
+    with Around(copies, plan.hidden) as seen:
+
+        def answer(*call_args: Any, **call_kwargs: Any) -> Any:
+            with seen.paused():
+                return plan(*call_args, **call_kwargs)
+
+        twin = _twin(vae)
+        vars(twin).pop("_hf_hook", None)
+        decoded = _run(twin, answer, args, kwargs, decoder=decoder)
+    plan.check()
+    if seen.draws:
+        return None, f"it draws random numbers ({seen.draws[0]})"
+    if versions != list(map(version_of, copies)):
+        return None, "it writes into what it is given"
+    if not _is_video(decoded):
+        return None, f"decode returns a {type(decoded).__name__} of which more than the video is to be sent"
+    if plan.num_chains < 2:
+        return plan, "it is one piece: one tile, or tiles of which each needs the one before"
+    return plan, None
 
 
 def _run(vae: Any, answer: Callable[..., Any], args: Any, kwargs: Any, *, decoder: nn.Module | None = None) -> Any:
@@ -339,6 +376,23 @@ def _with_tensors(change: Callable[[torch.Tensor], torch.Tensor], args: Any, kwa
         return change(value) if isinstance(value, torch.Tensor) else value
 
     return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
+
+
+def _room_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory for what another rank made."""
+    return torch.empty_like(tensor, device=device, memory_format=torch.contiguous_format)
+
+
+def _is_video(decoded: Any) -> bool:
+    """Whether ``decode`` returned a tensor and nothing else: alone, in a tuple, or as ``sample`` in a dataclass."""
+    if type(decoded) is tuple and len(decoded) == 1:
+        (decoded,) = decoded
+    elif dataclasses.is_dataclass(decoded) and not isinstance(decoded, type):
+        fields = {item.name: getattr(decoded, item.name) for item in dataclasses.fields(decoded)}
+        decoded = fields.pop("sample", None)
+        if any(value is not None for value in fields.values()):
+            return False
+    return isinstance(decoded, torch.Tensor)
 
 
 def _whole(decoded: Any) -> list[torch.Tensor]:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from hvcompile.ranks.attributes import PLAIN, content_of, kept_by
-from hvcompile.torch_private.operations import Operations
+from hvcompile.ranks.surroundings import Surroundings
+from hvcompile.torch_private.operations import ForeignTensorError, Operations
 from hvcompile.torch_private.storages import storage_id, version_of
 
 
@@ -99,6 +100,9 @@ class Plan:
     Args:
         decoder: on the meta device, and a copy that nobody else has.
 
+    Attributes:
+        hidden: storages on the meta device that stand for what ranks don't send to each other: weights and caches.
+
     Raises:
         UnshareableError: from a call, where what it does depends on more than its chain.
 
@@ -106,6 +110,7 @@ class Plan:
 
     decoder: nn.Module
     calls: list[Call] = field(default_factory=list)
+    hidden: set[int] = field(default_factory=set)
     _chain_of: dict[int, int] = field(default_factory=dict)
     _held: list[Any] = field(default_factory=list)  # an id is an object's own as long as the object is there
     _versions: dict[int, int] = field(default_factory=dict)
@@ -126,6 +131,8 @@ class Plan:
                 raise UnshareableError(f"{where} keeps statistics of what it is given: call vae.eval() before")
         self._weights = [*self.decoder.parameters(), *self.decoder.buffers()]
         self._kept = kept_by(self.decoder)
+        self._around = Surroundings(self.decoder)
+        self.hidden |= set(map(storage_id, self._weights))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder on the meta device with what it is given, and note the call."""
@@ -152,7 +159,9 @@ class Plan:
             self._held.append(item)
         self._versions |= {id(part): version_of(part) for part in results(answer)}
         made = [part for item in (*given.containers, *parts) for part in _parts(item) if isinstance(part, torch.Tensor)]
+        self._see_no_alias(answer, given.containers)
         self._made.setdefault(chain, []).extend(made)
+        self.hidden |= set(map(storage_id, made)) - set(map(storage_id, results(answer)))
         self.calls.append(Call(chain=chain, size=size, answer=answer))
         return answer
 
@@ -180,7 +189,10 @@ class Plan:
     ) -> tuple[Any, str]:
         """What the decoder returns, and what tells the operations that it ran from others."""
         with torch.compiler.set_stance("force_eager"), Operations([*self._weights, *tensors], made or ()) as seen:
-            answer = self.decoder(*args, **kwargs)
+            try:
+                answer = self.decoder(*args, **kwargs)
+            except ForeignTensorError:
+                answer = None
         if seen.draws:
             raise UnshareableError(f"its decoder draws random numbers ({seen.draws[0]})")
         if seen.writes:
@@ -190,12 +202,21 @@ class Plan:
         if seen.strays:
             raise UnshareableError(f"its decoder reads a tensor that it was not given ({seen.strays[0]})")
         self.check()
-        own, found = {storage_id(tensor) for tensor in tensors}, results(answer)
-        if not found or not isinstance(answer, (torch.Tensor, tuple)):
+        found = results(answer)
+        if not found or not (isinstance(answer, torch.Tensor) or type(answer) is tuple):
             raise UnshareableError(f"its decoder returns a {type(answer).__name__}, not a tensor or a tuple with one")
-        if any(not tensor.is_meta or storage_id(tensor) in own for tensor in found):
+        own, storages = {storage_id(tensor) for tensor in tensors}, [storage_id(tensor) for tensor in found]
+        if any(not tensor.is_meta for tensor in found) or own & set(storages):
             raise UnshareableError("its decoder returns what it was given, or something made elsewhere")
         return answer, seen.digest
+
+    def _see_no_alias(self, answer: Any, containers: list[Any]) -> None:
+        """Raise where what decode writes into a result would be in another one, or in a cache, were it not sent."""
+        storages = [storage_id(tensor) for tensor in results(answer)]
+        rest = [part for part in answer if not isinstance(part, torch.Tensor)] if isinstance(answer, tuple) else []
+        kept = {storage_id(part) for part in _parts([*containers, *rest]) if isinstance(part, torch.Tensor)}
+        if len(set(storages)) < len(storages) or kept.intersection(storages):
+            raise UnshareableError("its decoder returns a tensor twice, or one that it hands on in a cache too")
 
     def check(self) -> None:
         """See that the decoder still is as it was before its first call.
@@ -206,6 +227,8 @@ class Plan:
         """
         if kept_by(self.decoder) != self._kept:
             raise UnshareableError("its decoder keeps something of a call for the next one in an attribute")
+        if self._around.have_changed():
+            raise UnshareableError("its decoder changes something in a global, a closure or a class")
 
     def owners(self, ranks: int) -> list[int]:
         """The rank of each call: whole chains, the largest first, each to the rank with the least work so far."""
@@ -252,6 +275,8 @@ class _Given:
                 self._follow(value)
                 if version_of(value) != self.versions.get(id(value), version_of(value)):
                     raise UnshareableError("decode writes into a result of its decoder that a later call takes")
+                if cache is not None and id(value) in self.versions:
+                    raise UnshareableError("decode puts a result of its decoder into a list or dict for a later call")
             elif value.is_meta and cache != "known":
                 raise UnshareableError("a call of its decoder takes what was made from an earlier call's result")
             elif not value.is_meta and cache is not None:
@@ -260,9 +285,9 @@ class _Given:
             if cache is None:
                 self.tensors.append(meta)
             return meta
-        if isinstance(value, tuple):
+        if type(value) in {tuple, torch.Size}:
             return tuple(self.on_meta(part, cache=cache) for part in value)
-        if isinstance(value, (list, dict)):
+        if type(value) in {list, dict}:  # a class of its own may hold more
             self.holds_state = True
             self.containers.append(value)
             cache = "known" if self._follow(value) or cache == "known" else "new"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +63,51 @@ class Draws(Shapes):  # type: ignore[no-untyped-call]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+class ForeignTensorError(Exception):
+    """An operation reads or writes what it must not; the message says which and what, as a part of a sentence."""
+
+
+class Around(Draws):  # type: ignore[no-untyped-call]
+    """Within, code runs around calls whose results are on the meta device; it is off (``paused``) in these.
+
+    Args:
+        writable: tensors that were there before and may be written into.
+        hidden: storages on the meta device that the code must not read, as what they stand for is elsewhere. More may
+            come to it.
+
+    Raises:
+        ForeignTensorError: from an operation that writes into any other tensor that was there before, that reads what
+            is hidden, or that would write a result into a tensor that has memory, which torch skips without a word.
+
+    """
+
+    def __init__(self, writable: Iterable[torch.Tensor], hidden: Container[int]) -> None:
+        super().__init__()
+        self._hidden = hidden
+        self._made = {storage_id(tensor): tensor.untyped_storage() for tensor in writable}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*_tensors((args, kwargs or {}))]
+        has_result = False
+        for tensor in given:
+            has_result = has_result or tensor.is_meta
+            if tensor.is_meta and storage_id(tensor) in self._hidden:
+                raise ForeignTensorError(f"decode reads what its decoder keeps or hands on ({func})")
+        for tensor in _written(func, args, kwargs or {}):
+            if tensor.is_meta:
+                continue
+            if has_result:
+                raise ForeignTensorError(f"decode writes a result of its decoder into another tensor ({func})")
+            if storage_id(tensor) not in self._made:
+                raise ForeignTensorError(f"decode writes into a tensor that was there before ({func})")
+        answer = super().__torch_dispatch__(func, types, args, kwargs)
+        known = {storage_id(tensor) for tensor in given if not tensor.is_meta}
+        for tensor in _tensors(answer):
+            if not tensor.is_meta and storage_id(tensor) not in known:
+                self._made[storage_id(tensor)] = tensor.untyped_storage()
+        return answer
+
+
 class Operations(Draws):  # type: ignore[no-untyped-call]
     """Within, every operation is seen: what it reads that came from elsewhere, and what it writes into.
 
@@ -94,12 +139,9 @@ class Operations(Draws):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if any(storage_id(tensor) not in self._readable for tensor in _tensors((args, kwargs))):
             self.strays.append(str(func))
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            if any(storage_id(tensor) not in self._made for tensor in _tensors(given)):
-                self.writes.append(str(func))
+        if any(storage_id(tensor) not in self._made for tensor in _written(func, args, kwargs)):
+            self.writes.append(str(func))
+            raise ForeignTensorError(f"it writes into what it did not make ({func})")  # before it does
         self._told.update(repr((str(func), _described((args, kwargs)))).encode())
         answer = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in _tensors(answer):
@@ -139,6 +181,16 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    """The tensors that an operation writes into."""
+    is_training = any(_argument(func, args, kwargs, name) is True for name in ("training", "train"))
+    for position, argument in enumerate(func._schema.arguments):
+        is_write = argument.alias_info is not None and argument.alias_info.is_write
+        # Batch norm writes its statistics without saying so.
+        if is_write or (argument.name in {"running_mean", "running_var"} and is_training):
+            yield from _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
+
+
 def _described(value: Any) -> Any:
     """An argument, with shapes in the places of tensors."""
     if isinstance(value, torch.Tensor):
@@ -152,8 +204,13 @@ def _described(value: Any) -> Any:
 
 def _dropout(func: Any, args: Any, kwargs: Any) -> float | None:
     """The probability that an operation drops a value with; None where it has no such argument."""
+    given = _argument(func, args, kwargs, "dropout_p")
+    return None if given is None else float(given)
+
+
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """What an operation is given for an argument, or its default; None where it has none of that name."""
     for position, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
-            return float(given)
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
     return None
