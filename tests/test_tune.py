@@ -362,8 +362,8 @@ def test_ranks_tune_as_one_does_and_end_with_one_of_them(
 @SLOW
 def test_ranks_measure_what_one_does(tmp_path: Path) -> None:
     """The tiny pipeline, compiled, its sequence split."""
-    (alone,) = ranks.results(ranks.launch(cases.of_the_tiny_pipeline, 1, str(tmp_path)))
-    first, second = ranks.results(ranks.launch(cases.of_the_tiny_pipeline, 2, str(tmp_path)))
+    (alone,) = ranks.results(ranks.launch(cases.of_the_tiny_pipeline, 1, str(tmp_path), limit=1500.0))
+    first, second = ranks.results(ranks.launch(cases.of_the_tiny_pipeline, 2, str(tmp_path), limit=1500.0))
     assert second == []
     assert [row[:3] for row in first] == [row[:3] for row in alone]
     assert any(row[1] for row in first), "schedules too"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hvcompile.app import metrics, pipelines
+from hvcompile.app.request.jobs import Job
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
 from hvcompile.app.tuning import candidates, tune
@@ -131,12 +132,12 @@ def of_all_ranks(folder: str, dying: int) -> tuple[int, int, str]:
     made.clear()
     make, numbers = Runner.run, itertools.count()
 
-    def until(*args: Any) -> metrics.Run:
+    def until(self: Runner, job: Job, arguments: Mapping[str, Any]) -> metrics.Run:
         if next(numbers) == 6 and dist.get_rank() == dying:
             ranks.die()
-        return make(*args)
+        return make(self, job, arguments)
 
-    Runner.run = until  # type: ignore[method-assign, assignment]
+    Runner.run = until  # type: ignore[method-assign]
     try:
         tune.tune(request_in(broken), loaded=loaded)
     except InputError as error:
@@ -147,7 +148,7 @@ def of_all_ranks(folder: str, dying: int) -> tuple[int, int, str]:
 def of_the_tiny_pipeline(folder: str) -> list[Any]:
     """Tune the tiny pipeline by some candidates, compiled; what was measured, of all clips, on the first rank."""
     ladders = [ladder[4:8:3] for ladder in candidates.LADDERS[1:2]]
-    candidates.LADDERS = tune.LADDERS = tuple(ladders)  # type: ignore[attr-defined]
+    tune.__dict__["LADDERS"] = tuple(ladders)  # in a process of its own
     prompt = "a red circle moves to the left over a blue background"
     request = Request(
         prompt=prompt, steps=6, backend_settings=("lower=eager",), output=Path(folder) / f"{dist.get_world_size()}.json"
