@@ -79,11 +79,11 @@ class Float8Linears(Pass):
             linear_1: f32[1, 41, 128] = linear(normed, up_weight, up_bias)
             mlp: f32[1, 41, 128] = gelu(linear_1)
             ...
-            linear_2: f32[1, 41, 64] = linear(cat, to_q_weight, to_q_bias)
+            linear_2: f32[1, 41, 64] = linear(normed, to_q_weight, to_q_bias)
             ...
-            linear_3: f32[1, 41, 64] = linear(cat, to_k_weight, to_k_bias)
+            linear_3: f32[1, 41, 64] = linear(normed, to_k_weight, to_k_bias)
             ...
-            linear_4: f32[1, 41, 64] = linear(cat, to_v_weight, to_v_bias)
+            linear_4: f32[1, 41, 64] = linear(normed, to_v_weight, to_v_bias)
 
     Result::
 
