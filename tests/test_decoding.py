@@ -18,7 +18,8 @@ from torch import nn
 
 import hvcompile
 from hvcompile.app.cli.display import tiles
-from hvcompile.ranks.seat import on_meta
+from hvcompile.ranks import decoding
+from hvcompile.ranks.seat import Replay, Share, on_meta
 from hvcompile.ranks.tile_calls import Plan, UnshareableError
 
 
@@ -346,6 +347,35 @@ def test_a_decode_that_is_not_what_it_seems(act: Any, reason: str | None) -> Non
     assert vae.num_steps == (act is _steps)
     assert told == ([(1, 2), (2, 2)] if reason is None else [])
     assert getattr(vae.decoder, "scale", None) == (2 if act is _sets else None)
+
+
+def _looks_into_a_cache(self: Any, z: torch.Tensor) -> torch.Tensor:
+    made = []
+    for row in range(0, len(z), 2):
+        cache: dict[str, torch.Tensor] = {}
+        made += [self.decoder(z[row : row + 1], cache), self.decoder(z[row + 1 : row + 2], cache) * len(cache)]
+        cache.pop("last")
+    return torch.cat(made)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_rank() -> None:
+    """A decode that looks into what its decoder's calls left finds it there, whichever rank made it."""
+
+    class Caching(_Decoder):
+        def forward(self, z: torch.Tensor, *more: Any) -> Any:
+            last, more[0]["last"], more[0]["all"] = more[0].get("last", z), z * 2, [z * 3]
+            return z + last
+
+    vae, z, made = _Toy(_looks_into_a_cache), torch.randn(6, 3), dict[int, list[torch.Tensor]]()
+    vae.decoder = Caching(_scaled)
+    own, plan = vae.decode(z), Plan(on_meta(vae.decoder))
+    decoding._run(vae, plan, (z,), {})
+    for rank in range(2):
+        share = Share(plan, vae.decoder, [0, 0, 1, 1, 0, 0], rank, None, made)
+        with share.shapes:
+            decoding._run(vae, share, (z,), {})
+    assert torch.equal(decoding._run(vae, Replay(plan, made), (z,), {}), own)
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ class Share:
             if self.tell is not None:
                 self.tell(len(self.made), self.owners.count(self.rank))
         else:
-            answer = call.answer
+            answer = call.elsewhere(args, kwargs)
         self._given_out += zip(fakes, self.made.get(index, []), strict=False)
         return with_results(answer, fakes)
 
@@ -119,7 +119,7 @@ class Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the next call."""
         index, self._index = self._index, self._index + 1
-        return with_results(self.plan.calls[index].answer, self.made.pop(index))
+        return with_results(self.plan.calls[index].elsewhere(args, kwargs), self.made.pop(index))
 
 
 def shapes(tensors: list[torch.Tensor]) -> list[tuple[tuple[int, ...], str]]:

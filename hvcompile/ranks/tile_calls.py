@@ -34,17 +34,24 @@ class Call:
         chain: number of the calls that must run on one rank, one after the other.
         size: values that it is given, as a measure of its work.
         answer: what it returns, on the meta device.
+        contents: what the lists and dicts that it is given hold afterwards, on the meta device.
 
     """
 
     chain: int
     size: int
     answer: Any
+    contents: tuple[Any, ...] = ()
 
     @property
     def results(self) -> list[torch.Tensor]:
         """What it returns that is no cache: a tensor, or the tensors of a tuple."""
         return results(self.answer)
+
+    def elsewhere(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What it returns where another rank makes it; leaves in its lists and dicts what code could look for there."""
+        _refill(_containers((args, *kwargs.values())), self.contents)
+        return _fresh(self.answer)
 
 
 def results(answer: Any) -> list[torch.Tensor]:
@@ -86,10 +93,7 @@ class _Known:
 
     def once_more(self, containers: list[Any]) -> Any:
         """Answer, and leave the same in other lists and dicts, with tensors of their own."""
-        for container, content in zip(containers, self.contents, strict=False):
-            container.clear()
-            fresh = _fresh(content)
-            container.extend(fresh) if isinstance(container, list) else container.update(fresh)
+        _refill(containers, self.contents)
         return _fresh(self.answer)
 
 
@@ -162,7 +166,8 @@ class Plan:
         self._see_no_alias(answer, given.containers)
         self._made.setdefault(chain, []).extend(made)
         self.hidden |= set(map(storage_id, made)) - set(map(storage_id, results(answer)))
-        self.calls.append(Call(chain=chain, size=size, answer=answer))
+        contents = tuple(map(_fresh, given.containers))
+        self.calls.append(Call(chain=chain, size=size, answer=_fresh(answer), contents=contents))
         return answer
 
     def _answer(
@@ -305,6 +310,25 @@ class _Given:
         self.chains.add(self.chain_of[id(value)])
         self.holds_state = True
         return True
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """The lists and dicts that a call is given, in the order in which ``_Given`` notes them."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, dict)):
+            found.append(value)
+        if isinstance(value, (list, dict, tuple)):
+            found += _containers(_values(value))
+    return found
+
+
+def _refill(containers: list[Any], contents: Iterable[Any]) -> None:
+    """Put contents into lists and dicts, with tensors of their own; all stay as they are where there are none."""
+    for container, content in zip(containers, contents, strict=False):
+        container.clear()
+        fresh = _fresh(content)
+        container.extend(fresh) if isinstance(container, list) else container.update(fresh)
 
 
 def _values(container: Any) -> Iterable[Any]:
