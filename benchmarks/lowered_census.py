@@ -101,6 +101,10 @@ class Case:
         """As it stands in the table."""
         return f"{self.family}; {self.way.name}; {GPUS[self.gpu]}"
 
+    def row(self, **found: Any) -> Row:
+        """A row of the table, with what was found."""
+        return {"name": self.name, "family": self.family, "way": self.way.name, "gpu": GPUS[self.gpu], **found}
+
 
 def cases(*, is_whole: bool) -> Iterator[Case]:
     """The cases in the order in which they run: those of a family and an architecture share kernels.
@@ -123,7 +127,6 @@ def measured(case: Case) -> Row:
     from hvcompile.lowered import walk
 
     model, inputs = model_and_inputs(case.family, case.way.samples)
-    row: Row = {"name": case.name, "family": case.family, "way": case.way.name, "gpu": GPUS[case.gpu]}
     try:
         lowered = hvcompile.lower(
             model,
@@ -135,10 +138,10 @@ def measured(case: Case) -> Row:
             dynamic=case.way.dynamic,
         )
     except hvcompile.RequestedPassError as error:
-        return {**row, "refused": " ".join(str(error).split())}
+        return case.row(refused=" ".join(str(error).split()))
     kinds = (walk.TRITON, walk.LIBRARY, walk.COPY, walk.SYNC, walk.COLLECTIVE)
     return {
-        **row,
+        **case.row(),
         "passes": [item.name for item in lowered.journal if item.report.applied],
         "declined": {
             item.name: item.report.declined[0][1]
@@ -248,8 +251,7 @@ class Worker:
                 self._pool.shutdown()
                 self._pool = self._make()
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            row = {"name": case.name, "family": case.family, "way": case.way.name, "gpu": GPUS[case.gpu]}
-            return {**row, "error": f"not done after {timeout:.0f} s" if isinstance(error, TimeoutError) else told}
+            return case.row(error=f"not done after {timeout:.0f} s" if isinstance(error, TimeoutError) else told)
 
 
 if __name__ == "__main__":

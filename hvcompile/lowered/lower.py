@@ -138,16 +138,20 @@ def settings_for(options: Mapping[str, Any] | None, mode: str | None, ranks: int
         InputError: there is a process group already.
 
     """
-    if not 0 <= rank < ranks:
-        raise OptionError(f"rank is {rank}; allowed is 0 to {ranks - 1}, for there are {ranks} ranks")
-    if ranks > 1 and dist.is_initialized():
-        raise InputError("this process has a process group: ranks that are not there can't be added to it")
+    _check_ranks(ranks, rank, has_group=dist.is_initialized())
     with absent_ranks(ranks, rank):
         section = (options or {}).get("context_parallel")
         if isinstance(section, Mapping) and section.get("cfg") == 2 and "mesh" not in section and ranks % 2 == 0:
             mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("samples", "sequence"))
             options = {**(options or {}), "context_parallel": {**section, "mesh": mesh}}
         yield parse(PASSES, options, mode)
+
+
+def _check_ranks(ranks: int, rank: int, *, has_group: bool) -> None:
+    if not 0 <= rank < ranks:
+        raise OptionError(f"rank is {rank}; allowed is 0 to {ranks - 1}, for there are {ranks} ranks")
+    if ranks > 1 and has_group:
+        raise InputError("this process has a process group: ranks that are not there can't be added to it")
 
 
 def gpu_of(device: Gpu | str) -> Gpu:
@@ -182,10 +186,7 @@ def lower_call(
         compile_kernels: to machine code.
 
     """
-    if not 0 <= rank < ranks:
-        raise OptionError(f"rank is {rank}; allowed is 0 to {ranks - 1}, for there are {ranks} ranks")
-    if ranks > 1 and dist.is_initialized() and not has_absent_ranks():
-        raise InputError("this process has a process group: ranks that are not there can't be added to it")
+    _check_ranks(ranks, rank, has_group=dist.is_initialized() and not has_absent_ranks())
     begin = time.monotonic()
     with on_absent(gpu, ranks, compile_kernels) as compilation, absent_ranks(ranks, rank):
         fakes = fake_tensors()

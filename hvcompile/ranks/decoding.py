@@ -122,9 +122,8 @@ class _Shared:
             self._running.release()
 
     def _decode(self, args: Any, kwargs: Any) -> Any:
-        given = _tensors(args, kwargs)
         try:
-            plan, reason = self._planned(given, args, kwargs)
+            plan, reason = self._planned(args, kwargs)
         except BaseException:  # the user stops it, while the others wait to compare plans
             if self.num_ranks > 1:
                 self._told(None)
@@ -143,8 +142,9 @@ class _Shared:
         args, kwargs = self._first_ranks(args, kwargs)
         return self._together(plan, args, kwargs)
 
-    def _planned(self, given: list[torch.Tensor], args: Any, kwargs: Any) -> tuple[Plan | None, str | None]:
+    def _planned(self, args: Any, kwargs: Any) -> tuple[Plan | None, str | None]:
         """The calls that ``decode`` will make; or None and why they can't be told."""
+        given = _tensors(args, kwargs)
         if torch.is_grad_enabled():
             return None, "gradients are asked for: call decode under torch.no_grad()"
         if any(torch.is_autocast_enabled(tensor.device.type) for tensor in given):
@@ -243,18 +243,17 @@ class _Shared:
         shape, made = self._well(decoded)
         self._gather(owners, rank, made)
 
-        def joining() -> tuple[Any, list[torch.Tensor]]:
+        def joining() -> tuple[Any, torch.Tensor]:
             if rank != 0:
-                return shape, [_room_for(tensor, device) for tensor in _whole(shape)]
-            video = _run(self.vae, Replay(plan, made), args, kwargs)
-            return video, [tensor.contiguous() for tensor in _whole(video)]
+                return shape, _room_for(_video_of(shape), device)
+            decoded = _run(self.vae, Replay(plan, made), args, kwargs)
+            return decoded, _video_of(decoded).contiguous()
 
-        shape, joined = self._well(joining)
-        for tensor in joined:
-            self._reached(functools.partial(dist.broadcast, tensor, group_src=0, group=self.group))
+        shape, video = self._well(joining)
+        self._reached(lambda: dist.broadcast(video, group_src=0, group=self.group))
         if isinstance(shape, torch.Tensor):
-            return joined[0]
-        return (joined[0],) if isinstance(shape, tuple) else type(shape)(sample=joined[0])
+            return video
+        return (video,) if isinstance(shape, tuple) else type(shape)(sample=video)
 
     def _gather(self, owners: list[int], rank: int, made: dict[int, list[torch.Tensor]]) -> None:
         """Bring all results into the first rank's ``made``, one after the other; elsewhere it is empty afterwards."""
@@ -324,7 +323,7 @@ def _plan(vae: Any, args: Any, kwargs: Any) -> tuple[Plan | None, str | None]:
         return None, f"it draws random numbers ({seen.draws[0]})"
     if versions != list(map(version_of, copies)):
         return None, "it writes into what it is given"
-    if not _is_video(decoded):
+    if _video_of(decoded) is None:
         return None, f"decode returns a {type(decoded).__name__} of which more than the video is to be sent"
     if plan.num_chains < 2:
         return plan, "it is one piece: one tile, or tiles of which each needs the one before"
@@ -383,20 +382,13 @@ def _room_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(tensor, device=device, memory_format=torch.contiguous_format)
 
 
-def _is_video(decoded: Any) -> bool:
-    """Whether ``decode`` returned a tensor and nothing else: alone, in a tuple, or as ``sample`` in a dataclass."""
+def _video_of(decoded: Any) -> Any:
+    """What ``decode`` returned: a tensor alone, in a tuple, or as ``sample`` in a dataclass; None if it is more."""
     if type(decoded) is tuple and len(decoded) == 1:
         (decoded,) = decoded
     elif dataclasses.is_dataclass(decoded) and not isinstance(decoded, type):
         fields = {item.name: getattr(decoded, item.name) for item in dataclasses.fields(decoded)}
         decoded = fields.pop("sample", None)
         if any(value is not None for value in fields.values()):
-            return False
-    return isinstance(decoded, torch.Tensor)
-
-
-def _whole(decoded: Any) -> list[torch.Tensor]:
-    """The tensor that ``decode`` returned, alone or in the tuple or the output class of diffusers."""
-    if isinstance(decoded, torch.Tensor):
-        return [decoded]
-    return [decoded[0] if isinstance(decoded, tuple) else decoded.sample]
+            return None
+    return decoded if isinstance(decoded, torch.Tensor) else None

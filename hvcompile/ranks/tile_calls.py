@@ -18,7 +18,7 @@ from torch import nn
 
 from hvcompile.ranks.attributes import PLAIN, content_of, kept_by
 from hvcompile.ranks.surroundings import Surroundings
-from hvcompile.torch_private.operations import ForeignTensorError, Operations
+from hvcompile.torch_private.operations import ForeignTensorError, Operations, tensors_in
 from hvcompile.torch_private.storages import storage_id, version_of
 
 
@@ -50,7 +50,8 @@ class Call:
 
     def elsewhere(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """What it returns where another rank makes it; leaves in its lists and dicts what code could look for there."""
-        _refill(_containers((args, *kwargs.values())), self.contents)
+        containers = [part for part in _parts((args, *kwargs.values())) if isinstance(part, (list, dict))]
+        _refill(containers, self.contents)
         return _fresh(self.answer)
 
 
@@ -162,7 +163,7 @@ class Plan:
             self._chain_of[id(item)] = chain
             self._held.append(item)
         self._versions |= {id(part): version_of(part) for part in results(answer)}
-        made = [part for item in (*given.containers, *parts) for part in _parts(item) if isinstance(part, torch.Tensor)]
+        made = [*tensors_in([*given.containers, *parts])]
         self._see_no_alias(answer, given.containers)
         self._made.setdefault(chain, []).extend(made)
         self.hidden |= set(map(storage_id, made)) - set(map(storage_id, results(answer)))
@@ -219,7 +220,7 @@ class Plan:
         """Raise where what decode writes into a result would be in another one, or in a cache, were it not sent."""
         storages = [storage_id(tensor) for tensor in results(answer)]
         rest = [part for part in answer if not isinstance(part, torch.Tensor)] if isinstance(answer, tuple) else []
-        kept = {storage_id(part) for part in _parts([*containers, *rest]) if isinstance(part, torch.Tensor)}
+        kept = {storage_id(part) for part in tensors_in([*containers, *rest])}
         if len(set(storages)) < len(storages) or kept.intersection(storages):
             raise UnshareableError("its decoder returns a tensor twice, or one that it hands on in a cache too")
 
@@ -312,17 +313,6 @@ class _Given:
         return True
 
 
-def _containers(values: Iterable[Any]) -> list[Any]:
-    """The lists and dicts that a call is given, in the order in which ``_Given`` notes them."""
-    found: list[Any] = []
-    for value in values:
-        if isinstance(value, (list, dict)):
-            found.append(value)
-        if isinstance(value, (list, dict, tuple)):
-            found += _containers(_values(value))
-    return found
-
-
 def _refill(containers: list[Any], contents: Iterable[Any]) -> None:
     """Put contents into lists and dicts, with tensors of their own; all stay as they are where there are none."""
     for container, content in zip(containers, contents, strict=False):
@@ -353,7 +343,7 @@ def _fresh(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """The tensors, lists and dicts in what a decoder returned."""
+    """The tensors, lists and dicts in what a decoder is given or returns, in the order of ``_Given``."""
     if isinstance(value, (torch.Tensor, list, dict)):
         yield value
     if isinstance(value, (list, tuple)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvcompile.torch_private.absent_gpu import decide_items
+from hvcompile.torch_private.operations import tensors_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,13 +152,5 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._hooks.before_operator(str(func), args, kwargs or {})
         result = func(*args, **(kwargs or {}))
-        self._hooks.on_operator(str(func), list(_tensors([args, kwargs or {}])), list(_tensors([result])))
+        self._hooks.on_operator(str(func), list(tensors_in((args, kwargs))), list(tensors_in(result)))
         return result
-
-
-def _tensors(items: Any) -> Iterator[torch.Tensor]:
-    for item in items.values() if isinstance(items, dict) else items:
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (list, tuple, dict)):
-            yield from _tensors(item)

@@ -87,22 +87,20 @@ class Around(Draws):  # type: ignore[no-untyped-call]
         self._made = {storage_id(tensor): tensor.untyped_storage() for tensor in writable}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [*_tensors((args, kwargs or {}))]
-        has_result = False
-        for tensor in given:
-            has_result = has_result or tensor.is_meta
-            if tensor.is_meta and storage_id(tensor) in self._hidden:
-                raise ForeignTensorError(f"decode reads what its decoder keeps or hands on ({func})")
+        given = [*tensors_in((args, kwargs or {}))]
+        results = [tensor for tensor in given if tensor.is_meta]
+        if any(storage_id(tensor) in self._hidden for tensor in results):
+            raise ForeignTensorError(f"decode reads what its decoder keeps or hands on ({func})")
         for tensor in _written(func, args, kwargs or {}):
             if tensor.is_meta:
                 continue
-            if has_result:
+            if results:
                 raise ForeignTensorError(f"decode writes a result of its decoder into another tensor ({func})")
             if storage_id(tensor) not in self._made:
                 raise ForeignTensorError(f"decode writes into a tensor that was there before ({func})")
         answer = super().__torch_dispatch__(func, types, args, kwargs)
         known = {storage_id(tensor) for tensor in given if not tensor.is_meta}
-        for tensor in _tensors(answer):
+        for tensor in tensors_in(answer):
             if not tensor.is_meta and storage_id(tensor) not in known:
                 self._made[storage_id(tensor)] = tensor.untyped_storage()
         return answer
@@ -137,14 +135,14 @@ class Operations(Draws):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(storage_id(tensor) not in self._readable for tensor in _tensors((args, kwargs))):
+        if any(storage_id(tensor) not in self._readable for tensor in tensors_in((args, kwargs))):
             self.strays.append(str(func))
         if any(storage_id(tensor) not in self._made for tensor in _written(func, args, kwargs)):
             self.writes.append(str(func))
             raise ForeignTensorError(f"it writes into what it did not make ({func})")  # before it does
         self._told.update(repr((str(func), _described((args, kwargs)))).encode())
         answer = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in _tensors(answer):
+        for tensor in tensors_in(answer):
             if storage_id(tensor) not in self._readable:  # a view of what was given was not made here
                 made = self._hold(tensor)
                 self._made.add(made)
@@ -170,15 +168,16 @@ def _is_plain(first: Any, second: Any, *more: Any) -> bool:
     return isinstance(second, float)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in lists, tuples and dicts, in their order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
@@ -188,7 +187,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
         is_write = argument.alias_info is not None and argument.alias_info.is_write
         # Batch norm writes its statistics without saying so.
         if is_write or (argument.name in {"running_mean", "running_var"} and is_training):
-            yield from _tensors(args[position] if position < len(args) else kwargs.get(argument.name))
+            yield from tensors_in(args[position] if position < len(args) else kwargs.get(argument.name))
 
 
 def _described(value: Any) -> Any:

@@ -12,10 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from hvcompile.app.request.ask import Ask
+from hvcompile.app.request.ask import PICTURE_FIELDS, Ask
 from hvcompile.errors import InputError
-
-NAMES = ("image", "last_image")
 
 
 def packed(ask: Ask) -> dict[str, bytes]:
@@ -26,7 +24,7 @@ def packed(ask: Ask) -> dict[str, bytes]:
 
     """
     contents = {}
-    for name in NAMES:
+    for name in PICTURE_FIELDS:
         place = getattr(ask, name)
         if place is not None:
             try:
@@ -42,7 +40,7 @@ def stand_ins(ask: Ask) -> dict[str, bytes]:
     """Give a blank picture for each that a video has: enough to ask a pipeline whether it takes one there."""
     blank = io.BytesIO()
     Image.new("RGB", (16, 16)).save(blank, "PNG")
-    return {name: blank.getvalue() for name in NAMES if getattr(ask, name) is not None}
+    return {name: blank.getvalue() for name in PICTURE_FIELDS if getattr(ask, name) is not None}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ LONGEST_PROMPT = 20_000
 """Characters; text encoders read a few hundred words."""
 LARGEST_SCALE = 1000
 """Of guidance; pipelines take 1 to 20."""
+PICTURE_FIELDS = ("image", "last_image")
+"""Fields of a video that are files."""
 OWN_SECTIONS = ("first_block_cache", "attention", "sparse_attention")
 """Sections of the backend's options that a single video may set. The others change weights, or belong to the ranks."""
 
@@ -200,7 +202,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt": _TEXT,
     **dict.fromkeys(("seed", "steps", "frames", "height", "width", "fps"), _WHOLE),
     **dict.fromkeys(("guidance", "true_cfg"), _SCALE),
-    **dict.fromkeys(("negative_prompt", "image", "last_image", "name"), _TEXT),
+    **dict.fromkeys(("negative_prompt", *PICTURE_FIELDS, "name"), _TEXT),
     "set": ("an object of arguments", _is_object),
     "options": ("an object of sections, each an object", _is_sections),
 }

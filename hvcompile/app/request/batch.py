@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from hvcompile import outputs
-from hvcompile.app.request.ask import Ask, identity, parsed
+from hvcompile.app.request.ask import PICTURE_FIELDS, Ask, identity, parsed
 from hvcompile.app.request.clips import Clips, check_apart
 from hvcompile.app.request.fleet import Fleet
 from hvcompile.app.request.generate import PICTURES, VIDEOS
@@ -123,7 +123,7 @@ class Request(Fleet):
         changed: dict[str, Any] = {} if has_fps else {"fps": self.fps}
         common = ("frames", "height", "width", "guidance")
         changed |= {name: getattr(self, name) for name in common if getattr(ask, name) is None}
-        for name in ("image", "last_image"):
+        for name in PICTURE_FIELDS:
             place = getattr(ask, name)
             if place is not None:
                 path = (self.prompts.parent / place).resolve()
