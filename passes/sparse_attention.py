@@ -11,18 +11,20 @@ import torch
 
 from hvcompile.errors import OptionError
 from hvcompile.graph import block_lists, tiles
+from hvcompile.graph.attention import marked, unmark
 from hvcompile.graph.tiles import Sizes
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting import regrouping, sparse, sparse_audit
 from hvcompile.rewriting.float8_device import device_of
 from hvcompile.rewriting.regrouping import Regrouped, add_of_numbers
+from hvcompile.rewriting.tiles_on_ranks import order_on_ranks
 from hvcompile.trunk.trunk import Derived, Trunk
 
 DEVICE_TYPES = ("cpu", "meta")
+"""On meta nothing runs, and operations are counted."""
 MOST_TOKENS = 2**14
 """Of a tile; no sample that fits in memory needs larger ones."""
-"""On meta nothing runs, and operations are counted."""
 RULES = ("window", "radial", "mass", "profile")
 
 
@@ -31,8 +33,10 @@ class SparseAttention(Pass):
     """Let each tile of the sample's tokens read some tiles of keys, and all other tokens (text).
 
     The tokens are regrouped into tiles (frames x height x width) where they enter the blocks, and put back where they
-    leave them. Rotary tables and all else that is a row a token follow. The grid is found from how the graph made the
-    tokens. Where it can't be, or where something depends on the tokens' order, the pass declines.
+    leave them. Rotary tables and all else that is a row a token follow. On ranks that share out the heads (Ulysses), a
+    rank has a part of the tokens between the attentions, in the model's order. There, each attention regroups them for
+    itself. The grid is found from how the graph made the tokens. Where it can't be, or where something depends on the
+    tokens' order, the pass declines.
 
     It runs on CPUs alone so far. It is off by default, also with ``mode="max"``: what it leaves out is lost, and how
     much that matters differs from model to model. Text reads and is read by all. Attention between the sample and text
@@ -145,21 +149,22 @@ class SparseAttention(Pass):
         if declined is not None:
             return declined.report(declined.what or trunk.lists)
         inputs = trunk.inputs
-        done = regrouping.regroup(trunk, self._sizes(self.tile), type(self).__name__)
+        done = self._regroup(trunk)
         if isinstance(done, Declined):
             return done.report(trunk.lists)
         return self._rewrite(trunk, done, context.moved(inputs, trunk.inputs))
+
+    def _regroup(self, trunk: Trunk) -> Regrouped | Declined:
+        tile, tag = self._sizes(self.tile), type(self).__name__
+        if trunk.sharding is not None:
+            return order_on_ranks(trunk, trunk.sharding, tile, tag)
+        return regrouping.regroup(trunk, tile, tag)
 
     def _check(self, trunk: Trunk) -> Declined | None:
         if self.rule is None:
             return Declined("sparse_attention.rule is None: name a rule to switch it on", "switched off")
         if trunk.is_branched:
             return Declined("the blocks already stand in a branch")
-        if trunk.sharding is not None:
-            return Declined(
-                "the blocks are split over ranks, whose parts can't be regrouped yet; drop sparse_attention, or "
-                "context_parallel by options={'context_parallel': False}"
-            )
         device = device_of(trunk)
         if isinstance(device, Declined) or device.type not in DEVICE_TYPES:
             return Declined(
@@ -182,7 +187,7 @@ class SparseAttention(Pass):
         share = f"{plan.reads / tokens**2:.1%} of the video's pairs of tokens are computed"
         matched = (
             regrouping.describe(done.grid, self._sizes(self.tile)),
-            *self._rewrite_bodies(trunk, plan),
+            *self._rewrite_bodies(trunk, plan, done.inside),
             f"rule {self.rule!r}: " + (f"at most {share}; how many is known at run time" if plan.is_bound else share),
         )
         table = sparse_audit.measure(trunk, context) if self.audit else ()
@@ -222,22 +227,30 @@ class SparseAttention(Pass):
         reason = f"sparse_attention.keep_blocks is {self.keep_blocks}"
         return tuple((block.path, reason) for place, block in enumerate(trunk.blocks) if self._is_kept(trunk, place))
 
-    def _rewrite_bodies(self, trunk: Trunk, plan: _Plan) -> list[str]:
+    def _rewrite_bodies(self, trunk: Trunk, plan: _Plan, inside: Derived | None) -> list[str]:
         tag, said = type(self).__name__, []
         chosen = [item for place, item in enumerate(trunk.blocks) if not self._is_kept(trunk, place)]
         for body in trunk.bodies:
             blocks = [item for item in chosen if item.body is body]
-            tokens = sparse.marked(body)
+            tokens = marked(body.module.graph)
             if not blocks or not tokens:
                 continue
             own = trunk.split_body(body, blocks, "sparse_attention", tag)
             operands = sparse.derived_operands(trunk, own, plan.derived)
+            order = sparse.derived_operands(trunk, own, inside, ("order", "back")) if inside is not None else {}
             said.append(f"{', '.join(tokens)} of {own.name} in {len(blocks)} blocks")
             for node in sparse.named(own, tokens):
                 sparse.skip_blocks(
-                    node, tokens[node.name], operands, plan.lists, block=plan.block, reads=plan.reads, tag=tag
+                    node,
+                    tokens[node.name],
+                    operands,
+                    plan.lists,
+                    order=order,
+                    block=plan.block,
+                    reads=plan.reads,
+                    tag=tag,
                 )
-        sparse.unmark(trunk)
+        unmark([body.module.graph for body in trunk.bodies])
         return said
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from hvcompile.errors import OptionError
-from hvcompile.graph.attention import arguments, attentions, is_part
+from hvcompile.graph.attention import TOKENS, arguments, attentions, is_attention, is_part
 from hvcompile.graph.attention_kernels import AUTO, KERNELS, Attention, describe, expected, pinned, refusal, written_out
 from hvcompile.graph.inline import inline
 from hvcompile.graph.nodes import is_tensor, is_weight
@@ -312,6 +312,7 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], attend: Callable[..., Any],
         both = [[part[place] for part in parts] for place in range(2)]
         return {str(place): torch.cat(held) if len(held) > 1 else held[0] for place, held in enumerate(both)}
 
+    last, after = node.prev, node.next
     made = inline(node.graph, shortened, names, before=node, tag=tag)
     if is_part(node):
         for user in list(node.users):  # each takes one of the two results
@@ -319,6 +320,9 @@ def _rewrite(masked: Masked, lengths: list[fx.Node], attend: Callable[..., Any],
         node.graph.erase_node(node)
     else:
         _replace(node, made["out"])
+    while TOKENS in node.meta and (last := last.next) is not after:
+        if is_attention(last):
+            last.meta[TOKENS] = node.meta[TOKENS]
     return mask
 
 

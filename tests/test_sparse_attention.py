@@ -15,7 +15,6 @@ import zoo
 from grids import WIDTH, GridToy, blocks_of, dense_under, grid_inputs, is_in_window, line_of, mask_by
 from oracle import first, hvfast, relative_error
 from slow import SLOW
-from test_faults import second_of_two
 from torch import nn
 from trunks import recovered
 
@@ -551,12 +550,6 @@ def test_sizes_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             found = fast(**inputs)
         assert relative_error(found, dense_under(model, inputs, mask, "video|text", monkeypatch)) < 1e-5
-
-
-def test_ranks_decline() -> None:
-    model, inputs = GridToy(), grid_inputs((3, 2, 4))
-    with second_of_two(), torch.no_grad(), pytest.raises(Exception, match="the blocks are split over ranks"):
-        compiled(model, {**ALL, "tile": (2, 2, 2)}, context_parallel={"ulysses": 2})(**inputs)
 
 
 def test_operations_are_counted() -> None:

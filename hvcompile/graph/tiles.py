@@ -10,13 +10,28 @@ block reads another if a tile that it has tokens of reads one that the other has
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 Sizes = tuple[int, int, int]
 """Frames, height and width: of a grid in tokens, of a tile in tokens, or of a window in tiles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stretch of a stream's tokens: so many; on a grid of frames, height and width where they are the sample's."""
+
+    size: int
+    grid: Sizes | None
+
+
+def grid_of(parts: Sequence[Part]) -> Sizes:
+    """The grid of the one part that has one."""
+    return next(part.grid for part in parts if part.grid is not None)
 
 
 def tile_order(grid: Sizes, tile: Sizes, device: Any = None) -> torch.Tensor:

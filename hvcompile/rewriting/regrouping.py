@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.graph.attention import arguments, is_attention, is_part
-from hvcompile.graph.nodes import ancestors, argument, descendants, is_tensor
-from hvcompile.graph.tiles import Sizes, num_tiles, tile_order
+from hvcompile.graph.attention import TOKENS, Tokens, arguments, is_attention, is_part
+from hvcompile.graph.nodes import argument, descendants
+from hvcompile.graph.tiles import Part, Sizes, grid_of, num_tiles, tile_order
 from hvcompile.journal import Declined
 from hvcompile.ranks.split import Layout, Layouts, Segment, Split
 from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, Rule
@@ -27,29 +27,24 @@ from hvcompile.rewriting.sharding.rewrite import Around, Rewrite, main_stream
 from hvcompile.rewriting.sharding.rules import RULES
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
-from hvcompile.trunk.grid import Part, find_grid
-from hvcompile.trunk.operands import is_activation
-from hvcompile.trunk.roles import classify
+from hvcompile.trunk.grid import sample_tokens
 from hvcompile.trunk.trunk import Derived, Trunk
-
-SPARSE = "hvcompile_tokens"
-"""Key of an attention's meta: its ``Tokens``, where queries and keys are the sample's tokens, in the order of tiles."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """What lies along the queries and the keys of an attention: ``Segment.is_split`` marks the sample's tokens."""
-
-    queries: tuple[Segment, ...]
-    keys: tuple[Segment, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regrouped:
-    """What was done: the grid of the tokens, and for each attention that can't skip keys the reason."""
+    """What was done.
+
+    Attributes:
+        grid: of the tokens.
+        declined: attentions that can't skip keys, each with the reason.
+        inside: ``order`` and ``back``, where the attentions have to put the tokens in the order of tiles themselves.
+
+    """
 
     grid: Sizes
     declined: tuple[tuple[str, str], ...]
+    inside: Derived | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +151,7 @@ class _TiledAttention:
                 raise resharder.refuse(node, "the dimension that would be regrouped is not that of its tokens")
         if any(layout is not None and not layout.is_complete(self.split) for layout in layouts.values()):
             raise resharder.refuse(node, "it attends to some of the sample's tokens")
-        declined = _refusal_of_order(given)
+        declined = refusal_of_order(given)
         if declined is not None:
             raise resharder.refuse(node, declined.reason)
         made = resharder.env[node] = resharder.copy(node)
@@ -165,13 +160,13 @@ class _TiledAttention:
             declined = _refusal_of_others(resharder, given) or refusal(node, query, key)
             if declined is None:
                 self.count += 1
-                made.meta[SPARSE] = Tokens(queries=query.segments, keys=key.segments)
+                made.meta[TOKENS] = Tokens(queries=query.segments, keys=key.segments)
             else:
                 self.declined[f"{node.name} of {resharder.where}"] = declined.reason
         return query
 
 
-def _refusal_of_order(given: Mapping[str, Any]) -> Declined | None:
+def refusal_of_order(given: Mapping[str, Any]) -> Declined | None:
     """Why an attention's result may depend on the order of the tokens."""
     if given.get("attn_mask") is not None:
         return Declined(
@@ -221,29 +216,23 @@ def regroup(trunk: Trunk, tile: Sizes, tag: str) -> Regrouped | Declined:
         tag: the pass's name.
 
     Returns:
-        What was done; ``SPARSE`` marks the attentions that may skip keys. Or why nothing was.
+        What was done; ``TOKENS`` marks the attentions that may skip keys. Or why nothing was.
 
     """
     try:
         place = main_stream(trunk)
     except CannotShard as verdict:
         return Declined(str(verdict))
-    sample, stream = classify(trunk).sample, trunk.blocks[0].operands[place]
-    if sample is None:
-        return Declined("no input has the rank of the output, so the sample's tokens can't be told from others")
+    stream = trunk.blocks[0].operands[place]
     failures: list[tuple[int, str]] = []
     sizes = [fakes.size_hint(size) for size in value(stream).shape[:-1]]
     for dim in sorted(range(len(sizes)), key=lambda dim: -sizes[dim]):
-        parts = find_grid(stream, dim, sample)
+        parts = sample_tokens(trunk, stream, dim)
         if isinstance(parts, Declined):
             failures.append((0, parts.reason))
             continue
-        twin = _twin(sample, stream) if len(parts) > 1 else None
-        if twin is not None:
-            failures.append((0, f"{sample.name} and {twin.name} are alike: which is the sample is not known"))
-            continue
-        added = _add_order(trunk, parts, tile, tag)
-        split = _Tiled(group="", rank=0, ranks=1, length=math.prod(_grid_of(parts)))
+        added = add_order(trunk, parts, tile, tag)
+        split = _Tiled(group="", rank=0, ranks=1, length=math.prod(grid_of(parts)))
         order, back = added.placeholders
         inside = {body: trunk.add_operand(body, order) for body in trunk.bodies}
         kind = functools.partial(_Regrouper, orders=(order, *inside.values()), back=back)
@@ -264,21 +253,6 @@ def regroup(trunk: Trunk, tile: Sizes, tag: str) -> Regrouped | Declined:
     return Declined(max(failures, key=lambda item: item[0], default=(0, "the stream has one dimension"))[1])
 
 
-def _twin(sample: fx.Node, stream: fx.Node) -> fx.Node | None:
-    """Another input of the sample's shape, from which the stream's tokens follow too."""
-    before = ancestors([stream])
-    for node in sample.graph.find_nodes(op="placeholder"):
-        is_input = node is not sample and node in before and is_tensor(node) and is_activation(node)
-        if is_input and fakes.shape_key(value(node)) == fakes.shape_key(value(sample)):
-            twin: fx.Node = node
-            return twin
-    return None
-
-
-def _grid_of(parts: Sequence[Part]) -> Sizes:
-    return next(part.grid for part in parts if part.grid is not None)
-
-
 def _commit(rewrite: Rewrite, place: int, dim: int, parts: Sequence[Part]) -> Regrouped:
     trunk, first = rewrite.trunk, rewrite.trunk.blocks[0]
     for size in value(first.operands[place]).shape[dim : dim + 1]:
@@ -292,7 +266,7 @@ def _commit(rewrite: Rewrite, place: int, dim: int, parts: Sequence[Part]) -> Re
         reasons = "; ".join(f"{name}: {why}" for name, why in attention.declined.items())
         raise CannotShard(reasons or f"no attention of {trunk.lists} is one of the sample's tokens to themselves")
     rewrite.replace(around)
-    return Regrouped(grid=_grid_of(parts), declined=tuple(attention.declined.items()))
+    return Regrouped(grid=grid_of(parts), declined=tuple(attention.declined.items()))
 
 
 def orders(grid: Sizes, tile: Sizes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,8 +275,9 @@ def orders(grid: Sizes, tile: Sizes, device: torch.device) -> tuple[torch.Tensor
     return order, order.argsort()
 
 
-def _add_order(trunk: Trunk, parts: Sequence[Part], tile: Sizes, tag: str) -> Derived:
-    grid = _grid_of(parts)
+def add_order(trunk: Trunk, parts: Sequence[Part], tile: Sizes, tag: str) -> Derived:
+    """Add the order of tiles and its inverse to the trunk's inputs."""
+    grid = grid_of(parts)
     shape = (math.prod(grid),)
     return add_of_numbers(trunk, {"order": shape, "back": shape}, (orders, (grid, tile)), torch.int64, tag)
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.graph.attention import arguments
+from hvcompile.graph.attention import Tokens, arguments, marked
 from hvcompile.graph.attention_kernels import merge, scaled_dot_product_attention_with_lse
 from hvcompile.graph.block_sparse import block_sparse_attention
 from hvcompile.graph.inline import inline
 from hvcompile.journal import Declined
 from hvcompile.ranks.split import Segment
 from hvcompile.rewriting.key_padding import LEAST_KEYS
-from hvcompile.rewriting.regrouping import SPARSE, Tokens
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.trunk import Body, Derived, Trunk
@@ -29,21 +28,9 @@ Lists = Callable[..., tuple[Any, Any]]
 """Graph code that gives the lists, of the sample's query and key, the scale, and operands of the pass's own."""
 
 
-def marked(body: Body) -> dict[str, Tokens]:
-    """The attentions of a body that may skip keys, by name, in order; and what lies along their queries and keys."""
-    return {node.name: node.meta[SPARSE] for node in body.module.graph.nodes if SPARSE in node.meta}
-
-
 def named(body: Body, names: Collection[str]) -> list[fx.Node]:
     """Nodes of a body by their names, which a copy of it keeps."""
     return [node for node in body.module.graph.nodes if node.name in names]
-
-
-def unmark(trunk: Trunk) -> None:
-    """Take the marks away."""
-    for body in trunk.bodies:
-        for node in body.module.graph.nodes:
-            node.meta.pop(SPARSE, None)
 
 
 def skip_blocks(
@@ -52,6 +39,7 @@ def skip_blocks(
     operands: Mapping[str, fx.Node],
     lists: Lists,
     *,
+    order: Mapping[str, fx.Node],
     block: int,
     reads: int,
     tag: str,
@@ -63,6 +51,7 @@ def skip_blocks(
         tokens: what lies along its queries and keys.
         operands: what ``lists`` takes beside query, key and scale, in order.
         lists: see ``Lists``.
+        order: ``order`` and ``back``, where the sample's tokens have to be put in the order of tiles here; else none.
         block: tokens a block.
         reads: pairs of a query and a key that a head of a sample computes at most.
         tag: the pass's name.
@@ -75,11 +64,13 @@ def skip_blocks(
     whole: Any = node.target
     dense = functools.partial(whole, scale=scale)
     lengths = _lengths(given["key"])
+    dtype = value(node).dtype
 
     def attend(query: Any, key: Any, value: Any, **own: Any) -> dict[str, Any]:
-        cut = {name: own.pop(name) for name in lengths}
-        queries = _split(query, tokens.queries, None)
-        keys, values = (_split(item, tokens.keys, cut.get("length")) for item in (key, value))
+        cut = {name: own.pop(name) for name in (*lengths, *order)}
+        put, back = cut.get("order"), cut.get("back")
+        queries = _split(query, tokens.queries, None, put)
+        keys, values = (_split(item, tokens.keys, cut.get("length"), put) for item in (key, value))
         (ours, our_values), others = _sides(tokens.keys, keys, values)
         results = []
         for item, part in zip(tokens.queries, queries, strict=True):
@@ -88,18 +79,11 @@ def skip_blocks(
                 continue
             indices, counts = lists(part, ours, scale, *own.values())
             out = block_sparse_attention(part, ours, our_values, indices, counts, block=block, scale=scale, reads=reads)
-            parts = [(out[0], out[1])]
-            if others:
-                text, text_values = (
-                    torch.cat(held, 2) if len(held) > 1 else held[0] for held in zip(*others, strict=True)
-                )
-                added = scaled_dot_product_attention_with_lse(part, text, text_values, scale=scale)
-                parts.append((added[0], added[1]))
-            results.append(merge(parts, dtype))
+            merged = merge([(out[0], out[1]), *_to_others(part, others, scale)], dtype)
+            results.append(merged if back is None else merged.index_select(2, back))
         return {"out": torch.cat(results, 2) if len(results) > 1 else results[0]}
 
-    dtype = value(node).dtype
-    nodes = {name: given[name] for name in names} | lengths | dict(operands)
+    nodes = {name: given[name] for name in names} | lengths | dict(order) | dict(operands)
     made = inline(node.graph, attend, nodes, before=node, tag=tag)["out"]
     assert fakes.shape_key(value(made)) == fakes.shape_key(value(node))
     made.meta = fakes.provenance(node, tag, value(made))
@@ -113,16 +97,27 @@ def _lengths(key: fx.Node) -> dict[str, fx.Node]:
     return {"length": length} if isinstance(length, fx.Node) else {}
 
 
-def _split(tensor: Any, segments: Sequence[Segment], total: Any) -> list[Any]:
-    """What lies along a tensor's tokens, part by part; ``total`` is how many there are, where that is no number."""
-    if len(segments) == 1:
-        return [tensor]
+def _split(tensor: Any, segments: Sequence[Segment], total: Any, order: Any) -> list[Any]:
+    """What lies along a tensor's tokens, part by part, the sample's in this order.
+
+    ``total`` is how many there are, where that is no number.
+    """
     parts, start = [], 0
     for item in segments:
         size = total - start if item is segments[-1] and total is not None else item.stop - item.start
-        parts.append(tensor.narrow(2, start, size))
+        part = tensor if len(segments) == 1 else tensor.narrow(2, start, size)
+        parts.append(part.index_select(2, order) if item.is_split and order is not None else part)
         start = start + size
     return parts
+
+
+def _to_others(query: Any, others: Sequence[Any], scale: float) -> list[tuple[Any, Any]]:
+    """Attention to tokens that are not the sample's, and its log-sum-exp; none where there are none."""
+    if not others:
+        return []
+    keys, values = (torch.cat(held, 2) if len(held) > 1 else held[0] for held in zip(*others, strict=True))
+    out = scaled_dot_product_attention_with_lse(query, keys, values, scale=scale)
+    return [(out[0], out[1])]
 
 
 def _sides(segments: Sequence[Segment], keys: Sequence[Any], values: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -140,7 +135,7 @@ def require_tokens(trunk: Trunk) -> None:
     least: dict[fx.Node, int] = {}
     for body in trunk.bodies:
         placeholders = list(body.module.graph.find_nodes(op="placeholder"))
-        found = marked(body)
+        found = marked(body.module.graph)
         for node in named(body, found):
             for length in _lengths(arguments(node)["key"]).values():
                 position = placeholders.index(length)
@@ -174,6 +169,7 @@ def _read_enough(
     )
 
 
-def derived_operands(trunk: Trunk, body: Body, derived: Derived) -> dict[str, fx.Node]:
-    """Pass derived inputs to every call of a body; their placeholders inside, by name, in order."""
-    return {f"own_{place}": trunk.add_operand(body, node) for place, node in enumerate(derived.placeholders)}
+def derived_operands(trunk: Trunk, body: Body, derived: Derived, names: Sequence[str] = ()) -> dict[str, fx.Node]:
+    """Pass derived inputs to every call of a body; their placeholders inside, by these names or ``own_0``, in order."""
+    names = names or [f"own_{place}" for place in range(len(derived.placeholders))]
+    return {name: trunk.add_operand(body, node) for name, node in zip(names, derived.placeholders, strict=True)}

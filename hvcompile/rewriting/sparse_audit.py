@@ -26,7 +26,7 @@ def measure(trunk: Trunk, context: Context) -> tuple[dict[str, Any], ...]:
     Returns:
         A row a block, attention and head: the share of the softmax's mass on the video's own tokens that was read, the
         least of that over queries, the norm of the difference to dense attention over its norm, and the share of the
-        blocks that was read; means over samples and queries.
+        blocks that was read; means over samples and queries. On ranks that share out the heads, those of this rank.
 
     """
     rows: list[dict[str, Any]] = []
@@ -35,8 +35,11 @@ def measure(trunk: Trunk, context: Context) -> tuple[dict[str, Any], ...]:
         query, key, value, indices, counts, _, scale, _ = operands
         dense, all_sums = scaled_dot_product_attention_with_lse(query, key, value, scale=scale)
         mass = (result[1] - all_sums).exp()
-        density = (counts.double() / indices.shape[-1]).mean((0, 2)).expand(query.shape[1])
-        for head in range(query.shape[1]):
+        split = trunk.sharding.split if trunk.sharding is not None else None
+        heads = query.shape[1]  # of this rank
+        before = 0 if split is None else split.rank % split.ulysses * heads
+        density = (counts.double() / indices.shape[-1]).mean((0, 2)).expand(heads)
+        for head in range(heads):
             exact = dense[:, head].double()
             error = (result[0][:, head].double() - exact).norm() / exact.norm()
             figures = {
@@ -46,7 +49,7 @@ def measure(trunk: Trunk, context: Context) -> tuple[dict[str, Any], ...]:
                 "blocks": density[head],
             }
             read = {name: round(float(figure), 6) for name, figure in figures.items()}
-            rows.append({"block": block.path, "attention": node.name, "head": head, **read})
+            rows.append({"block": block.path, "attention": node.name, "head": before + head, **read})
 
     declined = record(trunk, context, lambda node: node.target is block_sparse_attention, tell)
     if declined is not None:

@@ -16,9 +16,13 @@ from typing import Any
 
 from torch import fx
 
-from hvcompile.graph.nodes import argument, descendants, is_tensor, op_name
+from hvcompile.graph.nodes import ancestors, argument, descendants, is_tensor, op_name
+from hvcompile.graph.tiles import Part
 from hvcompile.journal import Declined
-from hvcompile.torch_private.fakes import size_hint, value
+from hvcompile.torch_private.fakes import shape_key, size_hint, value
+from hvcompile.trunk.operands import is_activation
+from hvcompile.trunk.roles import classify
+from hvcompile.trunk.trunk import Trunk
 
 # What neither moves tokens nor mixes them, if its result has their dimensions.
 _KEEPING = {
@@ -32,14 +36,6 @@ _SPATIAL = {"conv2d": (2, 3), "conv3d": (2, 3, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A stretch of a stream's tokens: so many; on a grid of frames, height and width where they are the sample's."""
-
-    size: int
-    grid: tuple[int, int, int] | None
-
-
-@dataclasses.dataclass(frozen=True)
 class _Axis:
     """A factor of the tokens: a dimension, or a size alone where the dimension holds something else beside it."""
 
@@ -50,6 +46,29 @@ class _Axis:
 class _UnknownGrid(Exception):  # noqa: N818  (a verdict, caught in this file)
     def __init__(self, node: fx.Node, why: str) -> None:
         super().__init__(f"the tokens' grid can't be found from the graph: {op_name(node)} ({node.name}) {why}")
+
+
+def sample_tokens(trunk: Trunk, stream: fx.Node, dim: int) -> list[Part] | Declined:
+    """What lies along a dimension of a stream of the blocks; see ``find_grid``."""
+    sample = classify(trunk).sample
+    if sample is None:
+        return Declined("no input has the rank of the output, so the sample's tokens can't be told from others")
+    parts = find_grid(stream, dim, sample)
+    twin = _twin(sample, stream) if not isinstance(parts, Declined) and len(parts) > 1 else None
+    if twin is not None:
+        return Declined(f"{sample.name} and {twin.name} are alike: which is the sample is not known")
+    return parts
+
+
+def _twin(sample: fx.Node, stream: fx.Node) -> fx.Node | None:
+    """Another input of the sample's shape, from which the stream's tokens follow too."""
+    before = ancestors([stream])
+    for node in sample.graph.find_nodes(op="placeholder"):
+        is_input = node is not sample and node in before and is_tensor(node) and is_activation(node)
+        if is_input and shape_key(value(node)) == shape_key(value(sample)):
+            twin: fx.Node = node
+            return twin
+    return None
 
 
 def find_grid(stream: fx.Node, dim: int, sample: fx.Node) -> list[Part] | Declined:
@@ -157,6 +176,7 @@ def _step(node: fx.Node, axes: list[_Axis], ours: set[fx.Node]) -> tuple[fx.Node
         order = _order(node)
         return _first(node), [axis if axis.dim is None else _Axis(axis.size, order[axis.dim]) for axis in axes]
     is_kept = name in _KEEPING or (name in _BY_LAST and value(node).ndim - 1 not in dims)
+    is_kept = is_kept or (name == "narrow" and _number(node, 1, "dim") % value(node).ndim not in dims)
     if not is_kept or node.op == "placeholder":
         raise _UnknownGrid(node, "may move or mix tokens, or makes them")
     if name == "getitem" and is_tensor(_first(node)) and _looks_up(node):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import fx
 
+from hvcompile.journal import Declined
+
 if TYPE_CHECKING:
+    from hvcompile.graph.tiles import Part
     from hvcompile.ranks.split import Layout, Split
 
 
@@ -22,10 +25,18 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How the sequence is split over ranks, and the layout of the top-level nodes that hold one rank's part of it."""
+    """How the sequence is split over ranks.
+
+    Attributes:
+        split: of the sequence.
+        streams: the layout of the top-level nodes that hold one rank's part of it.
+        tokens: what lies along it, as ``sample_tokens`` found before it was split; or why that is not known.
+
+    """
 
     split: Split
     streams: Mapping[fx.Node, Layout]
+    tokens: Sequence[Part] | Declined
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvcompile.graph.attention import arguments, is_attention
+from hvcompile.graph.attention import TOKENS, Tokens, arguments, is_attention
+from hvcompile.graph.nodes import descendants
 from hvcompile.journal import Declined
 from hvcompile.ranks.split import Layout, Split
 from hvcompile.rewriting.sharding.exchange import Heads, Mask, Ring, refusal
@@ -88,6 +89,9 @@ class SequenceAttention:
             replaced[mask] = resharder.make(torch.narrow, cut, node)
         attention = resharder.copy(node, replaced)
         resharder.run(attention, node)
+        query, key = heads.layouts["query"], heads.layouts["key"]
+        if query is not None and key is not None and _is_of_streams(resharder, operands):
+            attention.meta[TOKENS] = Tokens(queries=query.segments, keys=key.segments)
         resharder.env[node] = resharder.inline(heads.to_sequence, {"attended": attention}, node)["attended"]
 
     def _ring(
@@ -129,6 +133,11 @@ class SequenceAttention:
             replaced[mask] = resharder.part_of(mask, layout.at(value(mask).ndim - 2))
         resharder.env[node] = resharder.copy(node, replaced)
         return layout
+
+
+def _is_of_streams(resharder: Resharder, operands: Mapping[str, fx.Node]) -> bool:
+    """Whether an attention is one of the blocks' streams: something else, as long, may have a row for each token."""
+    return {operands["query"], operands["key"]} <= descendants(resharder.streams)
 
 
 class BatchAttention:

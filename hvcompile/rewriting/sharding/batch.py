@@ -6,7 +6,7 @@ import dataclasses
 
 import torch.distributed as dist
 
-from hvcompile.journal import PassReport
+from hvcompile.journal import Declined, PassReport
 from hvcompile.ranks.split import Layout, Segment, Split
 from hvcompile.rewriting.sharding.attention import BatchAttention
 from hvcompile.rewriting.sharding.resharder import CannotShard
@@ -48,7 +48,8 @@ def split_batch(trunk: Trunk, group: dist.ProcessGroup, tag: str) -> PassReport:
     rewrite.rewrite_body(first, {stream: entry})
     around = Around(rewrite, stream, entry)
     around.copy()
-    report = rewrite.commit(around, f"{batch} samples, half of them to each of 2 rows of ranks")
+    tokens = Declined("samples are split over the ranks, and the sequence is not")
+    report = rewrite.commit(around, tokens, f"{batch} samples, half of them to each of 2 rows of ranks")
     assert trunk.sharding is not None
     # Each half decides by itself whether it reuses a step.
     trunk.sharding = dataclasses.replace(trunk.sharding, streams={})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,8 @@ from torch import fx
 
 from hvcompile.graph.attention import arguments, is_attention
 from hvcompile.graph.nodes import ancestors, contexts, descendants
-from hvcompile.journal import PassReport
+from hvcompile.graph.tiles import Part
+from hvcompile.journal import Declined, PassReport
 from hvcompile.ranks import collectives
 from hvcompile.ranks.split import Layout, Segment, Split
 from hvcompile.rewriting.sharding.attention import SequenceAttention
@@ -19,6 +20,7 @@ from hvcompile.rewriting.sharding.resharder import CannotShard, Resharder, Rule,
 from hvcompile.rewriting.sharding.rules import RULES
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
+from hvcompile.trunk.grid import sample_tokens
 from hvcompile.trunk.operands import contiguous_like, is_activation
 from hvcompile.trunk.roles import classify
 from hvcompile.trunk.together import Sharding
@@ -132,10 +134,10 @@ class Rewrite:
         resharder.end.meta = dict(body.module.graph.output_node().meta)
         return [resharder.layout(node) for node in outputs]
 
-    def commit(self, around: Around, summary: str) -> PassReport:
+    def commit(self, around: Around, tokens: Sequence[Part] | Declined, summary: str) -> PassReport:
         """Put all that was built in place of what it was built from: one rank's part in place of the whole."""
         self.replace(around)
-        self.trunk.sharding = Sharding(split=self.split, streams=around.streams)
+        self.trunk.sharding = Sharding(split=self.split, streams=around.streams, tokens=tokens)
         return PassReport(matched=(f"{summary}; gathered after the blocks: {', '.join(around.gathered)}",))
 
     def replace(self, around: Around) -> None:
@@ -290,7 +292,8 @@ def split_sequence(trunk: Trunk, group: dist.ProcessGroup, ring: int, tag: str) 
                 raise CannotShard(f"no attention of {first.path} runs along dimension {dim} of its stream")
             around = Around(rewrite, stream, entry)
             around.copy()
-            return rewrite.commit(around, _summary(split, rewrite.attention.count))
+            tokens = sample_tokens(trunk, first.operands[stream], dim)
+            return rewrite.commit(around, tokens, _summary(split, rewrite.attention.count))
         except CannotShard as verdict:
             failures.append((rewrite.num_nodes, verdict))
     # The dimension that got furthest is the sequence; why it failed is the reason.
