@@ -8,16 +8,19 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from hvcompile.errors import OptionError
 from hvcompile.graph import block_lists, tiles
 from hvcompile.graph.attention import marked, unmark
+from hvcompile.graph.inline import inline
 from hvcompile.graph.tiles import Sizes
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
 from hvcompile.rewriting import regrouping, sparse, sparse_audit
 from hvcompile.rewriting.float8_device import device_of
 from hvcompile.rewriting.regrouping import Regrouped, add_of_numbers
+from hvcompile.rewriting.step_number import add_step_number, why_not_counted
 from hvcompile.rewriting.tiles_on_ranks import order_on_ranks
 from hvcompile.trunk.trunk import Derived, Trunk
 
@@ -57,6 +60,7 @@ class SparseAttention(Pass):
         audit: whether what each layer and head leaves out, on the inputs of the call that is compiled, is put into the
             journal. This runs one step uncompiled, with dense attention beside the sparse.
         keep_blocks: how many blocks at either end keep reading everything, 0 or more.
+        dense_steps: how many steps at the start of a generation read everything, 0 or more.
 
     Source: sliding tile attention (arXiv:2502.04507), radial attention (arXiv:2506.19852), Sparse VideoGen
     (arXiv:2502.01776); the mean of a block for its tokens as in MInference (arXiv:2407.02490).
@@ -113,6 +117,7 @@ class SparseAttention(Pass):
     rows: int = 64
     audit: bool = False
     keep_blocks: int = 0
+    dense_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,14 +145,20 @@ class SparseAttention(Pass):
             raise OptionError(f"sparse_attention.floor is {self.floor}; allowed is a number from 0 to 1")
         if self.rows < 1:
             raise OptionError(f"sparse_attention.rows is {self.rows}; allowed is a whole number, 1 or more")
-        if self.keep_blocks < 0:
-            raise OptionError(f"sparse_attention.keep_blocks is {self.keep_blocks}; allowed is 0 or more")
+        for name in ("keep_blocks", "dense_steps"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"sparse_attention.{name} is {getattr(self, name)}; allowed is 0 or more")
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Regroup the tokens and rewrite the attention of every body; see the class."""
         declined = self._check(trunk)
         if declined is not None:
             return declined.report(declined.what or trunk.lists)
+        declined = why_not_counted(trunk) if self.dense_steps else None
+        if declined is not None:
+            return Declined(f"sparse_attention.dense_steps is {self.dense_steps}: {declined.reason}").report(
+                trunk.lists
+            )
         inputs = trunk.inputs
         done = self._regroup(trunk)
         if isinstance(done, Declined):
@@ -183,15 +194,18 @@ class SparseAttention(Pass):
     def _rewrite(self, trunk: Trunk, done: Regrouped, context: Context) -> PassReport:
         plan = self._plan(trunk, done.grid)
         sparse.require_tokens(trunk)
+        early = self._add_early(trunk) if self.dense_steps else None
         tokens = math.prod(done.grid)
         share = f"{plan.reads / tokens**2:.1%} of the video's pairs of tokens are computed"
         matched = (
             regrouping.describe(done.grid, self._sizes(self.tile)),
-            *self._rewrite_bodies(trunk, plan, done.inside),
+            *self._rewrite_bodies(trunk, plan, done.inside, early),
             f"rule {self.rule!r}: " + (f"at most {share}; how many is known at run time" if plan.is_bound else share),
         )
         table = sparse_audit.measure(trunk, context) if self.audit else ()
         noted = (sparse_audit.summary(table),) if table else ()
+        if self.dense_steps:
+            noted = (f"the first {self.dense_steps} steps of a generation read everything", *noted)
         return PassReport(matched=matched, declined=(*done.declined, *self._kept(trunk)), noted=noted, table=table)
 
     def _plan(self, trunk: Trunk, grid: Sizes) -> _Plan:
@@ -227,7 +241,20 @@ class SparseAttention(Pass):
         reason = f"sparse_attention.keep_blocks is {self.keep_blocks}"
         return tuple((block.path, reason) for place, block in enumerate(trunk.blocks) if self._is_kept(trunk, place))
 
-    def _rewrite_bodies(self, trunk: Trunk, plan: _Plan, inside: Derived | None) -> list[str]:
+    def _add_early(self, trunk: Trunk) -> fx.Node:
+        """Add whether a step is one of those that read everything, a bool scalar, before the first block."""
+        tag = type(self).__name__
+        number = add_step_number(trunk, tag)
+        made: fx.Node = inline(
+            trunk.graph,
+            lambda number: {"early": number < self.dense_steps},
+            {"number": number},
+            before=trunk.blocks[0].call,
+            tag=tag,
+        )["early"]
+        return made
+
+    def _rewrite_bodies(self, trunk: Trunk, plan: _Plan, inside: Derived | None, early: fx.Node | None) -> list[str]:
         tag, said = type(self).__name__, []
         chosen = [item for place, item in enumerate(trunk.blocks) if not self._is_kept(trunk, place)]
         for body in trunk.bodies:
@@ -237,6 +264,7 @@ class SparseAttention(Pass):
                 continue
             own = trunk.split_body(body, blocks, "sparse_attention", tag)
             operands = sparse.derived_operands(trunk, own, plan.derived)
+            is_early = {"early": trunk.add_operand(own, early)} if early is not None else {}
             order = sparse.derived_operands(trunk, own, inside, ("order", "back")) if inside is not None else {}
             said.append(f"{', '.join(tokens)} of {own.name} in {len(blocks)} blocks")
             for node in sparse.named(own, tokens):
@@ -246,6 +274,7 @@ class SparseAttention(Pass):
                     operands,
                     plan.lists,
                     order=order,
+                    early=is_early,
                     block=plan.block,
                     reads=plan.reads,
                     tag=tag,

@@ -552,6 +552,43 @@ def test_sizes_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(found, dense_under(model, inputs, mask, "video|text", monkeypatch)) < 1e-5
 
 
+@torch.no_grad()
+def test_first_steps_that_read_everything() -> None:
+    """Two generations of two prompts by turns, the cache around: each prompt's first two steps are dense."""
+    grid, fields = (3, 4, 5), {"rule": "mass", "share": 0.3, "window": (1, 1, 1), "tile": (1, 2, 2)}
+    model, other = GridToy(blocks=3), GridToy(blocks=3)
+    exact = {"first_block_cache": {"threshold": 0.0}}
+    fast, sparse = compiled(model, fields | {"dense_steps": 2, "audit": True}, **exact), compiled(other, fields)
+    for generation, (step, timestep), prompt in itertools.product(range(2), enumerate((900.0, 800.0, 700.0)), range(2)):
+        inputs = grid_inputs(grid, seed=10 * generation + step, timestep=timestep)
+        inputs["text"] = grid_inputs(grid, seed=50 + prompt)["text"]
+        expected = model(**inputs) if step < 2 else sparse(**inputs)
+        assert relative_error(fast(**inputs), expected) < 1e-5
+        assert relative_error(sparse(**inputs), model(**inputs)) > 1e-3
+    noted = row_of(fast).report.noted
+    assert noted[0] == "the first 2 steps of a generation read everything"
+    assert "hold 100.0% of the mass" not in noted[1]  # the audit is of a later step
+    assert hvcompile.stats(fast).graphs == 1
+
+
+def test_steps_that_can_not_be_counted_are_a_reason() -> None:
+    reason = "sparse_attention.dense_steps is 2: .*"
+    trunk = recovered(
+        _WithoutTime(), **{key: held for key, held in grid_inputs((3, 2, 4)).items() if key != "timestep"}
+    )
+    row = applied(trunk, rule="window", tile=(2, 2, 2), dense_steps=2)
+    assert not row.report.applied
+    assert reason[:-2] in row.report.declined[0][1]
+    assert "no input is a timestep" in row.report.declined[0][1]
+
+
+class _WithoutTime(GridToy):
+    """The same at a fixed timestep."""
+
+    def forward(self, sample: torch.Tensor, text: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(sample, torch.full((1,), 9.0), text)
+
+
 def test_operations_are_counted() -> None:
     """Of the video's part by the pairs that are computed, of the text's part and queries by all of theirs."""
     grid, tile, heads, size = (4, 4, 4), (2, 2, 2), 2, 16

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import hvcompile
 
 ALL = {"rule": "window", "window": (99, 99, 99)}
+DENSE_FIRST = {"rule": "window", "window": (1, 3, 1), "dense_steps": 1}
 WINDOW = {"rule": "window", "window": (1, 3, 1)}
 RULES: list[dict[str, Any]] = [
     WINDOW,
@@ -25,7 +26,7 @@ RULES: list[dict[str, Any]] = [
     {"rule": "mass", "share": 0.5, "window": (1, 1, 1), "keep_blocks": 1},
     {"rule": "profile", "window": (1, 1, 1)},
 ]
-TOY = ("video|text", "text|video")
+TOY = ("video|text", "text|video", "video")
 
 
 def model_and_inputs(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
@@ -61,7 +62,7 @@ def on_ranks(cases_of: list[tuple[str, dict[str, Any]]], batch: int, cfg: bool) 
 @pytest.mark.parametrize(
     ("size", "cases_of", "cfg"),
     [
-        (2, [*(("video|text", rule) for rule in (ALL, *RULES)), ("text|video", WINDOW)], False),
+        (2, [*(("video|text", rule) for rule in (ALL, *RULES)), ("text|video", WINDOW), ("video", DENSE_FIRST)], False),
         (4, [("hunyuan_video", WINDOW)], False),
         pytest.param(4, [("hunyuan_video", rule) for rule in (ALL, *RULES)], False, marks=SLOW),
         pytest.param(4, [("video|text", rule) for rule in (ALL, *RULES)], True, marks=SLOW),
@@ -73,7 +74,7 @@ def test_as_on_one_rank(size: int, cases_of: list[tuple[str, dict[str, Any]]], c
     for found in ranks.results(ranks.launch(on_ranks, size, cases_of, 2, cfg)):
         for (_, rule), (difference, from_dense) in zip(cases_of, found, strict=True):
             assert difference < 1e-5
-            assert (from_dense < 1e-5) == (rule == ALL)
+            assert (from_dense < 1e-5) == (rule in (ALL, DENSE_FIRST))
 
 
 def test_a_ring_is_a_reason() -> None:

@@ -84,6 +84,9 @@ def attend_in_blocks(
     """
     del reads
     (batch, heads, num_queries, _), num_keys = query.shape, key.shape[2]
+    if bool((counts == indices.shape[-1]).all()):
+        whole = scaled_dot_product_attention_with_lse(query, key, value, scale=scale)
+        return whole[0].contiguous(), whole[1].contiguous()
     queries, keys, values = (_blocks(item, block) for item in (query, key, value))
     num_blocks, short = queries.shape[1], num_keys % block
     out = query.new_zeros(batch * heads * num_blocks, block, value.shape[3])

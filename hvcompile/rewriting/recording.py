@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,13 @@ class _Outlined(fx.Interpreter):
 
 
 @torch.no_grad()
-def record(trunk: Trunk, context: Context, is_wanted: Callable[[fx.Node], bool], tell: Tell) -> Declined | None:
+def record(
+    trunk: Trunk,
+    context: Context,
+    is_wanted: Callable[[fx.Node], bool],
+    tell: Tell,
+    states: Mapping[str, int] | None = None,
+) -> Declined | None:
     """Run the graph as it is on the inputs of the call that is compiled.
 
     Args:
@@ -64,6 +70,7 @@ def record(trunk: Trunk, context: Context, is_wanted: Callable[[fx.Node], bool],
         context: of the pass that asks.
         is_wanted: which nodes of the bodies are told of.
         tell: hears of them.
+        states: what some of the trunk's states are filled with, by name; the others with 0.
 
     Returns:
         Why nothing was run; None where it was.
@@ -71,16 +78,19 @@ def record(trunk: Trunk, context: Context, is_wanted: Callable[[fx.Node], bool],
     """
     if not context.given or any(isinstance(item, HollowParameter) for item in context.given.values()):
         return Declined("that takes the first graph that is compiled for a model, and all of its weights on the device")
-    inputs = _inputs(trunk, context)
+    inputs = _inputs(trunk, context, states or {})
     if isinstance(inputs, Declined):
         return inputs
     _Outlined(trunk, is_wanted, tell).run(*inputs)
     return None
 
 
-def _inputs(trunk: Trunk, context: Context) -> list[Any] | Declined:
+def _inputs(trunk: Trunk, context: Context, states: Mapping[str, int]) -> list[Any] | Declined:
     """What the graph takes in the call that is compiled, derived inputs included; or why it does not compute that."""
     values = {node: size_hint(item) if isinstance(item, torch.SymInt) else item for node, item in context.given.items()}
+    for state in trunk.states:
+        shape = [size_hint(size) for size in state.shape]
+        values[state.placeholder] = torch.full(shape, states.get(state.name, 0), dtype=state.dtype, device=state.device)
     for item in trunk.derived:
         results = item.module(*(values[node] for node in item.sources))
         derived = results if item.read is None else item.read(results)

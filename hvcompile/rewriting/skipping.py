@@ -83,7 +83,7 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
         return Declined("what leaves the blocks has a length that depends on data, so no state can be made for it")
 
     roles = classify(trunk)
-    unclear = _why_unclear(trunk, roles)
+    unclear = why_unclear(trunk, roles)
     if unclear is not None:
         return unclear
     assert roles.sample is not None
@@ -116,7 +116,7 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
     )
 
 
-def _why_unclear(trunk: Trunk, roles: InputRoles) -> Declined | None:
+def why_unclear(trunk: Trunk, roles: InputRoles) -> Declined | None:
     """Why one generation can't be told from the next by the inputs; None where it can."""
     if not roles.weights:
         return Declined("the graph takes no parameters as inputs, so its state can't be tied to a model")

@@ -40,6 +40,7 @@ def skip_blocks(
     lists: Lists,
     *,
     order: Mapping[str, fx.Node],
+    early: Mapping[str, fx.Node],
     block: int,
     reads: int,
     tag: str,
@@ -52,6 +53,7 @@ def skip_blocks(
         operands: what ``lists`` takes beside query, key and scale, in order.
         lists: see ``Lists``.
         order: ``order`` and ``back``, where the sample's tokens have to be put in the order of tiles here; else none.
+        early: ``early``, a bool scalar of steps that read everything, where there are such; else none.
         block: tokens a block.
         reads: pairs of a query and a key that a head of a sample computes at most.
         tag: the pass's name.
@@ -67,7 +69,7 @@ def skip_blocks(
     dtype = value(node).dtype
 
     def attend(query: Any, key: Any, value: Any, **own: Any) -> dict[str, Any]:
-        cut = {name: own.pop(name) for name in (*lengths, *order)}
+        cut = {name: own.pop(name) for name in (*lengths, *order, *early)}
         put, back = cut.get("order"), cut.get("back")
         queries = _split(query, tokens.queries, None, put)
         keys, values = (_split(item, tokens.keys, cut.get("length"), put) for item in (key, value))
@@ -78,12 +80,14 @@ def skip_blocks(
                 results.append(dense(part, key, value))
                 continue
             indices, counts = lists(part, ours, scale, *own.values())
+            if early:
+                indices, counts = _all_where(cut["early"], indices, counts)
             out = block_sparse_attention(part, ours, our_values, indices, counts, block=block, scale=scale, reads=reads)
             merged = merge([(out[0], out[1]), *_to_others(part, others, scale)], dtype)
             results.append(merged if back is None else merged.index_select(2, back))
         return {"out": torch.cat(results, 2) if len(results) > 1 else results[0]}
 
-    nodes = {name: given[name] for name in names} | lengths | dict(order) | dict(operands)
+    nodes = {name: given[name] for name in names} | lengths | dict(order) | dict(early) | dict(operands)
     made = inline(node.graph, attend, nodes, before=node, tag=tag)["out"]
     assert fakes.shape_key(value(made)) == fakes.shape_key(value(node))
     made.meta = fakes.provenance(node, tag, value(made))
@@ -109,6 +113,13 @@ def _split(tensor: Any, segments: Sequence[Segment], total: Any, order: Any) -> 
         parts.append(part.index_select(2, order) if item.is_split and order is not None else part)
         start = start + size
     return parts
+
+
+def _all_where(early: Any, indices: Any, counts: Any) -> tuple[Any, Any]:
+    """The lists of all blocks in an early step, else these."""
+    size = indices.shape[-1]
+    places = torch.arange(size, dtype=indices.dtype, device=indices.device).expand(indices.shape)
+    return torch.where(early, places, indices), torch.where(early, torch.full_like(counts, size), counts)
 
 
 def _to_others(query: Any, others: Sequence[Any], scale: float) -> list[tuple[Any, Any]]:

@@ -13,6 +13,7 @@ from hvcompile.graph.attention_kernels import scaled_dot_product_attention_with_
 from hvcompile.graph.block_sparse import block_sparse_attention
 from hvcompile.pipeline import Context
 from hvcompile.rewriting.recording import record
+from hvcompile.rewriting.step_number import STEPS
 from hvcompile.trunk.trunk import BlockCall, Trunk
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ def measure(trunk: Trunk, context: Context) -> tuple[dict[str, Any], ...]:
             read = {name: round(float(figure), 6) for name, figure in figures.items()}
             rows.append({"block": block.path, "attention": node.name, "head": before + head, **read})
 
-    declined = record(trunk, context, lambda node: node.target is block_sparse_attention, tell)
+    # As in a step after those that read everything.
+    states = {STEPS: 2**31}
+    declined = record(trunk, context, lambda node: node.target is block_sparse_attention, tell, states)
     if declined is not None:
         log.warning("sparse_attention.audit measures nothing here: %s", declined.reason)
     return tuple(rows)

@@ -219,13 +219,9 @@ class Trunk:
         return self.graph.output_node()
 
     def add_earlier(self, device: torch.device) -> Earlier:
-        """Add what earlier graphs tell, ``Earlier.clock``, ``mark`` and ``content``, as placeholders after all others.
-
-        State stands after these, so there may be none yet.
-        """
+        """Add what earlier graphs tell, ``Earlier.clock``, ``mark`` and ``content``, as placeholders before state."""
         earlier = self.earlier
         assert earlier is not None
-        assert not self.states
         earlier.clock = self._add_placeholder("earlier_clock", (earlier.num_clocks,), torch.float64, device)
         earlier.mark = self._add_placeholder("earlier_sample", (1,), torch.int64, device)
         earlier.content = self._add_placeholder("earlier_content", (1,), torch.int64, device)
@@ -235,19 +231,17 @@ class Trunk:
         self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
     ) -> State:
         """Add a state tensor as a placeholder after all others; set ``next_value`` when its node exists."""
-        placeholder = self._add_placeholder(f"state_{name}", shape, dtype, device)
+        placeholder = self._add_placeholder(f"state_{name}", shape, dtype, device, is_last=True)
         state = State(name=name, placeholder=placeholder, shape=tuple(shape), dtype=dtype, device=device)
         self.states.append(state)
         return state
 
     def add_weights_content(self, device: torch.device) -> fx.Node:
-        """Add a number that differs where the weights' content does, as a placeholder after all others.
+        """Add a number that differs where the weights' content does, as a placeholder before state.
 
-        The runtime makes it in every call, an int64 scalar, of some elements of each weight that the graph takes. State
-        stands after it, so there may be none yet.
+        The runtime makes it in every call, an int64 scalar, of some elements of each weight that the graph takes.
         """
         assert self.weights_content is None
-        assert not self.states
         self.weights_content = self._add_placeholder("weights_content", (), torch.int64, device)
         return self.weights_content
 
@@ -376,9 +370,16 @@ class Trunk:
         return stored
 
     def _add_placeholder(
-        self, name: str, shape: Iterable[int | torch.SymInt], dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        shape: Iterable[int | torch.SymInt],
+        dtype: torch.dtype,
+        device: torch.device,
+        is_last: bool = False,
     ) -> fx.Node:
-        placeholders = list(self.graph.find_nodes(op="placeholder"))
+        """Add a placeholder after all others, or before those of state."""
+        states = set() if is_last else {state.placeholder for state in self.states}
+        placeholders = [node for node in self.graph.find_nodes(op="placeholder") if node not in states]
         with self.graph.inserting_after(placeholders[-1]):
             placeholder = self.graph.placeholder(name)
         if (mode := fakes.fake_mode(self.graph)) is None:
