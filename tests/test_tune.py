@@ -32,7 +32,7 @@ from hvcompile.options import parse
 from hvcompile.passes import PASSES
 
 SCHEDULES = {number: tuple(range(number)) for number in range(1, 31)}
-LADDERS = [*candidates.LADDERS, candidates.ladder_of(SCHEDULES)]
+LADDERS = [*candidates.LADDERS, *(candidates.ladder_of(SCHEDULES, front) for front in candidates.FRONT_BLOCKS)]
 
 
 def searched(goal: Goal) -> dict[Candidate, Row]:
@@ -118,13 +118,13 @@ def test_a_row_sums_up_its_clips() -> None:
 def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", {"model": "a", "prompts": ["x"]}, 2)
     candidate, clip = Candidate(threshold=0.1, forecast=1), np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
-    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0, 2.0], {2: (0, 3)}
+    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0, 2.0], {1: {2: (0, 3)}, 0: {}}
     for place in range(2):
         store.write_reference(place, clip)
     store.keep()
     again = Store(tmp_path / "store", {"prompts": ["x"], "model": "a"}, 2)
     assert again.rows[candidate].clips == row_of().clips
-    assert again.schedules == {2: (0, 3)}
+    assert again.schedules == {1: {2: (0, 3)}, 0: {}}
     assert again.has_references()
     second = tmp_path / "store" / "reference" / "1.npy"
     for damaged in (b"", second.read_bytes()[:200]):
@@ -190,7 +190,8 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     assert world[0] == "inductor"
     assert world[1] == "repeat at 0", "by which schedules are found"
     assert len(world) == len(set(world)) == len(outcome.rows) + 2
-    assert any(candidate.computed_steps for candidate in outcome.rows)
+    fronts = {candidate.front_blocks for candidate in outcome.rows if candidate.computed_steps}
+    assert fronts == set(candidates.FRONT_BLOCKS)
     assert outcome.chosen is not None
     options = hvcompile.load_options(tmp_path / "tuned.json")
     assert options == {"first_block_cache": {"warmup_steps": 1, **outcome.chosen.section()}}

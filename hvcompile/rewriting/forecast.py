@@ -98,6 +98,29 @@ def along_first_block(products: Products, flags: Sequence[Any]) -> list[Any]:
     return [torch.where(is_within, both[0], alone), torch.where(is_within, both[1], nothing)]
 
 
+def along_clock(clock: Any, computed_clocks: Any, enough: Any) -> Any:
+    """The coefficient by which a residual goes on as straight in the timestep as between the last two computed steps.
+
+    Args:
+        clock: this step's timesteps, float64 ``[K]``; those that stand count for nothing.
+        computed_clocks: those of the last computed step and of the one before it, float64 ``[2, K]``.
+        enough: whether this generation has computed two steps, a bool scalar.
+
+    Returns:
+        A float32 scalar, at most ``MOST_AHEAD``; 0 where there is no line to go on along.
+
+    Source: first-order TaylorSeer (arXiv:2503.06923), which counts in steps; in the timestep its line is right where
+    steps get longer.
+
+    """
+    last, before = computed_clocks[0], computed_clocks[1]
+    step = last - before
+    square = (step * step).sum()
+    ahead = ((clock - last) * step).sum() / square
+    is_usable = enough & (square > 0) & ahead.isfinite()
+    return torch.where(is_usable, ahead.clamp(-MOST_AHEAD, MOST_AHEAD), torch.zeros_like(ahead)).to(torch.float32)
+
+
 def error(products: Products, coefficients: Sequence[Any]) -> Any:
     """How far block 1's forecast is from its residual, relative to that; both as Euclidean norms, a float32 scalar.
 

@@ -43,7 +43,8 @@ class Store:
         self._num_clips = num_clips
         self.rows: dict[Candidate, Row] = {}
         self.reference_seconds: list[float] = []
-        self.schedules: dict[int, tuple[int, ...]] | None = None  # by their number of steps; None where not yet sought
+        # By front blocks, then by the number of steps; None where not yet sought.
+        self.schedules: dict[int, dict[int, tuple[int, ...]]] | None = None
         if self.results.exists():
             self._read()
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -63,7 +64,10 @@ class Store:
                 raise ValueError("a time is no number of seconds")
             schedules = None
             if content["schedules"] is not None:
-                schedules = {len(steps): tuple(map(int, steps)) for steps in content["schedules"]}
+                schedules = {
+                    int(front_blocks): {len(steps): tuple(map(int, steps)) for steps in found}
+                    for front_blocks, found in content["schedules"].items()
+                }
             rows = dict(self._row(record) for record in content["settings"])
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             raise InputError(
@@ -96,10 +100,13 @@ class Store:
             {"first_block_cache": candidate.section(), "clips": [clip.record() for clip in row.clips]}
             for candidate, row in self.rows.items()
         ]
+        schedules: dict[str, Any] | None = None
+        if self.schedules is not None:
+            schedules = {str(front_blocks): list(found.values()) for front_blocks, found in self.schedules.items()}
         return {
             "conditions": self._conditions,
             "reference_seconds": self.reference_seconds,
-            "schedules": None if self.schedules is None else list(self.schedules.values()),
+            "schedules": schedules,
             "settings": settings,
         }
 

@@ -17,7 +17,16 @@ from hvcompile.app.records import circumstances, plain
 from hvcompile.app.reference import Reference
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
-from hvcompile.app.tuning.candidates import LADDERS, Candidate, Goal, Ladders, ladder_of, missing, most_missing
+from hvcompile.app.tuning.candidates import (
+    FRONT_BLOCKS,
+    LADDERS,
+    Candidate,
+    Goal,
+    Ladders,
+    ladder_of,
+    missing,
+    most_missing,
+)
 from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
 from hvcompile.app.tuning.schedule import COMPUTED, Recorder, Trajectory, schedules, why_none
 from hvcompile.app.tuning.store import Store, rounded
@@ -144,7 +153,7 @@ class _Tuning:
     def _ladders(self) -> Ladders:
         """The candidates of every rule."""
         assert self._store is not None
-        return [*LADDERS, ladder_of(self._store.schedules or {})]
+        return [*LADDERS, *(ladder_of(found, front) for front, found in (self._store.schedules or {}).items())]
 
     def _agreed(self, item: Any) -> Any:
         """The first rank's item, on all of them."""
@@ -165,9 +174,9 @@ class _Tuning:
         if len(set(map(len, parts))) == 1:  # of all ranks the same generations
             read = [list(map(Trajectory.read, part)) for part in parts]
             trajectories = [first.joined(others) for first, *others in zip(*read, strict=True)]
-        self._store.schedules = schedules(trajectories)
+        self._store.schedules = {front: schedules(trajectories, front) for front in FRONT_BLOCKS}
         self._store.keep()
-        if not ladder_of(self._store.schedules):
+        if not any(map(ladder_of, self._store.schedules.values())):
             reason = f"{' and '.join(taken)} is given" if taken else why_none(trajectories)
             self._notes.append(f"no schedule was tried: {reason}")
 
