@@ -105,8 +105,8 @@ class FirstBlockCache(Pass):
             ...
             truediv_1: f32[] = truediv(mean, mean_1)
             ...
-            isfinite: bool[] = where_3.isfinite()
-            le: bool[] = le(where_3, 0.06)
+            isfinite: bool[] = where_4.isfinite()
+            le: bool[] = le(where_4, 0.06)
             or__8: bool[] = or_(le, and__11)
             and__12: bool[] = and_(isfinite, or__8)
             and__13: bool[] = and_(and__12, and__10)
@@ -258,7 +258,7 @@ class FirstBlockCache(Pass):
         steps, streak = counters[0], counters[1]
         residual = after - before
         is_new, steps, allowed, follow = self._may_reuse(
-            steps, streak, clock=clock, last_clock=last_clock, past_clocks=past_clocks, **generation
+            steps, streak, lead, clock=clock, last_clock=last_clock, past_clocks=past_clocks, **generation
         )
         forecasting = forecasting.within(is_new)
         change, (may, follows), products, enough = relative_change(
@@ -268,7 +268,7 @@ class FirstBlockCache(Pass):
         change = ahead.judged(change)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & ((difference <= self.threshold) | follows) & may
-        follow |= {**ahead.follow(reused), **lead.follow(reused), "counters": counted(steps, streak, reused)}
+        follow |= {**ahead.follow(reused), **lead.follow(reused, steps), "counters": counted(steps, streak, reused)}
         return {"reused": reused, "difference": difference, **follow}
 
     def decide_by_number(
@@ -300,7 +300,7 @@ class FirstBlockCache(Pass):
 
         """
         steps, streak = counters[0], counters[1]
-        is_new, steps, allowed, follow = self._may_reuse(steps, streak, clock=clock, **generation)
+        is_new, steps, allowed, follow = self._may_reuse(steps, streak, lead, clock=clock, **generation)
         may, _ = lead.flags(allowed & is_number)
         if num_computed is not None and computed_clocks is not None:
             num_computed = torch.where(is_new, torch.zeros_like(num_computed), num_computed)
@@ -312,13 +312,14 @@ class FirstBlockCache(Pass):
             (reused,) = on_all_ranks([may], group)
         nothing = torch.zeros_like(clock[0], dtype=torch.float32)
         difference = torch.where(is_new, torch.full_like(nothing, math.inf), nothing)
-        follow |= {**lead.follow(reused), "counters": counted(steps, streak, reused)}
+        follow |= {**lead.follow(reused, steps), "counters": counted(steps, streak, reused)}
         return {"reused": reused, "difference": difference, **follow}
 
     def _may_reuse(
         self,
         steps: torch.Tensor,
         streak: torch.Tensor,
+        lead: Lead,
         *,
         clock: torch.Tensor,
         last_clock: torch.Tensor,
@@ -327,6 +328,7 @@ class FirstBlockCache(Pass):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Whether a step is new, its number, whether it may reuse by all that is no block's, and what is kept of it."""
         is_new, steps, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
+        steps = lead.number(steps)
         allowed = is_new.logical_not() & self._is_left_out(steps, streak)
         if past_clocks is not None:
             is_known, is_near_end, kept_clocks = near_end(

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import hvcompile
 from hvcompile.app import identity, pipelines
 from hvcompile.app.cli import app
+from hvcompile.app.notes import notes
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
 from hvcompile.app.tuning import candidates, plot, tune
@@ -196,6 +197,9 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     options = hvcompile.load_options(tmp_path / "tuned.json")
     assert options == {"first_block_cache": {"warmup_steps": 1, **outcome.chosen.section()}}
     parse(PASSES, options, None)
+    assert json.loads((tmp_path / "tuned.json").read_text())["made_for"] == {
+        **{"num_steps": 4, "sampler": "FlowMatchEulerDiscreteScheduler", "model": "embedded"}
+    }
     assert len(json.loads((tmp_path / "all.json").read_text())["settings"]) == len(outcome.rows)
     assert not (tmp_path / "tuned.store" / "reference").exists()
     progress = [event for event in seen if isinstance(event, tune.Progress)]
@@ -212,6 +216,28 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     assert set(world[1:]).isdisjoint(map(str, outcome.rows))
     plot.plot(other, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_schedule_that_was_made_for_other_steps_is_told_of(
+    loaded: pipelines.Loaded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tuned.json"
+    made_for = {"num_steps": 30, "sampler": "FlowMatchEulerDiscreteScheduler", "model": "embedded"}
+    schedule = {"threshold": 1e9, "computed_steps": [0, 3]}
+    path.write_text(json.dumps({"first_block_cache": schedule, "made_for": made_for}))
+    run = run_of(np.zeros((1, 4, 4, 3)), num_steps=4)
+    words = "the schedule was made for 30 steps, and this is 4 steps: the steps in its list mean other ones here."
+    (note,) = notes(Request(prompt="a red circle", options_file=path), loaded, run, ())
+    assert note.startswith(f"{path}: {words}")
+    hvcompile.load_options(path, num_steps=30)
+    assert not caplog.records
+    assert hvcompile.load_options(path, num_steps=4) == {"first_block_cache": schedule}
+    assert words in caplog.text
+    path.write_text(json.dumps({"first_block_cache": {"threshold": 0.1}, "made_for": made_for}))
+    assert notes(Request(prompt="a red circle", options_file=path), loaded, run, ()) == (), "it holds of any number"
+    path.write_text('{"made_for": 3}')
+    with pytest.raises(InputError, match="made_for is a int; allowed is an object"):
+        hvcompile.load_options(path)
 
 
 @pytest.mark.parametrize(

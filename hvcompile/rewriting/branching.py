@@ -81,7 +81,8 @@ def add_state(
         states[name] = trunk.add_state(name, shape, dtype, main.device)
     if "marks" in given:
         states["past_marks"] = trunk.add_state("past_marks", (2,), torch.int64, main.device)
-        kinds = (clock_shape, torch.float64), ((value(given["marks"]).shape[0] + 1,), torch.int64), ((), torch.bool)
+        kinds = [(clock_shape, torch.float64), ((value(given["marks"]).shape[0] + 1,), torch.int64)]
+        kinds += [((), torch.bool), ((), torch.int64)]
         for name, (shape, dtype) in zip(RECORD, kinds, strict=True):
             states[name] = trunk.add_state(name, shape, dtype, main.device)
             states[name].is_shared = True

@@ -43,6 +43,7 @@ class Store:
         self._num_clips = num_clips
         self.rows: dict[Candidate, Row] = {}
         self.reference_seconds: list[float] = []
+        self.num_steps: int | None = None  # of a clip
         # By front blocks, then by the number of steps; None where not yet sought.
         self.schedules: dict[int, dict[int, tuple[int, ...]]] | None = None
         if self.results.exists():
@@ -68,6 +69,7 @@ class Store:
                     int(front_blocks): {len(steps): tuple(map(int, steps)) for steps in found}
                     for front_blocks, found in content["schedules"].items()
                 }
+            num_steps = None if content["num_steps"] is None else int(content["num_steps"])
             rows = dict(self._row(record) for record in content["settings"])
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             raise InputError(
@@ -84,6 +86,7 @@ class Store:
                     f"{_short(now)}: give another directory, or remove it"
                 )
         self.rows, self.reference_seconds, self.schedules = rows, reference_seconds, schedules
+        self.num_steps = num_steps
 
     def _row(self, record: Mapping[str, Any]) -> tuple[Candidate, Row]:
         """A setting and its figures from JSON; raises ValueError or TypeError where they are none."""
@@ -106,6 +109,7 @@ class Store:
         return {
             "conditions": self._conditions,
             "reference_seconds": self.reference_seconds,
+            "num_steps": self.num_steps,
             "schedules": schedules,
             "settings": settings,
         }

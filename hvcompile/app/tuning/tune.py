@@ -12,7 +12,7 @@ import torch
 from hvcompile import outputs
 from hvcompile.app import identity, metrics, pipelines, video
 from hvcompile.app.generate import BACKEND, ready
-from hvcompile.app.notes import written
+from hvcompile.app.notes import EMBEDDED, sampler_of, written
 from hvcompile.app.records import circumstances, plain
 from hvcompile.app.reference import Reference
 from hvcompile.app.request.tune import Request
@@ -31,6 +31,7 @@ from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
 from hvcompile.app.tuning.schedule import COMPUTED, Recorder, Trajectory, schedules, why_none
 from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
+from hvcompile.inputs import MADE_FOR
 from hvcompile.ranks import launch
 from hvcompile.ranks.store import Exchange
 from hvcompile.runtime.probing import probing
@@ -210,6 +211,7 @@ class _Tuning:
                 raise InputError(f"of the steps ({len(run.steps)}) none can be timed, since {told}: give more")
             seconds.append(denoising_seconds(run, run.computed_seconds))
             if self._store is not None:
+                self._store.num_steps = len(run.steps)
                 self._store.write_reference(place, run.frames)
             self._agreed(None)
         self._num_done += len(self._jobs)
@@ -253,8 +255,14 @@ class _Tuning:
         if chosen is not None:
             options = self._request.options_with(chosen.section())
         request, store = self._request, self._store
+        made_for = {
+            "num_steps": store.num_steps,
+            "sampler": sampler_of(self._loaded),
+            "model": request.model or EMBEDDED,
+        }
+        kept = {**plain(options), MADE_FOR: made_for} if options is not None else None
         problems = written(
-            (request.output if options is not None else None, lambda path: outputs.write_json(plain(options), path)),
+            (request.output if kept is not None else None, lambda path: outputs.write_json(kept or {}, path)),
             (request.json_file, lambda path: outputs.write_json(store.record(), path)),
         )
         return Outcome(
