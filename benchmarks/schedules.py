@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,8 @@ from hvcompile.rewriting import forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
+NUMBERS = (16, 12, 10, 9)
+"""Of steps computed, of 30."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 
 
@@ -200,9 +204,7 @@ def main(
     size = {} if model is None else {"num_frames": 17, "height": 32, "width": 48, "num_inference_steps": 30}
     wrapped = Wrapped(model, **size)
     found = {front: schedules(wrapped.trajectories(), front) for front in (0, 1)}
-    wanted = [
-        Setting(front_blocks=front, computed=number) for front in (0, 1) for number in computed or (21, 16, 12, 10, 9)
-    ]
+    wanted = [Setting(front_blocks=front, computed=number) for front in (0, 1) for number in computed or NUMBERS]
     kinds = [("float32", "float32"), ("bfloat16", "float32"), ("float8", "float32"), ("float8", "bfloat16")]
     wanted += [
         Setting(front_blocks=1, computed=bits_at, differences=differences, residuals=residuals)
@@ -231,7 +233,7 @@ def main(
         )
         data.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         print(named, round(saved, 3), round(statistics.fmean(psnr), 2), round(min(psnr), 2), flush=True)
-    command = f"python benchmarks/schedules.py{f' --model {model}' if model else ''}"
+    command = shlex.join(["python", "benchmarks/schedules.py", *sys.argv[1:]])
     to.with_suffix(".md").write_text(table(rows, f"Fixed schedules, {model or 'embedded tiny HunyuanVideo'}", command))
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from hvcompile.errors import OptionError
+from hvcompile.float8.linear import reason_unfit
 from hvcompile.graph.inline import inline
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
-from hvcompile.rewriting.branching import Cached, add_branches, add_state
+from hvcompile.rewriting.branching import Cached, add_branches, add_state, small_state
 from hvcompile.rewriting.following import clock_of, contents_of, is_ours, marks_of
-from hvcompile.rewriting.forecast import NO_FORECAST, SMALL_STATE, Forecasting, along_clock
+from hvcompile.rewriting.forecast import KEPT, NO_FORECAST, SMALL_STATE, Forecasting, along_clock, widened
 from hvcompile.rewriting.guidance import APART, RECORD, Lead
 from hvcompile.rewriting.reuse import counted, is_one_of, near_end, new_generation, on_all_ranks, relative_change
 from hvcompile.rewriting.skipping import SkipPlan, plan_skip
@@ -25,9 +26,11 @@ from hvcompile.trunk.trunk import Trunk
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
-ORDERS = (0, 1, 2)
-DECISIONS = ("change", "error")
-GUIDANCE = ("together", "apart")
+CHOICES: Mapping[str, tuple[object, ...]] = {
+    **{"forecast": (0, 1, 2), "decide_by": ("change", "error"), "guidance": ("together", "apart")},
+    **{"front_blocks": (0, 1), "keep": tuple(KEPT)},
+}
+SMALL_STATE_OF = ("last_steps_computed", "forecast", "front_blocks", "decide_by")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ class FirstBlockCache(Pass):
         front_blocks: how many blocks run in every step. With 1 it is looked at. With 0 a step that reuses runs no block
             at all, and nothing is compared: ``computed_steps`` and the other counts decide alone, so ``threshold`` must
             be 1e9. A forecast, at most 1, then goes straight on in the timestep.
+        keep: in which dtype the differences of a forecast are kept: "full" is that of the streams, "bfloat16" and
+            "float8" take less memory. Float8 has a scale for each tensor.
 
     The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
     projective map that is exact for evenly spaced and for shifted flow-matching schedules. Timesteps rounded to whole
@@ -144,6 +149,7 @@ class FirstBlockCache(Pass):
     decide_by: str = "change"
     guidance: str = "together"
     front_blocks: int = 1
+    keep: str = "full"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,18 +166,13 @@ class FirstBlockCache(Pass):
             if isinstance(number, bool) or not 0 <= number <= MOST:
                 allowed = f"a list of whole numbers, 0 or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.computed_steps has {number!r}; allowed is {allowed}")
-        for name, choices in (
-            ("forecast", ORDERS),
-            ("decide_by", DECISIONS),
-            ("guidance", GUIDANCE),
-            ("front_blocks", (0, 1)),
-        ):
+        for name, choices in CHOICES.items():
             choice = getattr(self, name)
             if choice not in choices:
                 raise OptionError(
                     f"first_block_cache.{name} is {choice!r}; allowed is {' or '.join(map(repr, choices))}"
                 )
-            if name == "decide_by" and choice != choices[0] and not self.forecast:
+            if name == "decide_by" and choice != "change" and not self.forecast:
                 raise OptionError(
                     f"first_block_cache.{name} is {choice!r}, which has no meaning without a forecast; set "
                     "first_block_cache.forecast to 1 or 2"
@@ -210,12 +211,16 @@ class FirstBlockCache(Pass):
             assert earlier.clock is not None
             assert earlier.mark is not None
             plan = dataclasses.replace(plan, clocks=(earlier.clock,), sample=earlier.mark)
-        _rewrite(trunk, plan, self)
+        device = value(plan.stream_in).device
+        reason = reason_unfit(device) if self.keep == "float8" and device.type == "cuda" else ""
+        options = dataclasses.replace(self, keep="bfloat16") if reason else self
+        _rewrite(trunk, plan, options)
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
         return PassReport(
             matched=(
                 f"{trunk.blocks[self.front_blocks].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}",
             ),
+            unmet=(("keep='float8'", reason),) if reason else (),
         )
 
     def decide(
@@ -356,21 +361,11 @@ def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
     given["contents"] = contents_of(trunk, device, anchor, tag)
     if options.guidance == "together":
         given["marks"] = marks_of(given["contents"], plan.sample, anchor, tag)
-    cached = add_state(trunk, plan, given, order=options.forecast, small=_small_state(options))
+    small = small_state(**{name: getattr(options, name) for name in SMALL_STATE_OF})
+    cached = add_state(trunk, plan, given, order=options.forecast, keep=options.keep, small=small)
     decided = _add_decision(trunk, plan, given, cached, options, anchor)
     ahead = [decided[f"ahead_{place}"] for place in range(1, options.forecast + 1)]
     add_branches(trunk, plan, cached, decided["reused"], ahead, anchor, tag)
-
-
-def _small_state(options: FirstBlockCache) -> dict[str, torch.dtype]:
-    """What these options need beside what every decision follows."""
-    wanted = {
-        "past_clocks": (torch.float64, options.last_steps_computed > 0),
-        "num_computed": (torch.int64, options.forecast > 0),
-        "computed_clocks": (torch.float64, options.forecast > 0 and not options.front_blocks),
-        "summed_error": (torch.float32, options.decide_by == "error"),
-    }
-    return {name: dtype for name, (dtype, is_wanted) in wanted.items() if is_wanted}
 
 
 def _add_decision(
@@ -390,6 +385,8 @@ def _add_decision(
         operands |= {"before": plan.stream_in, "after": plan.stream_out, "first": first}
         names = [f"difference_{place}" for place in range(1, len(differences) + 1)]
         operands |= dict(zip(names, differences, strict=True))
+        scales = {f"scale_{place}": state.placeholder for place, state in enumerate(cached.scales[-1], 1)}
+        operands |= scales
         if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
             operands["is_ours"] = is_ours(trunk.sharding, plan.stream_out, anchor, FirstBlockCache.__name__)
             group = trunk.sharding.split.group
@@ -407,7 +404,9 @@ def _add_decision(
         if not options.front_blocks:
             return options.decide_by_number(group=group, lead=lead, **operands)
         forecasting = Forecasting(
-            differences=[operands.pop(name) for name in names],
+            differences=[
+                widened(operands.pop(name), operands.pop(name.replace("difference", "scale"), None)) for name in names
+            ],
             **{name: operands.pop(name) for name in SMALL_STATE if name in operands},
         )
         return options.decide(group=group, lead=lead, forecasting=forecasting, **operands)

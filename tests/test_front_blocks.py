@@ -77,6 +77,12 @@ def test_computes_as_the_reference(order: int, lower: str) -> None:
     assert (hvcompile.stats(fast).graphs, hvcompile.stats(fast).recompiles) == (1, 0)
 
 
+def test_a_difference_in_float8_costs_little() -> None:
+    wanted = denoised(Reference(Toy(), STEPS, 1), CLOCKS, 3)
+    fast = compiled(Toy(), computed_steps=STEPS, forecast=1, keep="float8")
+    assert 1e-7 < relative_error(denoised(fast, CLOCKS, 3), wanted) < 1e-2
+
+
 def test_no_block_stands_before_the_branch() -> None:
     trunk = recovered(Toy(), **toy_inputs())
     report = FirstBlockCache(**FIXED, computed_steps=(0, 1), forecast=1).apply(trunk, Context())

@@ -10,7 +10,7 @@ from torch import fx
 
 from hvcompile.graph.aliasing import refresh
 from hvcompile.graph.nodes import settle
-from hvcompile.rewriting.forecast import restored
+from hvcompile.rewriting.forecast import KEPT, is_scaled, narrowed, restored
 from hvcompile.rewriting.guidance import RECORD
 from hvcompile.rewriting.skipping import SkipPlan, counterparts_of, operands_of_branches
 from hvcompile.runtime.left_state import LEAVE
@@ -26,12 +26,14 @@ class Cached:
     Attributes:
         residuals: those of each stream that leaves, then block 1's where it is computed in every step; each with the
             differences between the last computed ones, latest first.
+        scales: for each of those, the scale of each of its differences; none where they need none.
         is_number: whether all of them are finite, where block 1 doesn't tell; else None.
         small: what decisions follow.
 
     """
 
     residuals: list[list[State]]
+    scales: list[list[State]]
     is_number: State | None
     small: dict[str, State]
 
@@ -43,12 +45,18 @@ class Cached:
     @property
     def kept(self) -> list[State]:
         """What only a computed step writes."""
-        residuals = [state for residual in self.residuals for state in residual]
+        residuals = [state for states in (*self.residuals, *self.scales) for state in states]
         return residuals if self.is_number is None else [*residuals, self.is_number]
 
 
 def add_state(
-    trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], *, order: int, small: Mapping[str, torch.dtype]
+    trunk: Trunk,
+    plan: SkipPlan,
+    given: Mapping[str, fx.Node],
+    *,
+    order: int,
+    keep: str,
+    small: Mapping[str, torch.dtype],
 ) -> Cached:
     """Add what a cache keeps.
 
@@ -57,17 +65,27 @@ def add_state(
         plan: what is skipped.
         given: the nodes of "clock", "contents" and, where guidance's calls decide together, "marks".
         order: how many differences are kept with each residual.
-        small: further state, scalars or a few rows of clocks, by its name; see ``SHAPES``.
+        keep: in which dtype these are, see ``forecast.KEPT``.
+        small: further state, scalars or a few rows of clocks, by its name.
 
     """
     main, sample, clock_shape = value(plan.stream_in), value(plan.sample), value(given["clock"]).shape
 
     def kept(name: str, like: torch.Tensor) -> list[State]:
-        names = [name, *(f"{name}_difference_{place}" for place in range(1, order + 1))]
-        return [trunk.add_state(item, like.shape, like.dtype, like.device) for item in names]
+        dtypes = {name: like.dtype}
+        dtypes |= {f"{name}_difference_{place}": KEPT[keep] or like.dtype for place in range(1, order + 1)}
+        return [trunk.add_state(item, like.shape, dtype, like.device) for item, dtype in dtypes.items()]
 
     first = [kept("first_residual", value(plan.stream_out))] if plan.stream_out is not None else []
-    residuals = [kept(f"residual_{place}", value(node)) for place, node in enumerate(plan.leaving)]
+    residuals = [*(kept(f"residual_{place}", value(node)) for place, node in enumerate(plan.leaving)), *first]
+    num_scales = order if is_scaled(keep) else 0
+    scales = [
+        [
+            trunk.add_state(f"{last.name}_scale_{place}", (), torch.float32, last.device)
+            for place in range(1, num_scales + 1)
+        ]
+        for last, *_ in residuals
+    ]
     is_number = None if first else trunk.add_state("is_number", (), torch.bool, main.device)
     states = {
         "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
@@ -86,7 +104,20 @@ def add_state(
         for name, (shape, dtype) in zip(RECORD, kinds, strict=True):
             states[name] = trunk.add_state(name, shape, dtype, main.device)
             states[name].is_shared = True
-    return Cached(residuals=[*residuals, *first], is_number=is_number, small=states)
+    return Cached(residuals=residuals, scales=scales, is_number=is_number, small=states)
+
+
+def small_state(
+    *, last_steps_computed: int, forecast: int, front_blocks: int, decide_by: str
+) -> dict[str, torch.dtype]:
+    """What a cache of these options keeps beside what every decision follows; see ``passes.FirstBlockCache``."""
+    wanted = {
+        "past_clocks": (torch.float64, last_steps_computed > 0),
+        "num_computed": (torch.int64, forecast > 0),
+        "computed_clocks": (torch.float64, forecast > 0 and not front_blocks),
+        "summed_error": (torch.float32, decide_by == "error"),
+    }
+    return {name: dtype for name, (dtype, is_wanted) in wanted.items() if is_wanted}
 
 
 ROWS_OF_CLOCKS = ("past_clocks", "computed_clocks")
@@ -123,8 +154,8 @@ def add_branches(
         # Taken anew where it is kept: a step that reuses need not write it.
         changes.append(miss.call(torch.sub, miss.env[plan.stream_out], miss.env[plan.stream_in]))
     handed_on = [
-        hit.call(torch.add, hit.env[base], restored(hit, [state.placeholder for state in residual], ahead))
-        for base, residual in zip(counterparts, cached.residuals, strict=False)
+        hit.call(torch.add, hit.env[base], restored(hit, _placeholders(residual), ahead, _placeholders(scales)))
+        for base, residual, scales in zip(counterparts, cached.residuals, cached.scales, strict=False)
     ]
     left = [hit.make(LEAVE, hit.env[state.placeholder]) for state in cached.kept]
     branches = {
@@ -135,17 +166,25 @@ def add_branches(
     _take_results(trunk, plan, cached, outputs)
 
 
+def _placeholders(states: Sequence[State]) -> list[fx.Node]:
+    return [state.placeholder for state in states]
+
+
 def _kept(miss: Branch, cached: Cached, changes: Sequence[fx.Node]) -> list[fx.Node]:
     """What a computed step keeps of its changes, in the order of ``Cached.kept``."""
     kept: list[fx.Node] = []
-    for now, (last, *differences) in zip(changes, cached.residuals, strict=True):
+    kept_scales: list[fx.Node] = []
+    for now, (last, *differences), scales in zip(changes, cached.residuals, cached.scales, strict=True):
         kept.append(now)
         if differences:
             # What is no number must not outlive the step: nothing is a difference that leads nowhere.
-            kept.append(
-                miss.call(torch.nan_to_num, miss.call(torch.sub, now, miss.env[last.placeholder]), 0.0, 0.0, 0.0)
-            )
+            moved = miss.call(torch.nan_to_num, miss.call(torch.sub, now, miss.env[last.placeholder]), 0.0, 0.0, 0.0)
+            moved, scale = narrowed(miss, moved, differences[0].dtype, is_scaled=bool(scales))
+            kept.append(moved)
+            kept_scales += [] if scale is None else [scale]
         kept += [miss.env[state.placeholder] for state in differences[:-1]]
+        kept_scales += [miss.env[state.placeholder] for state in scales[:-1]]
+    kept += kept_scales
     if cached.is_number is not None:
         flags = []
         for now in changes:
