@@ -77,13 +77,15 @@ OBSERVED = (
     "a red square spins over a blue background",
 )
 """The clips by which schedules are found; seeds from 100 keep them apart from those that are measured."""
-PERCENTS = (70, 60, 50, 40, 33)
+PERCENTS = (70, 60, 50, 40, 33, 30)
 """Of the steps, that a fixed schedule computes."""
 INTERVALS = (2, 3, 4, 5)
 """Of TaylorSeer, which computes every so many steps and has no threshold."""
 
-SCHEDULED = "hvfast, schedule"
-OURS = (EXACT, HVFAST, SCHEDULED)
+SCHEDULED, OF_NO_BLOCK = "hvfast, schedule", "hvfast, schedule of no block"
+FRONT_BLOCKS = {SCHEDULED: 1, OF_NO_BLOCK: 0}
+"""Of fixed schedules, how many blocks they compute in every step."""
+OURS = (EXACT, HVFAST, *FRONT_BLOCKS)
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # a file has no width of its own
 err = Console(stderr=True, highlight=False)
@@ -107,8 +109,8 @@ class Job:
         return [(prompt, seed) for prompt in self.prompts for seed in range(self.seeds)]
 
     @functools.cached_property
-    def schedules(self) -> dict[int, tuple[int, ...]]:
-        """The best schedule of each number of steps computed, found on other clips."""
+    def schedules(self) -> dict[int, dict[int, tuple[int, ...]]]:
+        """By front blocks, the best schedule of each number of steps computed, found on other clips."""
         from hvcompile.app.tuning.schedule import COMPUTED, Recorder, schedules
         from hvcompile.runtime.probing import probing
 
@@ -120,7 +122,7 @@ class Job:
         ):
             for seed, prompt in enumerate(OBSERVED, 100):
                 model.generate(prompt, seed, output_type="latent")
-        return schedules(recorder.trajectories())
+        return {front: schedules(recorder.trajectories(), front) for front in FRONT_BLOCKS.values()}
 
 
 def settings(
@@ -135,7 +137,7 @@ def settings(
     found += [Setting(system=HVFAST, threshold=threshold) for threshold in thresholds]
     for text in options:
         found += [Setting(system=HVFAST, threshold=threshold, options=parsed(text)) for threshold in option_thresholds]
-    found += [Setting(system=SCHEDULED, options=((PERCENT, percent),)) for percent in percents]
+    found += [Setting(system=system, options=((PERCENT, each),)) for system in FRONT_BLOCKS for each in percents]
     if peers:
         by_threshold = [system for system in PEERS if system != TAYLOR_SEER]
         found += [Setting(system=system, threshold=threshold) for system in by_threshold for threshold in thresholds]
@@ -242,7 +244,7 @@ class Clip:
 def applied(model: Model, setting: Setting) -> Iterator[Callable[[], int]]:
     """Put a setting on a model; gives a count of the block computations it saved so far."""
     if setting.system in OURS:
-        saved: Callable[[], int] = functools.partial(saved_by_hvfast, model)
+        saved: Callable[[], int] = functools.partial(saved_by_hvfast, model, FRONT_BLOCKS.get(setting.system, 1))
     elif setting.system == INDUCTOR:
         saved = int  # none
     else:
@@ -253,9 +255,9 @@ def applied(model: Model, setting: Setting) -> Iterator[Callable[[], int]]:
     system, threshold = setting.system, setting.threshold
     if system == MAG_CACHE:
         options |= calibrated(model)
-    if system == SCHEDULED:
-        number = max(1, round(model.num_steps * options.pop(PERCENT) / 100))
-        system, options = HVFAST, scheduled(model.job.schedules)[number].section()
+    if system in FRONT_BLOCKS:
+        number, front = max(1, round(model.num_steps * options.pop(PERCENT) / 100)), FRONT_BLOCKS[system]
+        system, options = HVFAST, scheduled(model.job.schedules[front], front)[number].section()
         threshold = options.pop("threshold")
     with contenders.applied(system, model.pipe, threshold=threshold, options=options, lower=model.job.lower):
         yield saved
@@ -276,13 +278,13 @@ def calibrated(model: Model) -> dict[str, Any]:
     return {"mag_ratios": json.loads(ratios[0]), "num_inference_steps": model.num_steps}
 
 
-def saved_by_hvfast(model: Model) -> int:
-    """Block computations that the cache saved so far: all but the first of every reused step."""
+def saved_by_hvfast(model: Model, front_blocks: int) -> int:
+    """Block computations that the cache saved so far: of every reused step all but the front blocks."""
     import hvcompile
     from hvcompile.errors import UncompiledModelError
 
     try:
-        return hvcompile.stats(model.transformer).hits * (len(model.blocks) - 1)
+        return hvcompile.stats(model.transformer).hits * (len(model.blocks) - front_blocks)
     except UncompiledModelError:  # its first call is still to come
         return 0
 

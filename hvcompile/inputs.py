@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hvcompile.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MADE_FOR = "made_for"
+"""The entry of a file of options that says what ``hvcompile tune`` found them with; it is no section."""
 
 
 def finite(text: str) -> float:
@@ -23,16 +30,63 @@ def finite(text: str) -> float:
     return number
 
 
-def load_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_options(path: str | os.PathLike[str], *, num_steps: int | None = None) -> dict[str, Any]:
     """Read a file of options, such as ``hvcompile tune`` writes, for ``torch.compile(options=...)``.
 
     Args:
         path: of a JSON object, a section an entry. What the sections say is checked when a model is compiled.
+        num_steps: how many denoising steps the options are to serve. A schedule that was made for another number is
+            told of in the log, as a warning. None asks nothing.
 
     Raises:
         InputError: there is no such file, or it holds something else.
 
     """
+    options = _read(path)
+    made_for = _made_for(options, path)
+    options.pop(MADE_FOR, None)
+    if num_steps is not None:
+        for line in unlike(options, made_for, num_steps=num_steps):
+            log.warning("options %r: %s", str(path), line)
+    return options
+
+
+def made_for(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of options says that it was made for; nothing where it says nothing. Raises as ``load_options``."""
+    return _made_for(_read(path), path)
+
+
+def unlike(options: Mapping[str, Any], made_for: Mapping[str, Any], **now: Any) -> list[str]:
+    """In what a fixed schedule, if options hold one, was made for something else than it serves now; a line or none.
+
+    Args:
+        options: of the backend.
+        made_for: see the function; "num_steps", "sampler" and "model".
+        now: some of the same.
+
+    """
+    cache = options.get("first_block_cache")
+    if not isinstance(cache, Mapping) or not cache.get("computed_steps"):
+        return []
+    words = {"num_steps": "{} steps", "sampler": "the sampler {}", "model": "the model {}"}
+    other = [name for name in words if name in made_for and name in now and made_for[name] != now[name]]
+    if not other:
+        return []
+    then, today = (", ".join(words[name].format(given[name]) for name in other) for given in (made_for, now))
+    return [
+        f"the schedule was made for {then}, and this is {today}: the steps in its list mean other ones here. "
+        "hvcompile tune finds one for it"
+    ]
+
+
+def _made_for(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    found = content.get(MADE_FOR, {})
+    if not isinstance(found, dict):
+        raise InputError(f"options {str(path)!r}: {MADE_FOR} is a {type(found).__name__}; allowed is an object")
+    return found
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text("utf-8-sig"), parse_constant=finite, parse_float=finite)
     except OSError as error:

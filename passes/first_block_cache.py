@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from hvcompile.errors import OptionError
-from hvcompile.graph.aliasing import refresh
+from hvcompile.float8.linear import reason_unfit
 from hvcompile.graph.inline import inline
-from hvcompile.graph.nodes import settle
 from hvcompile.journal import Declined, PassReport
 from hvcompile.pipeline import Context, Pass
+from hvcompile.rewriting.branching import Cached, add_branches, add_state, small_state
 from hvcompile.rewriting.following import clock_of, contents_of, is_ours, marks_of
-from hvcompile.rewriting.forecast import NO_FORECAST, SMALL_STATE, Forecasting, restored
+from hvcompile.rewriting.forecast import KEPT, NO_FORECAST, SMALL_STATE, Forecasting, along_clock, widened
 from hvcompile.rewriting.guidance import APART, RECORD, Lead
-from hvcompile.rewriting.reuse import is_one_of, near_end, new_generation, relative_change
-from hvcompile.rewriting.skipping import SkipPlan, counterparts_of, operands_of_branches, plan_skip
-from hvcompile.runtime.left_state import LEAVE
+from hvcompile.rewriting.reuse import counted, is_one_of, near_end, new_generation, on_all_ranks, relative_change
+from hvcompile.rewriting.skipping import SkipPlan, plan_skip
 from hvcompile.torch_private.fakes import value
-from hvcompile.trunk.branch import Branch, add_cond, is_submodule
-from hvcompile.trunk.trunk import State, Trunk
+from hvcompile.trunk.trunk import Trunk
 
 # Beyond it a number means nothing here, and would not fit the tensors that it is compared with.
 MOST = 1e9
-ORDERS = (0, 1, 2)
-DECISIONS = ("change", "error")
-GUIDANCE = ("together", "apart")
+CHOICES: Mapping[str, tuple[object, ...]] = {
+    **{"forecast": (0, 1, 2), "decide_by": ("change", "error"), "guidance": ("together", "apart")},
+    **{"front_blocks": (0, 1), "keep": tuple(KEPT)},
+}
+SMALL_STATE_OF = ("last_steps_computed", "forecast", "front_blocks", "decide_by")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,11 @@ class FirstBlockCache(Pass):
         guidance: where guidance calls the model several times a step, "together" has the later calls reuse or compute
             as the first one did, if they hold the same step; see ``rewriting.guidance``. Halves that ranks share out
             (``context_parallel.cfg``) decide by both. "apart" has each decide by its own change.
+        front_blocks: how many blocks run in every step. With 1 it is looked at. With 0 a step that reuses runs no block
+            at all, and nothing is compared: ``computed_steps`` and the other counts decide alone, so ``threshold`` must
+            be 1e9. A forecast, at most 1, then goes straight on in the timestep.
+        keep: in which dtype the differences of a forecast are kept: "full" is that of the streams, "bfloat16" and
+            "float8" take less memory. Float8 has a scale for each tensor.
 
     The end of a generation is where the clock will reach 0 (or 1 or 1000, where it rises). It is extrapolated by the
     projective map that is exact for evenly spaced and for shifted flow-matching schedules. Timesteps rounded to whole
@@ -105,8 +110,8 @@ class FirstBlockCache(Pass):
             ...
             truediv_1: f32[] = truediv(mean, mean_1)
             ...
-            isfinite: bool[] = where_3.isfinite()
-            le: bool[] = le(where_3, 0.06)
+            isfinite: bool[] = where_4.isfinite()
+            le: bool[] = le(where_4, 0.06)
             or__8: bool[] = or_(le, and__11)
             and__12: bool[] = and_(isfinite, or__8)
             and__13: bool[] = and_(and__12, and__10)
@@ -143,6 +148,8 @@ class FirstBlockCache(Pass):
     forecast: int = 0
     decide_by: str = "change"
     guidance: str = "together"
+    front_blocks: int = 1
+    keep: str = "full"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,33 +166,61 @@ class FirstBlockCache(Pass):
             if isinstance(number, bool) or not 0 <= number <= MOST:
                 allowed = f"a list of whole numbers, 0 or more, up to {MOST:g}"
                 raise OptionError(f"first_block_cache.computed_steps has {number!r}; allowed is {allowed}")
-        for name, choices in (("forecast", ORDERS), ("decide_by", DECISIONS), ("guidance", GUIDANCE)):
+        for name, choices in CHOICES.items():
             choice = getattr(self, name)
             if choice not in choices:
                 raise OptionError(
                     f"first_block_cache.{name} is {choice!r}; allowed is {' or '.join(map(repr, choices))}"
                 )
-            if name == "decide_by" and choice != choices[0] and not self.forecast:
+            if name == "decide_by" and choice != "change" and not self.forecast:
                 raise OptionError(
                     f"first_block_cache.{name} is {choice!r}, which has no meaning without a forecast; set "
                     "first_block_cache.forecast to 1 or 2"
                 )
+        if not self.front_blocks:
+            self._check_fixed()
+
+    def _check_fixed(self) -> None:
+        """Raise OptionError where other options need block 1, or none says which steps to compute."""
+        nothing = "first_block_cache.front_blocks is 0, so no block is looked at"
+        if self.threshold < MOST:
+            raise OptionError(
+                f"{nothing}, and first_block_cache.threshold, {self.threshold:g}, has nothing to be compared with; set "
+                f"it to {MOST:g} and list the steps to compute in first_block_cache.computed_steps"
+            )
+        for name, fits, allowed in (("decide_by", ("change",), "'change'"), ("forecast", (0, 1), "0 or 1")):
+            setting = getattr(self, name)
+            if setting not in fits:
+                raise OptionError(
+                    f"{nothing}, which first_block_cache.{name}={setting!r} goes by; allowed is {allowed}"
+                )
+        if not self.computed_steps and self.max_consecutive_hits is None:
+            raise OptionError(
+                f"{nothing}, and nothing says which steps are computed; give first_block_cache.computed_steps or "
+                "first_block_cache.max_consecutive_hits"
+            )
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
-        """Rewrite the trunk's calls 2..N into one ``cond``; see the class."""
+        """Rewrite the trunk's calls 2..N, or all, into one ``cond``; see the class."""
         del context
-        plan = plan_skip(trunk)
+        plan = plan_skip(trunk, self.front_blocks)
         if isinstance(plan, Declined):
             return plan.report(trunk.lists or "graph")
         if trunk.earlier is not None:
-            earlier = trunk.add_earlier(value(plan.stream_out).device)
+            earlier = trunk.add_earlier(value(plan.stream_in).device)
             assert earlier.clock is not None
             assert earlier.mark is not None
             plan = dataclasses.replace(plan, clocks=(earlier.clock,), sample=earlier.mark)
-        _rewrite(trunk, plan, self)
+        device = value(plan.stream_in).device
+        reason = reason_unfit(device) if self.keep == "float8" and device.type == "cuda" else ""
+        options = dataclasses.replace(self, keep="bfloat16") if reason else self
+        _rewrite(trunk, plan, options)
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
         return PassReport(
-            matched=(f"{trunk.blocks[1].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}",),
+            matched=(
+                f"{trunk.blocks[self.front_blocks].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}",
+            ),
+            unmet=(("keep='float8'", reason),) if reason else (),
         )
 
     def decide(
@@ -227,14 +262,9 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         residual = after - before
-        is_new, steps, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
-        allowed = is_new.logical_not() & self._may_reuse(steps, streak)
-        if past_clocks is not None:
-            is_known, is_near_end, kept_clocks = near_end(
-                self.last_steps_computed, is_new, past_clocks=past_clocks, last_clock=last_clock, clock=clock
-            )
-            allowed = allowed & is_known & is_near_end.logical_not()
-            follow["past_clocks"] = torch.stack(kept_clocks)
+        is_new, steps, allowed, follow = self._may_reuse(
+            steps, streak, lead, clock=clock, last_clock=last_clock, past_clocks=past_clocks, **generation
+        )
         forecasting = forecasting.within(is_new)
         change, (may, follows), products, enough = relative_change(
             residual, first, lead.flags(allowed), forecasting=forecasting, is_ours=is_ours, group=group
@@ -243,11 +273,77 @@ class FirstBlockCache(Pass):
         change = ahead.judged(change)
         difference = torch.where(is_new, torch.full_like(change, math.inf), change)
         reused = difference.isfinite() & ((difference <= self.threshold) | follows) & may
-        follow |= {**ahead.follow(reused), **lead.follow(reused)}
-        follow["counters"] = torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
+        follow |= {**ahead.follow(reused), **lead.follow(reused, steps), "counters": counted(steps, streak, reused)}
         return {"reused": reused, "difference": difference, **follow}
 
-    def _may_reuse(self, steps: torch.Tensor, streak: torch.Tensor) -> torch.Tensor:
+    def decide_by_number(
+        self,
+        *,
+        counters: torch.Tensor,
+        clock: torch.Tensor,
+        is_number: torch.Tensor,
+        num_computed: torch.Tensor | None = None,
+        computed_clocks: torch.Tensor | None = None,
+        group: str | None = None,
+        lead: Lead = APART,
+        **generation: Any,
+    ) -> dict[str, Any]:
+        """The decision of one step where no block is looked at, as graph code; for what isn't said here see ``decide``.
+
+        Args:
+            counters: as there, and so are ``clock``, ``group``, ``lead`` and ``generation``.
+            clock: of this step.
+            is_number: whether what the last computed step has kept is finite, bool scalar.
+            num_computed: steps computed in this generation, int64 scalar; None where nothing is forecast.
+            computed_clocks: timesteps of the last two computed ones, latest first, float64 ``[2, K]``; None likewise.
+            group: of all ranks.
+            lead: of the step.
+            **generation: of the step.
+
+        Returns:
+            As there. The difference is 0, and infinite in a generation's first step.
+
+        """
+        steps, streak = counters[0], counters[1]
+        is_new, steps, allowed, follow = self._may_reuse(steps, streak, lead, clock=clock, **generation)
+        may, _ = lead.flags(allowed & is_number)
+        if num_computed is not None and computed_clocks is not None:
+            num_computed = torch.where(is_new, torch.zeros_like(num_computed), num_computed)
+            reused, enough = on_all_ranks([may, num_computed > 1], group)
+            follow["ahead_1"] = along_clock(clock, computed_clocks, enough)
+            follow["num_computed"] = num_computed + reused.logical_not().to(torch.int64)
+            follow["computed_clocks"] = torch.where(reused, computed_clocks, torch.stack([clock, computed_clocks[0]]))
+        else:
+            (reused,) = on_all_ranks([may], group)
+        nothing = torch.zeros_like(clock[0], dtype=torch.float32)
+        difference = torch.where(is_new, torch.full_like(nothing, math.inf), nothing)
+        follow |= {**lead.follow(reused, steps), "counters": counted(steps, streak, reused)}
+        return {"reused": reused, "difference": difference, **follow}
+
+    def _may_reuse(
+        self,
+        steps: torch.Tensor,
+        streak: torch.Tensor,
+        lead: Lead,
+        *,
+        clock: torch.Tensor,
+        last_clock: torch.Tensor,
+        past_clocks: torch.Tensor | None = None,
+        **generation: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Whether a step is new, its number, whether it may reuse by all that is no block's, and what is kept of it."""
+        is_new, steps, follow = new_generation(steps, clock=clock, last_clock=last_clock, **generation)
+        steps = lead.number(steps)
+        allowed = is_new.logical_not() & self._is_left_out(steps, streak)
+        if past_clocks is not None:
+            is_known, is_near_end, kept_clocks = near_end(
+                self.last_steps_computed, is_new, past_clocks=past_clocks, last_clock=last_clock, clock=clock
+            )
+            allowed = allowed & is_known & is_near_end.logical_not()
+            follow["past_clocks"] = torch.stack(kept_clocks)
+        return is_new, steps, allowed, follow
+
+    def _is_left_out(self, steps: torch.Tensor, streak: torch.Tensor) -> torch.Tensor:
         """Whether a step may reuse by its number and by how many before it did, as graph code."""
         allowed = steps >= self.warmup_steps
         if self.max_consecutive_hits is not None:
@@ -257,164 +353,66 @@ class FirstBlockCache(Pass):
         return allowed
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Cached:
-    """The state of the cache.
-
-    ``residuals`` are those of each stream that leaves, then block 1's, each with the differences between the last
-    computed ones, latest first. ``small`` is what decisions follow.
-    """
-
-    residuals: list[list[State]]
-    small: dict[str, State]
-
-    @property
-    def first(self) -> list[State]:
-        """Block 1's residual and its differences."""
-        return self.residuals[-1]
-
-
 def _rewrite(trunk: Trunk, plan: SkipPlan, options: FirstBlockCache) -> None:
-    """Decide after block 1, and put blocks 2..N into one of two branches."""
+    """Decide whether to reuse, and put the blocks that are skipped then into one of two branches."""
     anchor = plan.moved[-1].next  # new work stands before it
-    device, tag = value(plan.stream_out).device, FirstBlockCache.__name__
+    device, tag = value(plan.stream_in).device, FirstBlockCache.__name__
     given = {"clock": clock_of(trunk, plan.clocks, device, anchor, tag), "sample": plan.sample}
     given["contents"] = contents_of(trunk, device, anchor, tag)
     if options.guidance == "together":
         given["marks"] = marks_of(given["contents"], plan.sample, anchor, tag)
-    cached = _add_state(trunk, plan, given, options)
+    small = small_state(**{name: getattr(options, name) for name in SMALL_STATE_OF})
+    cached = add_state(trunk, plan, given, order=options.forecast, keep=options.keep, small=small)
     decided = _add_decision(trunk, plan, given, cached, options, anchor)
-    outputs = _add_branches(trunk, plan, cached, decided, anchor)
-    _take_results(trunk, plan, cached, outputs)
-
-
-def _add_state(trunk: Trunk, plan: SkipPlan, given: Mapping[str, fx.Node], options: FirstBlockCache) -> _Cached:
-    main, sample, clock_shape = value(plan.stream_out), value(plan.sample), value(given["clock"]).shape
-
-    def kept(name: str, like: torch.Tensor, order: int) -> list[State]:
-        names = [name, *(f"{name}_difference_{place}" for place in range(1, order + 1))]
-        return [trunk.add_state(item, like.shape, like.dtype, like.device) for item in names]
-
-    first = kept("first_residual", main, options.forecast)
-    residuals = [kept(f"residual_{place}", value(node), options.forecast) for place, node in enumerate(plan.leaving)]
-    small = {
-        "counters": trunk.add_state("counters", (2,), torch.int64, main.device),
-        "direction": trunk.add_state("direction", clock_shape, torch.float64, main.device),
-        "last_clock": trunk.add_state("last_clock", clock_shape, torch.float64, main.device),
-        "last_contents": trunk.add_state("last_contents", value(given["contents"]).shape, torch.int64, main.device),
-        "last_sample": trunk.add_state("last_sample", sample.shape, sample.dtype, sample.device),
-    }
-    if options.last_steps_computed:
-        small["past_clocks"] = trunk.add_state("past_clocks", (2, *clock_shape), torch.float64, main.device)
-    if options.forecast:
-        small["num_computed"] = trunk.add_state("num_computed", (), torch.int64, main.device)
-    if options.decide_by == "error":
-        small["summed_error"] = trunk.add_state("summed_error", (), torch.float32, main.device)
-    if options.guidance == "together":
-        small["past_marks"] = trunk.add_state("past_marks", (2,), torch.int64, main.device)
-        kinds = (clock_shape, torch.float64), ((value(given["marks"]).shape[0] + 1,), torch.int64), ((), torch.bool)
-        for name, (shape, dtype) in zip(RECORD, kinds, strict=True):
-            small[name] = trunk.add_state(name, shape, dtype, main.device)
-            small[name].is_shared = True
-    return _Cached(residuals=[*residuals, first], small=small)
+    ahead = [decided[f"ahead_{place}"] for place in range(1, options.forecast + 1)]
+    add_branches(trunk, plan, cached, decided["reused"], ahead, anchor, tag)
 
 
 def _add_decision(
     trunk: Trunk,
     plan: SkipPlan,
     given: Mapping[str, fx.Node],
-    cached: _Cached,
+    cached: Cached,
     options: FirstBlockCache,
     anchor: fx.Node,
-) -> list[fx.Node]:
-    """Add the decision, which the runtime is told of, and the next values of the small state.
-
-    Returns the predicate, and the forecast's coefficients.
-    """
-    first, *differences = [state.placeholder for state in cached.first]
-    operands = {"before": plan.stream_in, "after": plan.stream_out, "first": first}
-    operands |= given
-    operands |= {name: state.placeholder for name, state in cached.small.items()}
-    names = [f"difference_{place}" for place in range(1, len(differences) + 1)]
-    operands |= dict(zip(names, differences, strict=True))
+) -> Mapping[str, fx.Node]:
+    """Add the decision, which the runtime is told of, and the next values of the small state; gives its nodes."""
+    operands = {**given, **{name: state.placeholder for name, state in cached.small.items()}}
+    names: list[str] = []
     group = None
-    if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
-        operands["is_ours"] = is_ours(trunk.sharding, plan.stream_out, anchor, FirstBlockCache.__name__)
-        group = trunk.sharding.split.group
+    if plan.stream_out is not None:
+        first, *differences = [state.placeholder for state in cached.first]
+        operands |= {"before": plan.stream_in, "after": plan.stream_out, "first": first}
+        names = [f"difference_{place}" for place in range(1, len(differences) + 1)]
+        operands |= dict(zip(names, differences, strict=True))
+        scales = {f"scale_{place}": state.placeholder for place, state in enumerate(cached.scales[-1], 1)}
+        operands |= scales
+        if trunk.sharding is not None and plan.stream_out in trunk.sharding.streams:
+            operands["is_ours"] = is_ours(trunk.sharding, plan.stream_out, anchor, FirstBlockCache.__name__)
+            group = trunk.sharding.split.group
+    if cached.is_number is not None:
+        operands["is_number"] = cached.is_number.placeholder
+        group = trunk.group.name if trunk.group is not None else None
     if trunk.shared is not None and trunk.group is not None and options.guidance == "together":
         group = trunk.group.name  # rows of ranks, too, that have a half of the guidance each
 
     def decide(**operands: Any) -> dict[str, Any]:
-        forecasting = Forecasting(
-            differences=[operands.pop(name) for name in names],
-            **{name: operands.pop(name) for name in SMALL_STATE if name in operands},
-        )
         lead = APART
         if options.guidance == "together":
             record = {name: operands.pop(name) for name in ("marks", "past_marks", *RECORD)}
             lead = Lead(clock=operands["clock"], last_clock=operands["last_clock"], **record)
+        if not options.front_blocks:
+            return options.decide_by_number(group=group, lead=lead, **operands)
+        forecasting = Forecasting(
+            differences=[
+                widened(operands.pop(name), operands.pop(name.replace("difference", "scale"), None)) for name in names
+            ],
+            **{name: operands.pop(name) for name in SMALL_STATE if name in operands},
+        )
         return options.decide(group=group, lead=lead, forecasting=forecasting, **operands)
 
     decided = inline(trunk.graph, decide, operands, before=anchor, tag=FirstBlockCache.__name__)
     for name, state in cached.small.items():
         state.next_value = decided[name]
     trunk.observed |= {"reused": decided["reused"], "difference": decided["difference"]}
-    return [decided["reused"], *(decided[f"ahead_{place}"] for place in range(1, options.forecast + 1))]
-
-
-def _add_branches(
-    trunk: Trunk, plan: SkipPlan, cached: _Cached, decided: Sequence[fx.Node], anchor: fx.Node
-) -> list[fx.Node]:
-    """Add the ``cond``; its results are what leaves the blocks, then the next state that it caches."""
-    tag = FirstBlockCache.__name__
-    counterparts = counterparts_of(trunk, plan, anchor, tag)
-    states = [state.placeholder for residual in cached.residuals for state in residual]
-    reused, *ahead = decided
-    read = [*counterparts, plan.stream_in, plan.stream_out, *ahead, *states]
-    passed = operands_of_branches(trunk, plan, read, anchor, tag)
-    miss, hit = Branch(trunk.module, passed, tag), Branch(trunk.module, passed, tag)
-
-    miss.copy(plan.moved)
-    for block in trunk.blocks[1:]:
-        block.call = miss.env[block.call]
-    computed = [miss.env[node] for node in plan.leaving]
-    changes = [miss.call(torch.sub, now, miss.env[base]) for now, base in zip(computed, counterparts, strict=True)]
-    # Taken anew where it is kept: a step that reuses need not write it.
-    changes.append(miss.call(torch.sub, miss.env[plan.stream_out], miss.env[plan.stream_in]))
-    kept = []
-    for now, (last, *differences) in zip(changes, cached.residuals, strict=True):
-        kept.append(now)
-        if differences:
-            # What is no number must not outlive the step: nothing is a difference that leads nowhere.
-            kept.append(
-                miss.call(torch.nan_to_num, miss.call(torch.sub, now, miss.env[last.placeholder]), 0.0, 0.0, 0.0)
-            )
-        kept += [miss.env[state.placeholder] for state in differences[:-1]]
-
-    handed_on = [
-        hit.call(torch.add, hit.env[base], restored(hit, [state.placeholder for state in residual], ahead))
-        for base, residual in zip(counterparts, cached.residuals, strict=False)
-    ]
-    left = [hit.make(LEAVE, hit.env[state]) for state in states]
-    branches = {"cache_hit": (hit, [*handed_on, *left]), "cache_miss": (miss, [*computed, *kept])}
-    return add_cond(trunk.module, reused, branches, passed.values(), before=anchor)
-
-
-def _take_results(trunk: Trunk, plan: SkipPlan, cached: _Cached, outputs: Sequence[fx.Node]) -> None:
-    """Have what follows the blocks read the ``cond``, and erase what has moved into it."""
-    core = set(plan.moved)
-    bodies = {item for node in plan.moved for item in node.all_input_nodes if item not in core and is_submodule(item)}
-    for node, replacement in zip(plan.leaving, outputs, strict=False):
-        for user in list(node.users):
-            if user not in core:
-                user.replace_input_with(node, replacement)
-    states = [state for residual in cached.residuals for state in residual]
-    for state, output in zip(states, outputs[len(plan.leaving) :], strict=True):
-        state.next_value, state.may_be_left = output, True
-    for node in reversed(plan.moved):
-        trunk.graph.erase_node(node)
-    for node in bodies:
-        if not node.users:
-            trunk.graph.erase_node(node)
-    settle(trunk.graph)
-    refresh(trunk.graph, set(outputs))
+    return decided

@@ -69,7 +69,7 @@ def test_graph() -> None:
     assert not hit.graph.find_nodes(op="call_function", target=INVOKE_SUBGRAPH)
     assert [state.name for state in trunk.states] == [
         *("first_residual", "residual_0", "counters", "direction", "last_clock", "last_contents", "last_sample"),
-        *("past_marks", "lead_clock", "lead_marks", "lead_reused"),
+        *("past_marks", "lead_clock", "lead_marks", "lead_reused", "lead_number"),
     ]
     assert rows[0].op_changes["cond"] == 1
     assert "blocks.1 .. blocks.3" in rows[0].report.matched[0]

@@ -33,6 +33,15 @@ def named(setting: dict[str, Any]) -> str:
     return "-".join(map(str, setting.values()))
 
 
+def kept(difference: np.ndarray, keep: str) -> np.ndarray:
+    """A difference as it comes back from the dtype that it is kept in; float8 has a scale."""
+    tensor = torch.from_numpy(difference).float()
+    if keep == "float8":
+        scale = tensor.abs().max() / 448
+        return ((tensor / scale).to(torch.float8_e4m3fn).float() * scale).double().numpy()
+    return tensor.bfloat16().double().numpy() if keep == "bfloat16" else difference
+
+
 # The reference: lists of numpy arrays in float64, and numpy's own least squares.
 
 
@@ -46,6 +55,8 @@ class Reference:
     firsts: list[np.ndarray] = dataclasses.field(default_factory=list)
     rests: list[np.ndarray] = dataclasses.field(default_factory=list)
     missed: float = 0.0
+    keep: str = "full"
+    steps_between: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
 
     def step(self, first: np.ndarray, compute: Callable[[], np.ndarray]) -> tuple[bool, float, np.ndarray]:
         """Whether a step is reused, what was compared with the threshold, and the change over blocks 2..N."""
@@ -61,21 +72,25 @@ class Reference:
             return True, difference, self.ahead(self.rests, first, order)
         self.missed = 0.0
         rest = compute()
+        if self.firsts:
+            self.steps_between.insert(
+                0, (kept(first - self.firsts[-1], self.keep), kept(rest - self.rests[-1], self.keep))
+            )
         self.firsts.append(first)
         self.rests.append(rest)
         return False, difference, rest
 
     def ahead(self, values: list[np.ndarray], first: np.ndarray, order: int) -> np.ndarray:
         """What a value is forecast to be, given those of the computed steps."""
-        found = values[-1]
+        found, kind = values[-1], 0 if values is self.firsts else 1
         for n, weight in enumerate(self.weights(first, order)):
-            found = found + weight * (values[-1 - n] - values[-2 - n])
+            found = found + weight * self.steps_between[n][kind]
         return found
 
     def weights(self, first: np.ndarray, order: int) -> list[float]:
         if not order:
             return []
-        own = np.stack([(self.firsts[-1 - n] - self.firsts[-2 - n]).ravel() for n in range(order)], axis=1)
+        own = np.stack([self.steps_between[n][0].ravel() for n in range(order)], axis=1)
         # The ridge, as rows of their own.
         ridge = np.diag(np.sqrt(forecast.RIDGE) * np.linalg.norm(own, axis=0))
         change = (first - self.firsts[-1]).ravel()
@@ -137,6 +152,20 @@ def test_decides_and_computes_as_the_reference(setting: dict[str, Any], seed: in
     assert 4 < sum(step.reused for step in steps) < len(CLOCKS) - 3
     assert [step.difference for step in steps] == pytest.approx(expected, rel=2e-3, abs=1e-5)
     assert relative_error(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize(("keep", "lower"), [("bfloat16", "eager"), ("float8", "eager"), ("float8", "aot")])
+def test_fewer_bits_decide_as_the_reference_with_the_same_bits(keep: str, lower: str) -> None:
+    setting: dict[str, Any] = {"forecast": 2, "decide_by": "error", "keep": keep}
+    model, expected = Toy(), list[float]()
+    wanted = denoised(referred(model, Reference(0.1, **setting), expected), CLOCKS, 3)
+    fast = hvfast(model, options={"lower": lower, "first_block_cache": {"threshold": 0.1, **setting}})
+    found = denoised(fast, CLOCKS, 3)
+    steps = hvcompile.stats(fast).steps
+    assert [step.reused for step in steps] == [difference <= 0.1 for difference in expected]
+    assert 4 < sum(step.reused for step in steps) < len(CLOCKS) - 3
+    assert [step.difference for step in steps] == pytest.approx(expected, rel=5e-3, abs=1e-5)
+    assert relative_error(found, wanted) < 1e-3
 
 
 def run(
@@ -239,7 +268,7 @@ def test_all_streams_and_symbolic_sizes_by_inductor() -> None:
     runs = []
     for lower in ("eager", "inductor"):
         torch._dynamo.reset()
-        cache = {"threshold": 0.4, "forecast": 2, "decide_by": "error"}
+        cache = {"threshold": 0.4, "forecast": 2, "decide_by": "error", "keep": "float8"}
         options: dict[str, Any] = {"lower": lower, "first_block_cache": cache}
         fast = hvfast(Toy(), dynamic=True, fullgraph=True, options=options)
         found = []
@@ -265,6 +294,9 @@ def test_a_reused_step_leaves_what_is_kept_where_it_is() -> None:
         run(one, [900.0, 880.0, 860.0], lambda place: inputs["sample"] + 0.01 * place, inputs["text"])
     stream = inputs["sample"].numel() * 4
     assert hvcompile.stats(fast).bytes - hvcompile.stats(plain).bytes == 4 * stream + 8
+    small = compiled(Toy(), threshold=0.5, forecast=2, keep="float8")
+    run(small, [900.0, 880.0, 860.0], lambda place: inputs["sample"] + 0.01 * place, inputs["text"])
+    assert hvcompile.stats(small).bytes - hvcompile.stats(plain).bytes == 4 * (stream // 4 + 4) + 8
 
 
 @pytest.mark.ranks
@@ -297,6 +329,8 @@ def test_no_rank_forecasts_what_another_can_not() -> None:
 def test_errors_say_what_is_allowed() -> None:
     with pytest.raises(OptionError, match=r"first_block_cache\.forecast is 3; allowed is 0 or 1 or 2"):
         FirstBlockCache(forecast=3)
+    with pytest.raises(OptionError, match=r"keep is 'int8'; allowed is 'full' or 'bfloat16' or 'float8'"):
+        FirstBlockCache(keep="int8")
     with pytest.raises(OptionError, match=r"decide_by is 'sigma'; allowed is 'change' or 'error'"):
         FirstBlockCache(forecast=1, decide_by="sigma")
     with pytest.raises(

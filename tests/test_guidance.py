@@ -292,6 +292,16 @@ def test_a_call_that_was_left_out_of_steps_decides_by_itself() -> None:
     assert max(error for _, error in together) <= 2 * max(0.02, *(error for _, error in apart))
 
 
+@pytest.mark.parametrize("front_blocks", [1, 0])
+@pytest.mark.parametrize("guidance", ["together", "apart"])
+def test_guidance_that_starts_late_has_the_steps_of_the_schedule(guidance: str, front_blocks: int) -> None:
+    """A second call from step 4 on computes its first step, and then what the list names; apart it counts its own."""
+    cache = {"threshold": 1e9, "computed_steps": [0, 2, 5, 6, 11], "guidance": guidance, "front_blocks": front_blocks}
+    decided = [reused for reused, _ in negative_now_and_then(list(range(4, STEPS)), **cache)]
+    first = 4 if guidance == "apart" else 0
+    assert decided == [place != 4 and place - first not in {2, 5, 6, 11} for place in range(4, STEPS)]
+
+
 def test_requests_in_turn_may_share_a_negative_prompt() -> None:
     """Two prompts with samples of their own, and one slot of both for the negative one: never the other's residual."""
     (one, other, negative), model = texts(3), Toy()

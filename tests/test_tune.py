@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import hvcompile
 from hvcompile.app import identity, pipelines
 from hvcompile.app.cli import app
+from hvcompile.app.notes import notes
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
 from hvcompile.app.tuning import candidates, plot, tune
@@ -32,7 +33,7 @@ from hvcompile.options import parse
 from hvcompile.passes import PASSES
 
 SCHEDULES = {number: tuple(range(number)) for number in range(1, 31)}
-LADDERS = [*candidates.LADDERS, candidates.ladder_of(SCHEDULES)]
+LADDERS = [*candidates.LADDERS, *(candidates.ladder_of(SCHEDULES, front) for front in candidates.FRONT_BLOCKS)]
 
 
 def searched(goal: Goal) -> dict[Candidate, Row]:
@@ -118,13 +119,13 @@ def test_a_row_sums_up_its_clips() -> None:
 def test_what_was_measured_is_kept_and_nothing_of_other_conditions(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", {"model": "a", "prompts": ["x"]}, 2)
     candidate, clip = Candidate(threshold=0.1, forecast=1), np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
-    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0, 2.0], {2: (0, 3)}
+    store.rows[candidate], store.reference_seconds, store.schedules = row_of(), [2.0, 2.0], {1: {2: (0, 3)}, 0: {}}
     for place in range(2):
         store.write_reference(place, clip)
     store.keep()
     again = Store(tmp_path / "store", {"prompts": ["x"], "model": "a"}, 2)
     assert again.rows[candidate].clips == row_of().clips
-    assert again.schedules == {2: (0, 3)}
+    assert again.schedules == {1: {2: (0, 3)}, 0: {}}
     assert again.has_references()
     second = tmp_path / "store" / "reference" / "1.npy"
     for damaged in (b"", second.read_bytes()[:200]):
@@ -190,11 +191,15 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     assert world[0] == "inductor"
     assert world[1] == "repeat at 0", "by which schedules are found"
     assert len(world) == len(set(world)) == len(outcome.rows) + 2
-    assert any(candidate.computed_steps for candidate in outcome.rows)
+    fronts = {candidate.front_blocks for candidate in outcome.rows if candidate.computed_steps}
+    assert fronts == set(candidates.FRONT_BLOCKS)
     assert outcome.chosen is not None
     options = hvcompile.load_options(tmp_path / "tuned.json")
     assert options == {"first_block_cache": {"warmup_steps": 1, **outcome.chosen.section()}}
     parse(PASSES, options, None)
+    assert json.loads((tmp_path / "tuned.json").read_text())["made_for"] == {
+        **{"num_steps": 4, "sampler": "FlowMatchEulerDiscreteScheduler", "model": "embedded"}
+    }
     assert len(json.loads((tmp_path / "all.json").read_text())["settings"]) == len(outcome.rows)
     assert not (tmp_path / "tuned.store" / "reference").exists()
     progress = [event for event in seen if isinstance(event, tune.Progress)]
@@ -211,6 +216,28 @@ def test_a_tuning_ends_in_a_file_that_generate_takes(
     assert set(world[1:]).isdisjoint(map(str, outcome.rows))
     plot.plot(other, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_schedule_that_was_made_for_other_steps_is_told_of(
+    loaded: pipelines.Loaded, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tuned.json"
+    made_for = {"num_steps": 30, "sampler": "FlowMatchEulerDiscreteScheduler", "model": "embedded"}
+    schedule = {"threshold": 1e9, "computed_steps": [0, 3]}
+    path.write_text(json.dumps({"first_block_cache": schedule, "made_for": made_for}))
+    run = run_of(np.zeros((1, 4, 4, 3)), num_steps=4)
+    words = "the schedule was made for 30 steps, and this is 4 steps: the steps in its list mean other ones here."
+    (note,) = notes(Request(prompt="a red circle", options_file=path), loaded, run, ())
+    assert note.startswith(f"{path}: {words}")
+    hvcompile.load_options(path, num_steps=30)
+    assert not caplog.records
+    assert hvcompile.load_options(path, num_steps=4) == {"first_block_cache": schedule}
+    assert words in caplog.text
+    path.write_text(json.dumps({"first_block_cache": {"threshold": 0.1}, "made_for": made_for}))
+    assert notes(Request(prompt="a red circle", options_file=path), loaded, run, ()) == (), "it holds of any number"
+    path.write_text('{"made_for": 3}')
+    with pytest.raises(InputError, match="made_for is a int; allowed is an object"):
+        hvcompile.load_options(path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ from hvcompile.app import metrics, tiny
 from hvcompile.app.pipelines import Loaded
 from hvcompile.app.request.clips import Clips
 from hvcompile.errors import OutputError, one_line
+from hvcompile.inputs import unlike
+
+EMBEDDED = "embedded"
+"""The name of the model that is used where none is given."""
 
 
 def notes(request: Clips, loaded: Loaded, run: metrics.Run | None, more: Sequence[str]) -> tuple[str, ...]:
@@ -32,7 +36,19 @@ def notes(request: Clips, loaded: Loaded, run: metrics.Run | None, more: Sequenc
         frames, height, width = run.size
         length = f", {frames} frames" if loaded.makes_video else ""
         found.append(f"{loaded.kind} made {width}x{height}{length}, which is not what was asked for")
+    if run is not None and request.made_for:
+        sampler, model = sampler_of(loaded), request.model or EMBEDDED
+        now = {"num_steps": len(run.steps), "sampler": sampler, "model": model}
+        found += [
+            f"{request.options_file}: {line}" for line in unlike(request.backend_options(), request.made_for, **now)
+        ]
     return tuple(found)
+
+
+def sampler_of(loaded: Loaded) -> str | None:
+    """The class of a pipeline's sampler; None where it has none."""
+    scheduler = getattr(loaded.pipe, "scheduler", None)
+    return None if scheduler is None else type(scheduler).__name__
 
 
 def written(*files: tuple[Path | None, Callable[[Path], object]]) -> tuple[str, ...]:

@@ -125,6 +125,8 @@ def _streams(kind: BlockKind) -> list[str]:
 
 
 def _threshold(explanation: Explanation) -> list[str]:
+    if any(row.options.get("front_blocks") == 0 for row in explanation.journal):
+        return ["yes: the schedule leaves the step out"]
     found = threshold_of(row.options for row in explanation.journal)
     return [f"yes: block 1 changed by at most {found:g}"] if found is not None else []
 

@@ -31,6 +31,11 @@ CHANGE_SHARE = 0.5
 MOST_AHEAD = 8.0
 """The largest coefficient, of either sign: a difference that is much smaller than the change says little of it."""
 
+KEPT = {"full": None, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+"""In which dtype differences are kept, None for that of what they are of."""
+
+LARGEST_FLOAT8 = 448.0
+
 Products = Mapping[tuple[int, int], Any]
 """Inner products of block 1's residual (0), its change since the last computed step (1), and its differences (2, 3)."""
 
@@ -96,6 +101,29 @@ def along_first_block(products: Products, flags: Sequence[Any]) -> list[Any]:
     both = [(first - other * second) / rest, (second - across * first) / rest]
     is_within = flags[1] & (both[0].abs() <= MOST_AHEAD) & (both[1].abs() <= MOST_AHEAD)
     return [torch.where(is_within, both[0], alone), torch.where(is_within, both[1], nothing)]
+
+
+def along_clock(clock: Any, computed_clocks: Any, enough: Any) -> Any:
+    """The coefficient by which a residual goes on as straight in the timestep as between the last two computed steps.
+
+    Args:
+        clock: this step's timesteps, float64 ``[K]``; those that stand count for nothing.
+        computed_clocks: those of the last computed step and of the one before it, float64 ``[2, K]``.
+        enough: whether this generation has computed two steps, a bool scalar.
+
+    Returns:
+        A float32 scalar, at most ``MOST_AHEAD``; 0 where there is no line to go on along.
+
+    Source: first-order TaylorSeer (arXiv:2503.06923), which counts in steps; in the timestep its line is right where
+    steps get longer.
+
+    """
+    last, before = computed_clocks[0], computed_clocks[1]
+    step = last - before
+    square = (step * step).sum()
+    ahead = ((clock - last) * step).sum() / square
+    is_usable = enough & (square > 0) & ahead.isfinite()
+    return torch.where(is_usable, ahead.clamp(-MOST_AHEAD, MOST_AHEAD), torch.zeros_like(ahead)).to(torch.float32)
 
 
 def error(products: Products, coefficients: Sequence[Any]) -> Any:
@@ -181,20 +209,65 @@ class Ahead:
         return found
 
 
-def restored(hit: Branch, states: Sequence[fx.Node], ahead: Sequence[fx.Node]) -> fx.Node:
+def is_scaled(keep: str) -> bool:
+    """Whether differences that are kept so, see ``KEPT``, have a scale each."""
+    return keep == "float8"
+
+
+def widened(difference: Any, scale: Any) -> Any:
+    """A difference as float32, of what is kept of it; the scale is None where there is none."""
+    return difference.float() if scale is None else difference.float() * scale
+
+
+def narrowed(
+    miss: Branch, difference: fx.Node, dtype: torch.dtype, *, is_scaled: bool
+) -> tuple[fx.Node, fx.Node | None]:
+    """Add what is kept of a difference of numbers, and its scale, float32, by which its largest element just fits.
+
+    Args:
+        miss: the branch of a step that is computed.
+        difference: in it.
+        dtype: to keep it in.
+        is_scaled: whether it has a scale.
+
+    """
+    if dtype == value(difference).dtype:
+        return difference, None
+    if not is_scaled:
+        return _converted(miss, difference, dtype), None
+    wide = _converted(miss, difference, torch.float32)
+    peak = miss.call(torch.amax, miss.call(torch.abs, wide), example=value(wide).amax())
+    scale = miss.call(torch.clamp_min, miss.call(torch.div, peak, LARGEST_FLOAT8), 1e-30)
+    return _converted(miss, miss.call(torch.div, wide, scale), dtype), scale
+
+
+def _converted(branch: Branch, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if value(node).dtype == dtype:
+        return node
+    return branch.call(torch.ops.prims.convert_element_type.default, node, dtype, example=value(node).to(dtype))
+
+
+def restored(
+    hit: Branch, states: Sequence[fx.Node], ahead: Sequence[fx.Node], scales: Sequence[fx.Node] = ()
+) -> fx.Node:
     """Add what a residual is in a step that reuses: the last, or what it is forecast to be, where that is a number.
 
     Args:
         hit: the branch of such a step.
         states: outside it, the last computed residual and its differences, latest first.
         ahead: outside it, the coefficients, as many as differences.
+        scales: outside it, those of the differences; none where they need none.
 
     """
     last, *differences = [hit.env[state] for state in states]
     if not differences:
         return last
     forecast = last
-    for difference, coefficient in zip(differences, ahead, strict=True):
-        forecast = hit.call(torch.add, forecast, hit.call(torch.mul, difference, hit.env[coefficient]))
+    dtype = value(last).dtype
+    for place, (difference, coefficient) in enumerate(zip(differences, ahead, strict=True)):
+        factor = hit.env[coefficient]
+        if scales:
+            factor = hit.call(torch.mul, factor, hit.env[scales[place]])
+        forecast = hit.call(torch.add, forecast, hit.call(torch.mul, _converted(hit, difference, dtype), factor))
     is_number = hit.call(torch.isfinite, forecast, example=value(forecast).isfinite())
     return hit.call(torch.where, is_number, forecast, last, example=value(last))

@@ -6,8 +6,9 @@ the same step, their errors are alike and cancel.
 
 The first call of a step leaves a record: its timestep and sample, what its conditions and weights hold, what it did,
 and which step it holds. A call is of the same step where timestep and sample are equal, conditions or weights are not,
-and its own generation has not been there yet. Where the first one computed, it computes. Where the first one reuses, it
-does too if it holds the same step, and decides by its own change if not: it was left out of some steps, say.
+and its own generation has not been there yet. It takes the first one's number of the step, for it may have been left
+out of earlier ones, as where guidance starts late. Where the first one computed, it computes. Where the first one
+reuses, it does too if it holds the same step, and decides by its own change if not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from hvcompile.ranks.fingerprints import hash_of
 
-RECORD = ("lead_clock", "lead_marks", "lead_reused")
+RECORD = ("lead_clock", "lead_marks", "lead_reused", "lead_number")
 """The names of a record's parts; see ``Lead``."""
 
 
@@ -52,6 +53,7 @@ class Lead:
         lead_clock: timesteps of the first call, float64 ``[K]``.
         lead_marks: its marks, and the hash of the sample that what it holds was computed of; int64 ``[N + 2]``.
         lead_reused: whether it reused, bool scalar.
+        lead_number: of the step in its generation, int64 scalar.
 
     """
 
@@ -62,6 +64,7 @@ class Lead:
     lead_clock: Any = None
     lead_marks: Any = None
     lead_reused: Any = None
+    lead_number: Any = None
 
     @functools.cached_property
     def _is_followed(self) -> Any:
@@ -70,6 +73,10 @@ class Lead:
         is_other = is_equal[:-1].logical_not().any()
         is_again = (self.clock == self.last_clock).all() & (self.marks[-1] == self.past_marks[0])
         return (self.clock == self.lead_clock).all() & is_equal[-1] & is_other & is_again.logical_not()
+
+    def number(self, own: Any) -> Any:
+        """The number of this step: the first call's where this is another of that step, else its own."""
+        return own if self.marks is None else torch.where(self._is_followed, self.lead_number, own)
 
     def flags(self, allowed: Any) -> list[Any]:
         """Whether this call, which may reuse where ``allowed``, still may; and whether it need not change little.
@@ -81,13 +88,19 @@ class Lead:
         holds_the_same = self.past_marks[1] == self.lead_marks[-1]
         return [allowed & (self.lead_reused | self._is_followed.logical_not()), self._is_followed & holds_the_same]
 
-    def follow(self, reused: Any) -> dict[str, Any]:
-        """The next ``past_marks``, and the next record: the same, or this call's where it is the first of its step."""
+    def follow(self, reused: Any, number: Any) -> dict[str, Any]:
+        """The next ``past_marks``, and the next record: the same, or this call's where it is the first of its step.
+
+        Args:
+            reused: whether this call does, bool scalar.
+            number: of this step, see there.
+
+        """
         if self.marks is None:
             return {}
         computed = torch.where(reused, self.past_marks[1], self.marks[-1])
-        now = (self.clock, torch.cat([self.marks, computed.reshape(1)]), reused)
-        before = (self.lead_clock, self.lead_marks, self.lead_reused)
+        now = (self.clock, torch.cat([self.marks, computed.reshape(1)]), reused, number)
+        before = (self.lead_clock, self.lead_marks, self.lead_reused, self.lead_number)
         record = {
             name: torch.where(self._is_followed, old, new) for name, old, new in zip(RECORD, before, now, strict=True)
         }

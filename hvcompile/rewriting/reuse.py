@@ -83,6 +83,11 @@ def contents(*, weights: Any, fakes: Mapping[str, torch.Tensor], **conditions: A
     return {"contents": torch.stack([weights, *hashes])}
 
 
+def counted(steps: Any, streak: Any, reused: Any) -> Any:
+    """The next counters, int64 ``[steps done, hits in a row]``, after a step of this number; see ``decide``."""
+    return torch.stack([steps + 1, torch.where(reused, streak + 1, torch.zeros_like(streak))])
+
+
 BITS = 62
 """Of a word: those of an int64, less its sign and one to spare."""
 
@@ -183,10 +188,25 @@ def relative_change(
         (item if is_ours is None else torch.where(is_ours, item, torch.zeros_like(item))).sum()
         for item in (change, extent, *products.values())
     ]
-    # One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch. Nor may one
-    # forecast what another can't.
-    lacking = [flag.logical_not().to(sums[0].dtype) for flag in (*flags, *enough)]
+    # Nor may one forecast what another can't.
+    lacking = _lacking([*flags, *enough], sums[0].dtype)
     sums = collectives.total(torch.stack([*sums, *lacking]), group)
     found = {pair: sums[place] for place, pair in enumerate(products, 2)}
     agreed = [sums[2 + len(found) + place] == 0 for place in range(len(lacking))]
     return sums[0] / sums[1], agreed[: len(flags)], found, agreed[len(flags) :]
+
+
+def on_all_ranks(flags: Sequence[Any], group: str | None) -> list[Any]:
+    """For each flag, a bool scalar, whether it is so on all ranks of a group; the flags where there is no group."""
+    if group is None:
+        return list(flags)
+    sums = collectives.total(torch.stack(_lacking(flags, torch.float32)), group)
+    return [sums[place] == 0 for place in range(len(flags))]
+
+
+def _lacking(flags: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """What sums over ranks to 0 where a flag is so on all of them.
+
+    One rank that may not reuse (its state was reset) keeps all from it: they must take the same branch.
+    """
+    return [flag.logical_not().to(dtype) for flag in flags]

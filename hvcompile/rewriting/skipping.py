@@ -1,4 +1,4 @@
-"""Skipping blocks 2..N: what moves into a branch, what leaves it, and what stands in for that on a skip."""
+"""Skipping blocks 2..N, or all: what moves into a branch, what leaves it, and what stands in for that on a skip."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hvcompile.torch_private.dynamo import source_name
 from hvcompile.torch_private.fakes import is_data_dependent, numel_hint, provenance, value
 from hvcompile.trunk.branch import is_submodule
 from hvcompile.trunk.operands import as_operands, symbolic_sizes
-from hvcompile.trunk.roles import InputRoles, classify
+from hvcompile.trunk.roles import SINUSOIDS, InputRoles, classify
 from hvcompile.trunk.streams import is_residual
 from hvcompile.trunk.trunk import BlockCall, Trunk
 
@@ -46,42 +46,38 @@ _REARRANGING = {
 class SkipPlan:
     """What moves into the branch, what it hands on, and the inputs by which the graph follows a generation.
 
-    On several ranks the latter are what stands for the inputs: the first rank's.
+    On several ranks the latter are what stands for the inputs: the first rank's. Of the first ``front_blocks``, 1 or 0,
+    which run in every step, ``stream_in`` and ``stream_out`` are the stream that carries the sample, before and after;
+    the latter is None where there is no such block.
     """
 
     first: BlockCall
+    front_blocks: int
     stream_in: fx.Node
-    stream_out: fx.Node
+    stream_out: fx.Node | None
     moved: tuple[fx.Node, ...]
     leaving: tuple[fx.Node, ...]
     sample: fx.Node
     clocks: tuple[fx.Node, ...]
 
 
-def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
-    """Match the trunk, or say why it can't be cached."""
+def plan_skip(trunk: Trunk, front_blocks: int = 1) -> SkipPlan | Declined:
+    """Match the trunk, or say why it can't be cached; of its blocks, the first one or none runs in every step."""
     if trunk.is_branched:
         return Declined("the blocks already stand in a branch")
     if len(trunk.blocks) < 2:
         return Declined("a trunk of one block has nothing to skip")
-    first, calls = trunk.blocks[0], [block.call for block in trunk.blocks[1:]]
+    first, calls = trunk.blocks[0], [block.call for block in trunk.blocks[front_blocks:]]
     after, needed = descendants(calls), ancestors(calls)
-    if first.call in after:
+    if first.call in descendants(block.call for block in trunk.blocks[1:]):
         return Declined(f"{first.path} reads the result of a later block")
     core = set(calls) | (after & needed)
     # What leaves of a tuple are its parts, also those that no block reads.
     core |= {user for node in core if not is_tensor(node) for user in node.users if user.target is operator.getitem}
     leaving = [node for node in trunk.graph.nodes if node in core and any(user not in core for user in node.users)]
-    if not leaving:
-        return Declined("nothing that the blocks compute is read after them")
-    if any(not is_tensor(node) for node in leaving):
-        return Declined(
-            f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
-        )
-
-    if any(is_data_dependent(value(node)) for node in leaving):
-        return Declined("what leaves the blocks has a length that depends on data, so no state can be made for it")
-
+    unkept = _why_not_kept(leaving)
+    if unkept is not None:
+        return unkept
     roles = classify(trunk)
     unclear = why_unclear(trunk, roles)
     if unclear is not None:
@@ -90,7 +86,11 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
     stream = _main_stream(trunk, roles.sample)
     if isinstance(stream, Declined):
         return stream
-    outside = {first.call, *first.outputs.values()}
+    # By its sinusoids a timestep is known also when the trunk is rewritten: they stay where they are.
+    timed = descendants(roles.clocks) - core
+    outside = {node for node in timed if op_name(node) in SINUSOIDS}
+    if front_blocks:
+        outside |= {first.call, *first.outputs.values()}
     for node in leaving:
         if not _reaches_back(trunk, node, core, outside):
             return Declined(f"{node.name} leaves the blocks and continues no stream of {first.path}")
@@ -107,13 +107,27 @@ def plan_skip(trunk: Trunk) -> SkipPlan | Declined:
     stands_for = trunk.shared.nodes if trunk.shared is not None else {}
     return SkipPlan(
         first=first,
+        front_blocks=front_blocks,
         stream_in=stream[0],
-        stream_out=stream[1],
+        stream_out=stream[1] if front_blocks else None,
         moved=moved,
         leaving=tuple(leaving),
         sample=stands_for.get(roles.sample, roles.sample),
         clocks=tuple(stands_for.get(clock, clock) for clock in roles.clocks),
     )
+
+
+def _why_not_kept(leaving: Sequence[fx.Node]) -> Declined | None:
+    """Why what leaves the blocks can't be kept from step to step; None where it can."""
+    if not leaving:
+        return Declined("nothing that the blocks compute is read after them")
+    if any(not is_tensor(node) for node in leaving):
+        return Declined(
+            f"{next(node for node in leaving if not is_tensor(node)).name} leaves the blocks and is no tensor"
+        )
+    if any(is_data_dependent(value(node)) for node in leaving):
+        return Declined("what leaves the blocks has a length that depends on data, so no state can be made for it")
+    return None
 
 
 def why_unclear(trunk: Trunk, roles: InputRoles) -> Declined | None:
@@ -207,7 +221,7 @@ def operands_of_branches(
 
 
 def counterparts_of(trunk: Trunk, plan: SkipPlan, before: fx.Node, tag: str) -> list[fx.Node]:
-    """For each value that leaves, what it would be if blocks 2..N handed their streams on unchanged."""
+    """For each value that leaves, what it would be if the blocks that are skipped handed their streams on unchanged."""
     made: dict[fx.Node, fx.Node] = {}
     return [_counterpart(trunk, node, set(plan.moved), before, made, tag) for node in plan.leaving]
 

@@ -22,6 +22,7 @@ _MIXING = {
     *("arange", "linspace", "full", "ones", "zeros", "linear", "matmul", "bmm", "addmm", "layer_norm", "embedding"),
     *("scaled_dot_product_attention", "einsum"),
 }
+SINUSOIDS = {"sin", "cos", "polar"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def is_time_like(placeholder: fx.Node) -> bool:
         node = stack.pop()
         if node in seen or op_name(node) in _MIXING or op_name(node).startswith("conv"):
             continue
-        if op_name(node) in {"sin", "cos", "polar"}:
+        if op_name(node) in SINUSOIDS:
             return True
         seen.add(node)
         stack.extend(node.users)

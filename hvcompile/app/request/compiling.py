@@ -12,7 +12,7 @@ import typer
 
 from hvcompile.app.request.assignments import assignments, merged, nested
 from hvcompile.app.request.parameters import COMPILING, EACH, Mode
-from hvcompile.inputs import load_options
+from hvcompile.inputs import load_options, made_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,11 @@ class Compiling:
     def options_in_file(self) -> dict[str, Any]:
         """Options of the backend that a file gives."""
         return load_options(self.options_file) if self.options_file is not None else {}
+
+    @functools.cached_property
+    def made_for(self) -> dict[str, Any]:
+        """What that file says that its options were made for."""
+        return made_for(self.options_file) if self.options_file is not None else {}
 
     def own_options(self) -> dict[str, Any]:
         """Options of the backend that parameters of their own give."""

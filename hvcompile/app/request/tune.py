@@ -19,7 +19,7 @@ from hvcompile.app.request.parameters import JsonFile
 from hvcompile.errors import InputError
 
 SECTION, RANKS = "first_block_cache", "context_parallel"
-SOUGHT = ("threshold", "forecast", "decide_by")
+SOUGHT = ("threshold", "forecast", "decide_by", "front_blocks")
 """Fields of the cache that are looked for, and can't be given."""
 
 

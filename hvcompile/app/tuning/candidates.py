@@ -15,8 +15,10 @@ THRESHOLDS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.25, 0.
 """Of each rule, from little reuse to much: four of fifteen are enough to find the one where a goal is passed."""
 COARSE = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
 """Those that draw a curve where there is no goal."""
+FRONT_BLOCKS = (1, 0)
+"""Of schedules: those that look at block 1, and those that skip it too."""
 MOST_SCHEDULES = 15
-"""That are tried, of all numbers of steps."""
+"""That are tried of each kind, of all numbers of steps."""
 LEAST_PSNR = 20.0
 """Decibels; what is further from the reference shows something else, and a larger threshold is not tried."""
 
@@ -30,6 +32,7 @@ class Candidate:
     decide_by: str = "change"
     computed_steps: tuple[int, ...] = ()
     max_consecutive_hits: int | None = None
+    front_blocks: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed_steps", tuple(self.computed_steps))  # JSON has lists
@@ -38,7 +41,7 @@ class Candidate:
     def rule(self) -> str:
         """What it has in common with the candidates of other thresholds."""
         if self.computed_steps:
-            return "schedule"
+            return "schedule" if self.front_blocks else "schedule of no block"
         if not self.forecast:
             return "repeat"
         return f"forecast {self.forecast}" + (", by error" if self.decide_by == "error" else "")
@@ -66,7 +69,7 @@ LADDERS = tuple(tuple(Candidate(threshold=threshold, **rule) for threshold in TH
 Ladders = Sequence[Sequence[Candidate]]
 
 
-def scheduled(found: Mapping[int, Sequence[int]]) -> dict[int, Candidate]:
+def scheduled(found: Mapping[int, Sequence[int]], front_blocks: int = 1) -> dict[int, Candidate]:
     """Of fixed schedules, see ``schedules``, the candidates by their number of steps computed.
 
     Every other step is forecast, whatever its change, as long as that is a number. A generation of more steps goes on
@@ -76,14 +79,18 @@ def scheduled(found: Mapping[int, Sequence[int]]) -> dict[int, Candidate]:
     for number, steps in found.items():
         gaps = [after - before - 1 for before, after in itertools.pairwise([*steps, num_steps])]
         candidates[number] = Candidate(
-            threshold=MOST, forecast=1, computed_steps=tuple(steps), max_consecutive_hits=max(1, *gaps)
+            threshold=MOST,
+            forecast=1,
+            computed_steps=tuple(steps),
+            max_consecutive_hits=max(1, *gaps),
+            front_blocks=front_blocks,
         )
     return candidates
 
 
-def ladder_of(schedules: Mapping[int, Sequence[int]]) -> tuple[Candidate, ...]:
+def ladder_of(schedules: Mapping[int, Sequence[int]], front_blocks: int = 1) -> tuple[Candidate, ...]:
     """The candidates of schedules, at most ``MOST_SCHEDULES``: from 85 % of the steps computed down to a fifth."""
-    most, every = max(schedules, default=0), scheduled(schedules)
+    most, every = max(schedules, default=0), scheduled(schedules, front_blocks)
     shares = [0.85 - 0.65 * place / (MOST_SCHEDULES - 1) for place in range(MOST_SCHEDULES)]
     numbers = dict.fromkeys(round(share * most) for share in shares)
     return tuple(every[number] for number in numbers if number in every and number < most)
@@ -154,7 +161,7 @@ def most_missing(rows: Mapping[Candidate, Row], goal: Goal, ladders: Ladders, *,
     """How many candidates may still have to be measured at most, with those of schedules that are still to be found."""
     numbers = [len(_ahead(ladder, rows, goal)) for ladder in ladders]
     if finds_schedules:
-        numbers.append(MOST_SCHEDULES // 3 if goal.is_open else MOST_SCHEDULES)
+        numbers += [MOST_SCHEDULES // 3 if goal.is_open else MOST_SCHEDULES] * len(FRONT_BLOCKS)
     return sum(number if goal.is_open else number.bit_length() for number in numbers)
 
 

@@ -35,31 +35,41 @@ class Trajectory:
         clocks: the steps' timesteps, [T].
         first: of block 1's residual, see ``Products``.
         rest: of the changes over blocks 2..N, a stream each.
+        whole: of those over all blocks; where block 1's is not known of a stream, the same as ``rest``.
 
     """
 
     clocks: NDArray[np.float64]
     first: NDArray[np.float64]
     rest: Products
+    whole: Products
 
     def joined(self, others: Sequence[Trajectory]) -> Trajectory:
         """The same generation where other ranks have other parts of its streams."""
         return Trajectory(
             clocks=self.clocks,
             first=sum((other.first for other in others), self.first),
-            rest={name: sum((other.rest[name] for other in others), products) for name, products in self.rest.items()},
+            rest=_summed([self.rest, *(other.rest for other in others)]),
+            whole=_summed([self.whole, *(other.whole for other in others)]),
         )
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        rest = {name: products.tolist() for name, products in self.rest.items()}
-        return {"clocks": self.clocks.tolist(), "first": self.first.tolist(), "rest": rest}
+        streams = {"rest": self.rest, "whole": self.whole}
+        lists = {kind: {name: item.tolist() for name, item in held.items()} for kind, held in streams.items()}
+        return {"clocks": self.clocks.tolist(), "first": self.first.tolist(), **lists}
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Trajectory:
         """From JSON."""
-        rest = {name: np.asarray(products) for name, products in record["rest"].items()}
-        return cls(clocks=np.asarray(record["clocks"]), first=np.asarray(record["first"]), rest=rest)
+        rest, whole = (
+            {name: np.asarray(products) for name, products in record[kind].items()} for kind in ("rest", "whole")
+        )
+        return cls(clocks=np.asarray(record["clocks"]), first=np.asarray(record["first"]), rest=rest, whole=whole)
+
+
+def _summed(parts: Sequence[Products]) -> Products:
+    return {name: sum((part[name] for part in parts[1:]), products) for name, products in parts[0].items()}
 
 
 class Recorder:
@@ -105,33 +115,39 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _trajectory(steps: Sequence[Mapping[str, torch.Tensor]]) -> Trajectory:
-    products = {}
-    for name in steps[0].keys() - {"clock"}:
-        rows = torch.stack([step[name] for step in steps]).double()
-        products[name] = (rows @ rows.T).numpy()
+    rows = {name: torch.stack([step[name] for step in steps]).double() for name in steps[0].keys() - {"clock"}}
+    first = rows.pop("first_residual")
+    whole = {name: changes + first if changes.shape == first.shape else changes for name, changes in rows.items()}
     clocks = torch.stack([step["clock"] for step in steps]).numpy()
     moving = clocks[:, np.ptp(clocks, axis=0).argmax()]
-    return Trajectory(clocks=moving, first=products.pop("first_residual"), rest=products)
+    return Trajectory(
+        clocks=moving,
+        first=(first @ first.T).numpy(),
+        rest={name: (changes @ changes.T).numpy() for name, changes in rows.items()},
+        whole={name: (changes @ changes.T).numpy() for name, changes in whole.items()},
+    )
 
 
-def errors(trajectory: Trajectory) -> NDArray[np.float64]:
-    """How far a forecast would be off, squared and relative to the streams, times the square of the step's length.
+def errors(trajectory: Trajectory, front_blocks: int = 1) -> NDArray[np.float64]:
+    """How far a forecast would be off, squared and relative to the streams, times the step's length.
 
-    A step of a sampler adds what the model predicts times the step's length, so an error counts by that.
+    A sampler adds what the model predicts times the step's length. By that alone an error would count as its square,
+    and the short steps at the start as nearly nothing. But all that follows is made of what they leave.
+
+    Args:
+        trajectory: of a generation.
+        front_blocks: 1 where forecasts go as far as block 1 says, 0 where they go straight on in the timestep.
 
     Returns:
         For the last step computed but one, a, the last one, b, and a step t that is reused: at [a + 1, b, t]. At
         [0, b, t] where b is the only one, so that b is repeated. Infinite where it is no number; 0 but for a < b < t.
 
     """
-    first, num_steps = trajectory.first, len(trajectory.clocks)
+    num_steps = len(trajectory.clocks)
     before, last, step = np.ogrid[:num_steps, :num_steps, :num_steps]
-    along = _square(first, before, last)
-    across = first[last, step] - first[last, last] - first[before, step] + first[before, last]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ahead = np.where(along > 0, (across / (along * (1 + RIDGE))).clip(-MOST_AHEAD, MOST_AHEAD), 0.0)
+    ahead = _along_first_block(trajectory.first) if front_blocks else _along_clock(trajectory.clocks)
     found = np.zeros((num_steps + 1, num_steps, num_steps))
-    for products in trajectory.rest.values():
+    for products in (trajectory.rest if front_blocks else trajectory.whole).values():
         change, difference = _square(products, last, step), _square(products, before, last)
         turned = products[last, step] - products[last, last] - products[before, step] + products[before, last]
         scale = np.trace(products) / num_steps
@@ -140,9 +156,25 @@ def errors(trajectory: Trajectory) -> NDArray[np.float64]:
         missed = change - 2 * ahead * turned + ahead * ahead * difference
         found[1:] += missed.clip(min=0) / scale
         found[:1] += change.clip(min=0) / scale
-    found *= _lengths(trajectory.clocks) ** 2
+    found *= _lengths(trajectory.clocks)
     known = np.concatenate([np.broadcast_to(last < step, found[:1].shape), (before < last) & (last < step)])
     return np.where(known, np.where(np.isfinite(found), found, np.inf), 0.0)
+
+
+def _along_first_block(first: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The coefficient of a forecast, at [a, b, t], see ``rewriting.forecast.along_first_block``."""
+    before, last, step = np.ogrid[: len(first), : len(first), : len(first)]
+    along = _square(first, before, last)
+    across = first[last, step] - first[last, last] - first[before, step] + first[before, last]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(along > 0, (across / (along * (1 + RIDGE))).clip(-MOST_AHEAD, MOST_AHEAD), 0.0)
+
+
+def _along_clock(clocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same of ``rewriting.forecast.along_clock``."""
+    before, last, step = np.ix_(clocks, clocks, clocks)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(last != before, ((step - last) / (last - before)).clip(-MOST_AHEAD, MOST_AHEAD), 0.0)
 
 
 def _square(products: NDArray[np.float64], one: Any, other: Any) -> NDArray[np.float64]:
@@ -166,11 +198,12 @@ def _lengths(clocks: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.append(differences, clocks[-1] if 0 < clocks[-1] < clocks[0] else differences[-1])
 
 
-def schedules(trajectories: Sequence[Trajectory]) -> dict[int, tuple[int, ...]]:
+def schedules(trajectories: Sequence[Trajectory], front_blocks: int = 1) -> dict[int, tuple[int, ...]]:
     """For each number of steps computed, those steps whose forecasts are off by least, by squares, in all.
 
     Args:
         trajectories: of generations of T steps each; without one, or with more than ``MOST_STEPS``, nothing is found.
+        front_blocks: see ``errors``.
 
     Returns:
         The steps, from 0, by their number, 1 to T. None stands there whose error is no number.
@@ -181,7 +214,7 @@ def schedules(trajectories: Sequence[Trajectory]) -> dict[int, tuple[int, ...]]:
     """
     if not trajectories or len(trajectories[0].clocks) > MOST_STEPS:
         return {}
-    costs = np.mean([errors(trajectory) for trajectory in trajectories], axis=0)
+    costs = np.mean([errors(trajectory, front_blocks) for trajectory in trajectories], axis=0)
     num_steps = costs.shape[1]
     # runs[a + 1, b, c]: of all steps between b and c, where a and b were computed last.
     runs = np.concatenate([np.zeros((*costs.shape[:2], 1)), costs.cumsum(axis=2)], axis=2)

@@ -43,7 +43,9 @@ class Store:
         self._num_clips = num_clips
         self.rows: dict[Candidate, Row] = {}
         self.reference_seconds: list[float] = []
-        self.schedules: dict[int, tuple[int, ...]] | None = None  # by their number of steps; None where not yet sought
+        self.num_steps: int | None = None  # of a clip
+        # By front blocks, then by the number of steps; None where not yet sought.
+        self.schedules: dict[int, dict[int, tuple[int, ...]]] | None = None
         if self.results.exists():
             self._read()
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -63,7 +65,11 @@ class Store:
                 raise ValueError("a time is no number of seconds")
             schedules = None
             if content["schedules"] is not None:
-                schedules = {len(steps): tuple(map(int, steps)) for steps in content["schedules"]}
+                schedules = {
+                    int(front_blocks): {len(steps): tuple(map(int, steps)) for steps in found}
+                    for front_blocks, found in content["schedules"].items()
+                }
+            num_steps = None if content["num_steps"] is None else int(content["num_steps"])
             rows = dict(self._row(record) for record in content["settings"])
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
             raise InputError(
@@ -80,6 +86,7 @@ class Store:
                     f"{_short(now)}: give another directory, or remove it"
                 )
         self.rows, self.reference_seconds, self.schedules = rows, reference_seconds, schedules
+        self.num_steps = num_steps
 
     def _row(self, record: Mapping[str, Any]) -> tuple[Candidate, Row]:
         """A setting and its figures from JSON; raises ValueError or TypeError where they are none."""
@@ -96,10 +103,14 @@ class Store:
             {"first_block_cache": candidate.section(), "clips": [clip.record() for clip in row.clips]}
             for candidate, row in self.rows.items()
         ]
+        schedules: dict[str, Any] | None = None
+        if self.schedules is not None:
+            schedules = {str(front_blocks): list(found.values()) for front_blocks, found in self.schedules.items()}
         return {
             "conditions": self._conditions,
             "reference_seconds": self.reference_seconds,
-            "schedules": None if self.schedules is None else list(self.schedules.values()),
+            "num_steps": self.num_steps,
+            "schedules": schedules,
             "settings": settings,
         }
 

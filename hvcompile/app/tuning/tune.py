@@ -12,16 +12,26 @@ import torch
 from hvcompile import outputs
 from hvcompile.app import identity, metrics, pipelines, video
 from hvcompile.app.generate import BACKEND, ready
-from hvcompile.app.notes import written
+from hvcompile.app.notes import EMBEDDED, sampler_of, written
 from hvcompile.app.records import circumstances, plain
 from hvcompile.app.reference import Reference
 from hvcompile.app.request.tune import Request
 from hvcompile.app.runner import Runner
-from hvcompile.app.tuning.candidates import LADDERS, Candidate, Goal, Ladders, ladder_of, missing, most_missing
+from hvcompile.app.tuning.candidates import (
+    FRONT_BLOCKS,
+    LADDERS,
+    Candidate,
+    Goal,
+    Ladders,
+    ladder_of,
+    missing,
+    most_missing,
+)
 from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
 from hvcompile.app.tuning.schedule import COMPUTED, Recorder, Trajectory, schedules, why_none
 from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
+from hvcompile.inputs import MADE_FOR
 from hvcompile.ranks import launch
 from hvcompile.ranks.store import Exchange
 from hvcompile.runtime.probing import probing
@@ -144,7 +154,7 @@ class _Tuning:
     def _ladders(self) -> Ladders:
         """The candidates of every rule."""
         assert self._store is not None
-        return [*LADDERS, ladder_of(self._store.schedules or {})]
+        return [*LADDERS, *(ladder_of(found, front) for front, found in (self._store.schedules or {}).items())]
 
     def _agreed(self, item: Any) -> Any:
         """The first rank's item, on all of them."""
@@ -165,9 +175,9 @@ class _Tuning:
         if len(set(map(len, parts))) == 1:  # of all ranks the same generations
             read = [list(map(Trajectory.read, part)) for part in parts]
             trajectories = [first.joined(others) for first, *others in zip(*read, strict=True)]
-        self._store.schedules = schedules(trajectories)
+        self._store.schedules = {front: schedules(trajectories, front) for front in FRONT_BLOCKS}
         self._store.keep()
-        if not ladder_of(self._store.schedules):
+        if not any(map(ladder_of, self._store.schedules.values())):
             reason = f"{' and '.join(taken)} is given" if taken else why_none(trajectories)
             self._notes.append(f"no schedule was tried: {reason}")
 
@@ -201,6 +211,7 @@ class _Tuning:
                 raise InputError(f"of the steps ({len(run.steps)}) none can be timed, since {told}: give more")
             seconds.append(denoising_seconds(run, run.computed_seconds))
             if self._store is not None:
+                self._store.num_steps = len(run.steps)
                 self._store.write_reference(place, run.frames)
             self._agreed(None)
         self._num_done += len(self._jobs)
@@ -244,8 +255,14 @@ class _Tuning:
         if chosen is not None:
             options = self._request.options_with(chosen.section())
         request, store = self._request, self._store
+        made_for = {
+            "num_steps": store.num_steps,
+            "sampler": sampler_of(self._loaded),
+            "model": request.model or EMBEDDED,
+        }
+        kept = {**plain(options), MADE_FOR: made_for} if options is not None else None
         problems = written(
-            (request.output if options is not None else None, lambda path: outputs.write_json(plain(options), path)),
+            (request.output if kept is not None else None, lambda path: outputs.write_json(kept or {}, path)),
             (request.json_file, lambda path: outputs.write_json(store.record(), path)),
         )
         return Outcome(
