@@ -218,6 +218,26 @@ def test_float8_weights_in_rows_are_refused(whole: Lowered) -> None:
         walk.walk(wrong, [1052], reuse=False)
 
 
+NONZERO = """
+import torch
+from torch._C._dynamo.guards import assert_size_stride
+
+def call(args):
+    places = torch.ops.aten.nonzero.default(*args)
+    assert_size_stride(places, (6, 2), (1, 6))  # in C++, where a length without a number would end the process
+    return (places,)
+
+def get_args():
+    return [torch.empty(2, 3, dtype=torch.bool, device="cuda:0")]
+"""
+
+
+def test_places_that_are_not_zero_are_as_many_as_there_can_be() -> None:
+    with on_absent(GPUS["h100"], compile_kernels=False):
+        found = walk.walk(NONZERO, reuse=False)
+    assert [(event.kind, event.num_bytes) for event in found.events] == [(walk.SYNC, 0), (walk.LIBRARY, 6 + 6 * 2 * 8)]
+
+
 def test_triton_that_interprets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(hvcompile.InputError, match="TRITON_INTERPRET"):

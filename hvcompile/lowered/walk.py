@@ -25,6 +25,8 @@ _FREE = re.compile(
     r"(prim\.|hvcompile\.leave\.|aten\.(empty|empty_strided|as_strided|view|_unsafe_view|slice|select|permute|t"
     r"|transpose|unsqueeze|squeeze|expand|detach|split|split_with_sizes|alias)\.)"
 )
+# Operators that wait for the device, to know how much memory their results take.
+_WAITING = re.compile(r"aten\.nonzero\.")
 _COPIES = re.compile(r"aten\.(copy_|clone|_to_copy|cat|constant_pad_nd|contiguous)\.")
 
 
@@ -212,6 +214,8 @@ class _Recorder:
             if brought:
                 self._add(TRANSFER, name, brought)
             return
+        if _WAITING.match(name):
+            self._add(SYNC, f"the size of {name}", 0)
         kind, memory = LIBRARY, 0
         if name.startswith("_c10d_functional.wait_tensor"):
             kind = WAIT

@@ -142,6 +142,16 @@ class _Extern:
         return scaled_mm
 
 
+def _all_nonzero(tensor: torch.Tensor) -> torch.Tensor:
+    """What ``nonzero`` returns at most: the places of all elements, in columns as CUDA's kernel lays them out.
+
+    How many there are depends on data. The fake result's length would have a name and no number, at which torch's check
+    of strides in the generated code, written in C++, ends the process.
+    """
+    size = tensor.numel(), tensor.ndim
+    return tensor.new_empty_strided(size, (1, tensor.numel()), dtype=torch.int64)
+
+
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells of every operator."""
 
@@ -151,6 +161,6 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._hooks.before_operator(str(func), args, kwargs or {})
-        result = func(*args, **(kwargs or {}))
+        result = _all_nonzero(args[0]) if func is torch.ops.aten.nonzero.default else func(*args, **(kwargs or {}))
         self._hooks.on_operator(str(func), list(tensors_in((args, kwargs))), list(tensors_in(result)))
         return result
