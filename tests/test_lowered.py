@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import multiprocessing
 import re
 from collections.abc import Iterator
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from rich.console import Console
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 import hvcompile
 from hvcompile.app import lower as lowered
 from hvcompile.app.lower import lower_request
 from hvcompile.app.request.lower import Request
+from hvcompile.app.tables.lowering import lowering_tables
 from hvcompile.lowered import walk
 from hvcompile.lowered.gpus import GPUS
 from hvcompile.lowered.lower import Lowered, lower_call, on_absent
@@ -73,12 +79,17 @@ def lower_whole() -> Lowered:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Iterator[Lowered]:
-    """In a process of its own: here Triton may interpret its kernels, which is settled when it is first imported."""
+def elsewhere() -> Iterator[Pool]:
+    """A process where kernels compile: here Triton may interpret them, which is settled when it is first imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         with multiprocessing.get_context("spawn").Pool(1) as processes:
-            yield processes.apply(lower_whole)
+            yield processes
+
+
+@pytest.fixture(scope="module")
+def whole(elsewhere: Pool) -> Lowered:
+    return elsewhere.apply(lower_whole)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +112,44 @@ def test_every_kernel_compiles_and_none_spills(whole: Lowered) -> None:
     assert not whole.failures
     assert not whole.spilling
     assert all(0 < kernel.registers <= 255 for kernel in whole.kernels)
+
+
+class Softmax(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().softmax(-1)
+
+
+class Sine(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double().sin()
+
+
+def lower_scarcely() -> list[Lowered]:
+    """A kernel given 24 registers, and one whose stack holds an array, by which a large angle is reduced."""
+    options = CachingAutotuner._create_compile_options
+    results = []
+    for model, scarce in ((Softmax(), {"maxnreg": 24}), (Sine(), {})):
+
+        def with_few(self: Any, *args: Any, scarce: dict[str, int] = scarce) -> Any:
+            return {**options(self, *args), **scarce}
+
+        with mock.patch.object(CachingAutotuner, "_create_compile_options", with_few):
+            inputs = torch.empty(4096, 4096, device="meta", dtype=torch.bfloat16)
+            results.append(hvcompile.lower(model, inputs, plain=True))
+    return results
+
+
+def test_a_kernel_that_spills_is_named(elsewhere: Pool) -> None:
+    spilling, filling = elsewhere.apply(lower_scarcely)
+    (kernel,) = spilling.spilling
+    assert "softmax" in kernel.name
+    assert kernel.spill_bytes > 0
+    told = io.StringIO()
+    for table in lowering_tables({"Inductor": spilling}):
+        Console(file=told, width=200).print(table)
+    assert f"{kernel.name}: spills {kernel.spill_bytes} bytes" in told.getvalue()
+    assert [kernel.stack_bytes > 0 for kernel in filling.kernels] == [True]
+    assert not filling.spilling
 
 
 def test_what_a_step_does(whole: Lowered) -> None:
