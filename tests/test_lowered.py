@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from rich.console import Console
+from torch._inductor import config
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
 import hvcompile
@@ -27,6 +28,7 @@ from hvcompile.app.tables.lowering import lowering_tables
 from hvcompile.lowered import walk
 from hvcompile.lowered.gpus import GPUS
 from hvcompile.lowered.lower import Lowered, lower_call, on_absent
+from hvcompile.lowered.quantised import quantisations
 from hvcompile.torch_private import lowering
 
 pytest.importorskip("triton")
@@ -183,6 +185,40 @@ def test_no_step_puts_biases_together(whole: Lowered) -> None:
     assert not [event.name for event in blocks if event.num_bytes == 2 * joined]  # read and written
 
 
+def test_no_rotation_goes_through_memory_in_float32(whole: Lowered) -> None:
+    """With Inductor's own settings a single block moves 34 streams, some of them queries and keys half rotated."""
+    stream = 1052 * 256 * 2  # tokens, width, bytes
+    moved = [event.num_bytes for event in whole.computed.events if event.kind == walk.TRITON and is_single(event.where)]
+    calls = sum(event.kind == "enter" and is_single((event.name,)) for event in whole.computed.events)
+    assert calls == 3
+    assert 20 * stream < sum(moved) / calls < 26 * stream
+
+
+def is_single(where: tuple[str, ...]) -> bool:
+    return where[-1:] == ("false_graph_0_repeated_subgraph0",)
+
+
+def test_quantisation_is_fused(whole: Lowered) -> None:
+    found = quantisations(whole.computed)
+    assert len(found) == 2  # of a single block: before its two products
+    assert not {kernel: apart for kernel, apart in found.items() if apart}
+
+
+def test_quantisation_that_is_not_fused_is_named() -> None:
+    model, inputs = hunyuan((1, 1))
+    with config.patch(max_fusion_size=1):
+        result = hvcompile.lower(
+            model,
+            **inputs,
+            options={"first_block_cache": False, "fp8": {"keep_last_blocks": 0}},
+            compile_kernels=False,
+        )
+    found = quantisations(result.computed)
+    assert len(found) > 5
+    assert all(found.values())
+    assert {name for apart in found.values() for name in apart} <= set(names(result.computed))
+
+
 def test_a_call_of_a_block_costs_what_its_body_does(whole: Lowered) -> None:
     """The counts by function add up to those of the step."""
     step = whole.computed
@@ -238,13 +274,13 @@ PRODUCT = re.compile(r"^( *)extern_kernels\._scaled_mm\((\w+), reinterpret_tenso
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault"),
+    ("kind", "fault", "name"),
     [
-        (walk.SYNC, r"\1\2.sum().item()"),
-        (walk.COPY, r"\1\2.clone()"),
+        (walk.SYNC, r"\1\2.sum().item()", "a number, torch."),
+        (walk.COPY, r"\1\2.clone()", "aten.clone.default"),
     ],
 )
-def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str) -> None:
+def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str, name: str) -> None:
     """One synchronisation, or one copy, before every float8 product."""
     code, numbers = whole.code[-1], [1052]
     products = len(PRODUCT.findall(code))
@@ -254,6 +290,9 @@ def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str) -> No
         worse = walk.walk(PRODUCT.sub(rf"{fault}\n\g<0>", code), numbers, reuse=False)
     calls = names(whole.computed).count("aten._scaled_mm.default")
     assert worse.count(kind) == whole.computed.count(kind) + calls
+    found = [event for event in worse.events if event.kind == kind and event.name != "a decision"]
+    assert all(event.name.startswith(name) for event in found)
+    assert all("subgraph" in event.where[-1] for event in found)  # in which body of blocks
 
 
 def test_float8_weights_in_rows_are_refused(whole: Lowered) -> None:

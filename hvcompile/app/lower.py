@@ -17,6 +17,7 @@ from hvcompile.errors import InputError
 from hvcompile.journal import Declined
 from hvcompile.lowered.gpus import GPUS
 from hvcompile.lowered.lower import Lowered, lower_call, settings_for
+from hvcompile.lowered.quantised import quantisations
 from hvcompile.options import Options
 from hvcompile.torch_private.dynamo import frame_call
 from hvcompile.trunk.outline import recover
@@ -116,6 +117,10 @@ def _figures(item: Lowered) -> dict[str, Any]:
                 "input_bytes": step.input_bytes,
                 "by_function": step.by_function(),
                 "collectives": step.overlaps(),
+                "quantisations": [
+                    {"part": function, "kernel": kernel, "apart": apart}
+                    for (function, kernel), apart in quantisations(step).items()
+                ],
             }
             for name, step in steps.items()
             if step is not None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hvcompile.float8.rules import refusals
+from hvcompile.lowered.flows import Buffer, Flows, kernel_operands
 from hvcompile.torch_private.absent_inputs import fake_tensors
 from hvcompile.torch_private.fakes import num_bytes
 from hvcompile.torch_private.generated_code import Hooks, run
@@ -27,6 +28,7 @@ _FREE = re.compile(
 )
 # Operators that wait for the device, to know how much memory their results take.
 _WAITING = re.compile(r"aten\.nonzero\.")
+_NEW = "aten.empty"
 _COPIES = re.compile(r"aten\.(copy_|clone|_to_copy|cat|constant_pad_nd|contiguous)\.")
 
 
@@ -59,10 +61,12 @@ class Walk:
         peak_bytes: the most that its buffers take at once, beside what it is given.
         peak_at: what was made when that was reached.
         input_bytes: of what it is given: weights, state, inputs.
+        buffers: what its events wrote, and which of them read it.
 
     """
 
     events: tuple[Event, ...]
+    buffers: tuple[Buffer, ...] = dataclasses.field(repr=False)
     peak_bytes: int
     peak_at: str
     input_bytes: int
@@ -158,6 +162,7 @@ def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool, capability: tup
         peak_bytes=recorder.memory.peak,
         peak_at=recorder.peak_at,
         input_bytes=recorder.memory.outside,
+        buffers=tuple(recorder.flows.buffers()),
     )
 
 
@@ -168,7 +173,7 @@ class _Recorder:
         self._reuse, self._size, self._capability = reuse, size, capability
         self._where: list[str] = []
         self.events: list[Event] = []
-        self.memory = LiveBytes()
+        self.memory, self.flows = LiveBytes(), Flows()
         self.peak_at = ""
 
     def on_enter(self, name: str) -> None:
@@ -188,6 +193,7 @@ class _Recorder:
         tensors = [item for item in args if isinstance(item, torch.Tensor)]
         self.memory.note(tensors)
         moved = round(float(estimate[1]) * 1e9) if estimate else sum(map(num_bytes, tensors))
+        self.flows.event(len(self.events), *kernel_operands(source, args))
         self._add(TRITON, name, moved)
 
     def before_operator(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -207,6 +213,8 @@ class _Recorder:
         self.memory.note([item for item in operands if item.device.type != "cpu"])
         if self.memory.add(results):
             self.peak_at = "/".join([*self._where, name])
+        if name.startswith(_NEW):
+            self.flows.new(results)
         if _FREE.match(name):
             return
         if name.startswith("hvcompile.fetch"):
@@ -225,6 +233,9 @@ class _Recorder:
             kind = COPY
         if kind in {WAIT, COLLECTIVE}:
             memory = storage_id(operands[0] if kind == WAIT else results[0])
+        outputs = set(map(storage_id, results))
+        inputs = [item for item in operands if storage_id(item) not in outputs]
+        self.flows.event(len(self.events), inputs, [] if kind == WAIT else results)
         moved = {} if kind == WAIT else {id(tensor): tensor for tensor in (*operands, *results)}
         self._add(kind, name, sum(map(num_bytes, moved.values())), memory)
 

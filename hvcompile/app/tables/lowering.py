@@ -18,6 +18,8 @@ def lowering_tables(results: Mapping[str, Lowered]) -> list[Table]:
     """Lay out what came of it: the passes, what a step does, what each block does, and the kernels."""
     main = next(iter(results.values()))
     tables = [passes_table(main.journal, "did", "left, and why"), _steps(results), _functions(main), _kernels(results)]
+    if table := _quantisations(main):
+        tables.append(table)
     return [*tables, _collectives(main)] if main.ranks > 1 else tables
 
 
@@ -85,6 +87,17 @@ def _kernels(results: Mapping[str, Lowered]) -> Table:
     ]
     table.caption = "\n".join(wrong) or None
     return table
+
+
+def _quantisations(item: Lowered) -> Table | None:
+    from hvcompile.lowered.quantised import quantisations
+
+    table = Table("part", "kernel that quantises", title="what quantisation is fused into", title_justify="left")
+    table.add_column("kernels that could be one with it")
+    for (function, kernel), apart in quantisations(item.computed).items():
+        table.add_row(function or "outside of all", kernel, "\n".join(apart) or "none")
+    table.caption = "Inductor names a kernel after the operators that it computes"
+    return table if table.rows else None
 
 
 def _collectives(item: Lowered) -> Table:
