@@ -19,6 +19,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from rich.console import Console
 from torch._inductor import config
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from toy import Toy, toy_inputs
 
 import hvcompile
 from hvcompile.app import lower as lowered
@@ -26,7 +27,7 @@ from hvcompile.app.lower import lower_request
 from hvcompile.app.request.lower import Request
 from hvcompile.app.tables.lowering import lowering_tables
 from hvcompile.lowered import walk
-from hvcompile.lowered.gpus import GPUS
+from hvcompile.lowered.gpus import GPUS, peaks
 from hvcompile.lowered.lower import Lowered, lower_call, on_absent
 from hvcompile.lowered.quantised import quantisations
 from hvcompile.torch_private import lowering
@@ -167,6 +168,9 @@ def test_what_a_step_does(whole: Lowered) -> None:
     assert reused.num_launches < computed.num_launches
     assert reused.num_bytes < computed.num_bytes
     assert 0 < computed.peak_bytes < whole.gpu.memory_bytes
+    assert 0 < reused.flops < computed.flops
+    products = [event for event in computed.events if event.name == "aten._scaled_mm.default"]
+    assert {event.dtype for event in products} == {torch.float8_e4m3fn}
 
 
 def test_a_step_that_reuses_copies_no_state(whole: Lowered) -> None:
@@ -241,6 +245,33 @@ def test_peak_of_a_plan_that_is_known() -> None:
     assert result.computed.count(walk.LIBRARY) == 2
     assert result.computed.count(walk.TRITON) == 1
     assert result.computed.num_bytes == 2 * 3 * 4 * 2**20 + 2 * 4 * 2**20 - 4 * 2**20  # x @ x reads x once
+    assert result.computed.flops == 2 * 2 * 1024**3
+    device = peaks(result.gpu)
+    assert device is not None
+    seconds = [2 * 1024**3 / 67e12, 2 * 4 * 2**20 / 3.35e12, 2 * 1024**3 / 67e12]  # products compute, relu moves
+    assert result.computed.seconds(device) == pytest.approx(sum(seconds))
+
+
+def test_sizes_that_may_change_have_names() -> None:
+    result = hvcompile.lower(
+        Toy(3), *toy_inputs().values(), options={"fp8": False}, dynamic=True, compile_kernels=False
+    )
+    assert re.search(r"empty_strided_cuda\(\((s\d+), 16\)", result.code[-1])
+    assert result.computed.count(walk.TRITON)
+    assert result.reused is not None
+
+
+def test_two_halves_of_guidance_are_one_to_each_rank() -> None:
+    """Without sharded attention the blocks speak to nobody; afterwards the halves are gathered."""
+    options = {"context_parallel": {"cfg": 2}, "first_block_cache": False, "fp8": False}
+    result = hvcompile.lower(Toy(3), *toy_inputs(batch=2).values(), options=options, ranks=2, compile_kernels=False)
+    sample = 4 * toy_inputs()["sample"].numel()  # bytes
+    collectives = [event for event in result.computed.events if event.kind == walk.COLLECTIVE]
+    assert (collectives[-1].name, collectives[-1].where) == ("_c10d_functional.all_gather_into_tensor.default", ())
+    assert collectives[-1].num_bytes == 3 * sample
+    assert not [event.name for event in collectives if event.where]
+    attentions = {event.num_bytes for event in result.computed.events if "attention.default" in event.name}
+    assert max(attentions) < 2 * 4 * sample  # of q, k, v and the result for one sample, the text's tokens among keys
 
 
 def test_keys_travel_while_attention_runs(ring: Lowered) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from hvcompile.float8.format import DTYPE
 from hvcompile.float8.rules import refusals
+from hvcompile.graph.costs import Device
+from hvcompile.graph.flops import UNKNOWN_TO_TORCH
 from hvcompile.lowered.flows import Buffer, Flows, kernel_operands
 from hvcompile.torch_private.absent_inputs import fake_tensors
 from hvcompile.torch_private.fakes import num_bytes
@@ -42,6 +45,8 @@ class Event:
         where: the functions of the code that it stands in, the outermost first: a branch, a block's body.
         num_bytes: read and written, as if each operand were moved once; of a Triton kernel Inductor's own estimate.
         memory: of a collective and of a wait, what tells its result from all others.
+        flops: floating point operations of a library call's products; those of Triton kernels are not counted.
+        dtype: that those are computed in.
 
     """
 
@@ -50,6 +55,20 @@ class Event:
     where: tuple[str, ...]
     num_bytes: int
     memory: int = 0
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def seconds(self, device: Device) -> float:
+        """The least time that it takes a device to compute and to move this, whichever takes longer (roofline).
+
+        A model of the kernels alone: what comes from the host or from other ranks takes none here.
+
+        Source: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009.
+        """
+        if self.kind not in {TRITON, LIBRARY, COPY}:
+            return 0.0
+        peak = device.flops.get(self.dtype, device.flops[torch.float32])
+        return max(self.flops / peak, self.num_bytes / device.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +103,15 @@ class Walk:
     def num_bytes(self) -> int:
         """Read and written on the device in all."""
         return sum(event.num_bytes for event in self.events if event.kind != TRANSFER)
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the products."""
+        return sum(event.flops for event in self.events)
+
+    def seconds(self, device: Device) -> float:
+        """The least time of all kernels one after the other: see ``Event.seconds``."""
+        return sum(event.seconds(device) for event in self.events)
 
     @property
     def transferred_bytes(self) -> int:
@@ -156,7 +184,7 @@ def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool, capability: tup
         on_enter=recorder.on_enter,
         on_leave=recorder.on_leave,
     )
-    run(code, fake_tensors(), hooks, numbers)
+    run(code, fake_tensors(), hooks, numbers, UNKNOWN_TO_TORCH)
     return Walk(
         events=tuple(recorder.events),
         peak_bytes=recorder.memory.peak,
@@ -209,7 +237,9 @@ class _Recorder:
         if found:
             raise RuntimeError(f"{'/'.join([*self._where, name])} would be refused: {'; '.join(found)}")
 
-    def on_operator(self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+    def on_operator(
+        self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor], flops: int
+    ) -> None:
         self.memory.note([item for item in operands if item.device.type != "cpu"])
         if self.memory.add(results):
             self.peak_at = "/".join([*self._where, name])
@@ -237,8 +267,14 @@ class _Recorder:
         inputs = [item for item in operands if storage_id(item) not in outputs]
         self.flows.event(len(self.events), inputs, [] if kind == WAIT else results)
         moved = {} if kind == WAIT else {id(tensor): tensor for tensor in (*operands, *results)}
-        self._add(kind, name, sum(map(num_bytes, moved.values())), memory)
+        self._add(
+            kind,
+            name,
+            sum(map(num_bytes, moved.values())),
+            memory=memory,
+            flops=flops,
+            dtype=DTYPE if "float8" in name else (operands or results)[0].dtype,
+        )
 
-    def _add(self, kind: str, name: str, num_bytes: int, memory: int = 0) -> None:
-        where = tuple(self._where)
-        self.events.append(Event(kind=kind, name=name, where=where, num_bytes=num_bytes, memory=memory))
+    def _add(self, kind: str, name: str, num_bytes: int, **others: Any) -> None:
+        self.events.append(Event(kind=kind, name=name, where=tuple(self._where), num_bytes=num_bytes, **others))

@@ -25,6 +25,7 @@ def lowering_tables(results: Mapping[str, Lowered]) -> list[Table]:
 
 def _steps(results: Mapping[str, Lowered]) -> Table:
     from hvcompile.lowered import walk
+    from hvcompile.lowered.gpus import peaks
 
     gpu = next(iter(results.values())).gpu
     table = Table(title=f"a step of one rank on {gpu.name}", title_justify="left")
@@ -44,12 +45,16 @@ def _steps(results: Mapping[str, Lowered]) -> Table:
     ):
         table.add_row(heading, *(str(step.count(kind)) for step in steps))
     table.add_row("GB read and written", *(figures.in_unit(step.num_bytes, "G") for step in steps))
+    table.add_row("TFLOP of products", *(figures.in_unit(step.flops, "T") for step in steps))
+    if device := peaks(gpu):
+        table.add_row("seconds at least (a model)", *(f"{step.seconds(device):.3g}" for step in steps))
     table.add_row("GiB of inputs", *(f"{step.input_bytes / 2**30:.2f}" for step in steps))
     table.add_row("GiB of buffers, at most", *(f"{step.peak_bytes / 2**30:.2f}" for step in steps))
     memory = gpu.memory_bytes / 2**30
     table.caption = (
         f"the GPU has {memory:.0f} GiB; inputs are weights, state and what the call is given; a library call may "
-        "launch more than one kernel"
+        "launch more than one kernel; seconds are no measurement: a kernel takes what its bytes or its products take "
+        "at the peaks that NVIDIA states, whichever is more; collectives and transfers from the host take none"
     )
     return table
 
