@@ -107,8 +107,8 @@ def table(rows: Sequence[Row]) -> str:
         "",
         "20+40 blocks, 1280x720, 129 frames, bfloat16. Written by `python benchmarks/lowered_full_size.py`. Nothing "
         "was computed. Launches are of one rank and one step; a library call may launch more than one kernel. Seconds "
-        "at least are a model: a kernel takes what its bytes or its products take at the peaks that NVIDIA states for an "
-        "H100 SXM, whichever is more, and collectives take none.",
+        "at least are a model: a kernel takes what its bytes or its products take at the peaks that NVIDIA states for "
+        "an H100 SXM, whichever is more, and collectives take none.",
         "",
         "| | step | Triton kernels | library calls | copies | synchronisations | collectives (waited for at once) "
         "| GB read and written | TFLOP | s at least | GiB of inputs | GiB of buffers | fits 80 GB "
