@@ -435,6 +435,7 @@ def serve(connection: Any, how: How) -> None:
     import torch
 
     if how.device != "cpu":
+        torch.cuda.set_device(how.device)  # events, streams and counts of memory are those of the current device
         torch.backends.cuda.matmul.allow_tf32 = False
     with torch.no_grad():
         while True:
@@ -507,18 +508,34 @@ def _short(held: Any) -> str:
 
 
 def about(how: How) -> dict[str, Any]:
-    """The machine and the versions, asked for in a process of its own so that this one never touches the device."""
+    """The machine and the versions, asked for in a process of its own so that this one never touches the device.
+
+    Raises:
+        typer.BadParameter: the device is not there.
+
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return {**pool.apply(_about, (how,)), "scale": how.scale, "lowered by": how.lower}
+        found = pool.apply(_about, (how,))
+    if isinstance(found, str):
+        raise typer.BadParameter(found)
+    return {**found, "scale": how.scale, "lowered by": how.lower}
 
 
-def _about(how: How) -> dict[str, Any]:
+def _about(how: How) -> dict[str, Any] | str:
+    """The machine and the versions; a text where the device is not there."""
     import diffusers
     import torch
 
     name = platform.machine()
     if how.device != "cpu":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        known = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if how.device not in ("cuda", *known) or not known:
+            allowed = ", ".join(known) or f"none: torch {torch.__version__} finds no CUDA device"
+            return (
+                f"--device is {how.device!r}; GPUs are {allowed}. --device cpu --scale tiny --lower eager tries the "
+                "script out without one"
+            )
+        name = f"{torch.cuda.get_device_name(how.device)}, CUDA {torch.version.cuda}"
     return {
         "device": name,
         "torch": torch.__version__,

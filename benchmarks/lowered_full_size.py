@@ -57,6 +57,7 @@ def measured(case: Case, blocks: tuple[int, int]) -> Row:
 
     import hvcompile
     from hvcompile.lowered import walk
+    from hvcompile.lowered.gpus import peaks
 
     dual, single = blocks
     with torch.device("meta"):
@@ -73,7 +74,7 @@ def measured(case: Case, blocks: tuple[int, int]) -> Row:
         model, **inputs, return_dict=False, mode=case.mode, ranks=case.ranks, plain=case.is_plain, device="h100"
     )
     kinds = (walk.TRITON, walk.LIBRARY, walk.COPY, walk.SYNC, walk.COLLECTIVE)
-    steps = {"computed": lowered.computed, "reused": lowered.reused}
+    steps, device = {"computed": lowered.computed, "reused": lowered.reused}, peaks(lowered.gpu)
     return {
         "name": case.name,
         "ranks": case.ranks,
@@ -87,6 +88,8 @@ def measured(case: Case, blocks: tuple[int, int]) -> Row:
             name: {
                 **{kind: step.count(kind) for kind in kinds},
                 "bytes": step.num_bytes,
+                "flops": step.flops,
+                "model_seconds": None if device is None else step.seconds(device),
                 "input_bytes": step.input_bytes,
                 "buffer_bytes": step.peak_bytes,
                 "exposed_collectives": sum(launches == 0 for _, launches in step.overlaps()),
@@ -103,12 +106,14 @@ def table(rows: Sequence[Row]) -> str:
         "# HunyuanVideo at full size, compiled for an H100 that was not there",
         "",
         "20+40 blocks, 1280x720, 129 frames, bfloat16. Written by `python benchmarks/lowered_full_size.py`. Nothing "
-        "was computed. Launches are of one rank and one step; a library call may launch more than one kernel.",
+        "was computed. Launches are of one rank and one step; a library call may launch more than one kernel. Seconds "
+        "at least are a model: a kernel takes what its bytes or its products take at the peaks that NVIDIA states for "
+        "an H100 SXM, whichever is more, and collectives take none.",
         "",
         "| | step | Triton kernels | library calls | copies | synchronisations | collectives (waited for at once) "
-        "| GB read and written | GiB of inputs | GiB of buffers | fits 80 GB | kernels compiled, failed, spilling "
-        "| s compiling |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---|---:|",
+        "| GB read and written | TFLOP | s at least | GiB of inputs | GiB of buffers | fits 80 GB "
+        "| kernels compiled, failed, spilling | s compiling |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|---:|",
     ]
     for row in rows:
         for name, step in row["steps"].items():
@@ -118,6 +123,7 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(
                 f"| {row['name']} | {name} | {triton} | {library} | {copies} | {syncs} "
                 f"| {collectives} ({step['exposed_collectives']}) | {step['bytes'] / 1e9:.0f} "
+                f"| {step['flops'] / 1e12:.0f} | {step['model_seconds']:.2f} "
                 f"| {step['input_bytes'] / 2**30:.1f} | {step['buffer_bytes'] / 2**30:.1f} | {fits} | {made} "
                 f"| {row['seconds']:.0f} |"
             )

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from hvcompile.torch_private import torchao
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,3 +45,12 @@ def test_an_unknown_check_is_refused() -> None:
     ended = run("--only", "speeed")
     assert ended.returncode == 2
     assert "speed_of_the_whole" in ended.stderr.replace("\n", "").replace("│", "").replace(" ", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused(tmp_path: Path) -> None:
+    ended = run("--device", "cuda", "--output", str(tmp_path / "found"))
+    told = " ".join(ended.stderr.replace("│", "").split())
+    assert ended.returncode == 2
+    assert "finds no CUDA device. --device cpu --scale tiny --lower eager tries" in told
+    assert not list(tmp_path.iterdir())

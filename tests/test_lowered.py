@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import multiprocessing
 import re
 from collections.abc import Iterator
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from rich.console import Console
+from torch._inductor import config
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from toy import Toy, toy_inputs
 
 import hvcompile
 from hvcompile.app import lower as lowered
 from hvcompile.app.lower import lower_request
 from hvcompile.app.request.lower import Request
+from hvcompile.app.tables.lowering import lowering_tables
 from hvcompile.lowered import walk
-from hvcompile.lowered.gpus import GPUS
+from hvcompile.lowered.gpus import GPUS, peaks
 from hvcompile.lowered.lower import Lowered, lower_call, on_absent
+from hvcompile.lowered.quantised import quantisations
 from hvcompile.torch_private import lowering
 
 pytest.importorskip("triton")
@@ -73,12 +82,17 @@ def lower_whole() -> Lowered:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Iterator[Lowered]:
-    """In a process of its own: here Triton may interpret its kernels, which is settled when it is first imported."""
+def elsewhere() -> Iterator[Pool]:
+    """A process where kernels compile: here Triton may interpret them, which is settled when it is first imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         with multiprocessing.get_context("spawn").Pool(1) as processes:
-            yield processes.apply(lower_whole)
+            yield processes
+
+
+@pytest.fixture(scope="module")
+def whole(elsewhere: Pool) -> Lowered:
+    return elsewhere.apply(lower_whole)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +117,44 @@ def test_every_kernel_compiles_and_none_spills(whole: Lowered) -> None:
     assert all(0 < kernel.registers <= 255 for kernel in whole.kernels)
 
 
+class Softmax(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().softmax(-1)
+
+
+class Sine(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double().sin()
+
+
+def lower_scarcely() -> list[Lowered]:
+    """A kernel given 24 registers, and one whose stack holds an array, by which a large angle is reduced."""
+    options = CachingAutotuner._create_compile_options
+    results = []
+    for model, scarce in ((Softmax(), {"maxnreg": 24}), (Sine(), {})):
+
+        def with_few(self: Any, *args: Any, scarce: dict[str, int] = scarce) -> Any:
+            return {**options(self, *args), **scarce}
+
+        with mock.patch.object(CachingAutotuner, "_create_compile_options", with_few):
+            inputs = torch.empty(4096, 4096, device="meta", dtype=torch.bfloat16)
+            results.append(hvcompile.lower(model, inputs, plain=True))
+    return results
+
+
+def test_a_kernel_that_spills_is_named(elsewhere: Pool) -> None:
+    spilling, filling = elsewhere.apply(lower_scarcely)
+    (kernel,) = spilling.spilling
+    assert "softmax" in kernel.name
+    assert kernel.spill_bytes > 0
+    told = io.StringIO()
+    for table in lowering_tables({"Inductor": spilling}):
+        Console(file=told, width=200).print(table)
+    assert f"{kernel.name}: spills {kernel.spill_bytes} bytes" in told.getvalue()
+    assert [kernel.stack_bytes > 0 for kernel in filling.kernels] == [True]
+    assert not filling.spilling
+
+
 def test_what_a_step_does(whole: Lowered) -> None:
     computed, reused = whole.computed, whole.reused
     assert reused is not None
@@ -116,6 +168,9 @@ def test_what_a_step_does(whole: Lowered) -> None:
     assert reused.num_launches < computed.num_launches
     assert reused.num_bytes < computed.num_bytes
     assert 0 < computed.peak_bytes < whole.gpu.memory_bytes
+    assert 0 < reused.flops < computed.flops
+    products = [event for event in computed.events if event.name == "aten._scaled_mm.default"]
+    assert {event.dtype for event in products} == {torch.float8_e4m3fn}
 
 
 def test_a_step_that_reuses_copies_no_state(whole: Lowered) -> None:
@@ -132,6 +187,40 @@ def test_no_step_puts_biases_together(whole: Lowered) -> None:
     blocks = [event for event in whole.computed.events if event.kind == walk.TRITON and event.where]
     assert blocks
     assert not [event.name for event in blocks if event.num_bytes == 2 * joined]  # read and written
+
+
+def test_no_rotation_goes_through_memory_in_float32(whole: Lowered) -> None:
+    """With Inductor's own settings a single block moves 34 streams, some of them queries and keys half rotated."""
+    stream = 1052 * 256 * 2  # tokens, width, bytes
+    moved = [event.num_bytes for event in whole.computed.events if event.kind == walk.TRITON and is_single(event.where)]
+    calls = sum(event.kind == "enter" and is_single((event.name,)) for event in whole.computed.events)
+    assert calls == 3
+    assert 20 * stream < sum(moved) / calls < 26 * stream
+
+
+def is_single(where: tuple[str, ...]) -> bool:
+    return where[-1:] == ("false_graph_0_repeated_subgraph0",)
+
+
+def test_quantisation_is_fused(whole: Lowered) -> None:
+    found = quantisations(whole.computed)
+    assert len(found) == 2  # of a single block: before its two products
+    assert not {kernel: apart for kernel, apart in found.items() if apart}
+
+
+def test_quantisation_that_is_not_fused_is_named() -> None:
+    model, inputs = hunyuan((1, 1))
+    with config.patch(max_fusion_size=1):
+        result = hvcompile.lower(
+            model,
+            **inputs,
+            options={"first_block_cache": False, "fp8": {"keep_last_blocks": 0}},
+            compile_kernels=False,
+        )
+    found = quantisations(result.computed)
+    assert len(found) > 5
+    assert all(found.values())
+    assert {name for apart in found.values() for name in apart} <= set(names(result.computed))
 
 
 def test_a_call_of_a_block_costs_what_its_body_does(whole: Lowered) -> None:
@@ -156,6 +245,33 @@ def test_peak_of_a_plan_that_is_known() -> None:
     assert result.computed.count(walk.LIBRARY) == 2
     assert result.computed.count(walk.TRITON) == 1
     assert result.computed.num_bytes == 2 * 3 * 4 * 2**20 + 2 * 4 * 2**20 - 4 * 2**20  # x @ x reads x once
+    assert result.computed.flops == 2 * 2 * 1024**3
+    device = peaks(result.gpu)
+    assert device is not None
+    seconds = [2 * 1024**3 / 67e12, 2 * 4 * 2**20 / 3.35e12, 2 * 1024**3 / 67e12]  # products compute, relu moves
+    assert result.computed.seconds(device) == pytest.approx(sum(seconds))
+
+
+def test_sizes_that_may_change_have_names() -> None:
+    result = hvcompile.lower(
+        Toy(3), *toy_inputs().values(), options={"fp8": False}, dynamic=True, compile_kernels=False
+    )
+    assert re.search(r"empty_strided_cuda\(\((s\d+), 16\)", result.code[-1])
+    assert result.computed.count(walk.TRITON)
+    assert result.reused is not None
+
+
+def test_two_halves_of_guidance_are_one_to_each_rank() -> None:
+    """Without sharded attention the blocks speak to nobody; afterwards the halves are gathered."""
+    options = {"context_parallel": {"cfg": 2}, "first_block_cache": False, "fp8": False}
+    result = hvcompile.lower(Toy(3), *toy_inputs(batch=2).values(), options=options, ranks=2, compile_kernels=False)
+    sample = 4 * toy_inputs()["sample"].numel()  # bytes
+    collectives = [event for event in result.computed.events if event.kind == walk.COLLECTIVE]
+    assert (collectives[-1].name, collectives[-1].where) == ("_c10d_functional.all_gather_into_tensor.default", ())
+    assert collectives[-1].num_bytes == 3 * sample
+    assert not [event.name for event in collectives if event.where]
+    attentions = {event.num_bytes for event in result.computed.events if "attention.default" in event.name}
+    assert max(attentions) < 2 * 4 * sample  # of q, k, v and the result for one sample, the text's tokens among keys
 
 
 def test_keys_travel_while_attention_runs(ring: Lowered) -> None:
@@ -189,13 +305,13 @@ PRODUCT = re.compile(r"^( *)extern_kernels\._scaled_mm\((\w+), reinterpret_tenso
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault"),
+    ("kind", "fault", "name"),
     [
-        (walk.SYNC, r"\1\2.sum().item()"),
-        (walk.COPY, r"\1\2.clone()"),
+        (walk.SYNC, r"\1\2.sum().item()", "a number, torch."),
+        (walk.COPY, r"\1\2.clone()", "aten.clone.default"),
     ],
 )
-def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str) -> None:
+def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str, name: str) -> None:
     """One synchronisation, or one copy, before every float8 product."""
     code, numbers = whole.code[-1], [1052]
     products = len(PRODUCT.findall(code))
@@ -205,6 +321,9 @@ def test_a_planted_fault_is_counted(whole: Lowered, kind: str, fault: str) -> No
         worse = walk.walk(PRODUCT.sub(rf"{fault}\n\g<0>", code), numbers, reuse=False)
     calls = names(whole.computed).count("aten._scaled_mm.default")
     assert worse.count(kind) == whole.computed.count(kind) + calls
+    found = [event for event in worse.events if event.kind == kind and event.name != "a decision"]
+    assert all(event.name.startswith(name) for event in found)
+    assert all("subgraph" in event.where[-1] for event in found)  # in which body of blocks
 
 
 def test_float8_weights_in_rows_are_refused(whole: Lowered) -> None:
@@ -216,6 +335,26 @@ def test_float8_weights_in_rows_are_refused(whole: Lowered) -> None:
     assert wrong != code
     with on_absent(whole.gpu, compile_kernels=False), pytest.raises(RuntimeError, match=r"column|stride|transpose"):
         walk.walk(wrong, [1052], reuse=False)
+
+
+NONZERO = """
+import torch
+from torch._C._dynamo.guards import assert_size_stride
+
+def call(args):
+    places = torch.ops.aten.nonzero.default(*args)
+    assert_size_stride(places, (6, 2), (1, 6))  # in C++, where a length without a number would end the process
+    return (places,)
+
+def get_args():
+    return [torch.empty(2, 3, dtype=torch.bool, device="cuda:0")]
+"""
+
+
+def test_places_that_are_not_zero_are_as_many_as_there_can_be() -> None:
+    with on_absent(GPUS["h100"], compile_kernels=False):
+        found = walk.walk(NONZERO, reuse=False)
+    assert [(event.kind, event.num_bytes) for event in found.events] == [(walk.SYNC, 0), (walk.LIBRARY, 6 + 6 * 2 * 8)]
 
 
 def test_triton_that_interprets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

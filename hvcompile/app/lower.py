@@ -15,8 +15,9 @@ from hvcompile.app.script import ScriptSeenError, nothing_seen, run_up_to
 from hvcompile.app.skeleton import first_call
 from hvcompile.errors import InputError
 from hvcompile.journal import Declined
-from hvcompile.lowered.gpus import GPUS
+from hvcompile.lowered.gpus import GPUS, peaks
 from hvcompile.lowered.lower import Lowered, lower_call, settings_for
+from hvcompile.lowered.quantised import quantisations
 from hvcompile.options import Options
 from hvcompile.torch_private.dynamo import frame_call
 from hvcompile.trunk.outline import recover
@@ -97,7 +98,7 @@ def _write_code(results: Mapping[str, Lowered], request: Request) -> None:
 
 
 def _figures(item: Lowered) -> dict[str, Any]:
-    steps = {"computed": item.computed, "reused": item.reused}
+    steps, device = {"computed": item.computed, "reused": item.reused}, peaks(item.gpu)
     return {
         "gpu": dataclasses.asdict(item.gpu),
         "ranks": item.ranks,
@@ -111,11 +112,17 @@ def _figures(item: Lowered) -> dict[str, Any]:
             name: {
                 "launches": step.num_launches,
                 "bytes": step.num_bytes,
+                "flops": step.flops,
+                "model_seconds": None if device is None else step.seconds(device),
                 "transferred_bytes": step.transferred_bytes,
                 "peak_bytes": step.peak_bytes,
                 "input_bytes": step.input_bytes,
                 "by_function": step.by_function(),
                 "collectives": step.overlaps(),
+                "quantisations": [
+                    {"part": function, "kernel": kernel, "apart": apart}
+                    for (function, kernel), apart in quantisations(step).items()
+                ],
             }
             for name, step in steps.items()
             if step is not None

@@ -50,11 +50,13 @@ def _gpu(name: str, half: float, single: float, bandwidth: float, *, has_float8:
 
 
 DEVICES: Mapping[str, Device] = {
-    # NVIDIA's data sheets, without sparsity; Ada's 16-bit figures are those with fp32 accumulation.
+    # NVIDIA's data sheets, and for the RTX 4090 and 5090 its architecture whitepapers (Ada, RTX Blackwell), without
+    # sparsity; 16-bit figures of Ada and of the RTX 5090 are those with fp32 accumulation.
     "a100": _gpu("NVIDIA A100 80 GB SXM", 312.0, 19.5, 2.039, has_float8=False),
     "l20": _gpu("NVIDIA L20", 119.5, 59.8, 0.864),
     "l40s": _gpu("NVIDIA L40S", 362.0, 91.6, 0.864),
     "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 165.2, 82.6, 1.008),
+    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 209.5, 104.8, 1.792),
     "h100": _gpu("NVIDIA H100 SXM", 989.4, 67.0, 3.35),
     "h200": _gpu("NVIDIA H200 SXM", 989.4, 67.0, 4.8),
     "b200": _gpu("NVIDIA B200", 2250.0, 75.0, 8.0),

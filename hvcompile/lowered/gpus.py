@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hvcompile.graph.costs import DEVICES, Device
 from hvcompile.torch_private.absent_gpu import Gpu
 
 _GIB = 1 << 30
@@ -37,3 +38,8 @@ GPUS: Mapping[str, Gpu] = {
     "rtx5090": _gpu("NVIDIA GeForce RTX 5090", (12, 0), 170, 32 * _GIB, 96),
 }
 """GPUs by the short name that ``hvcompile lower --gpu`` takes."""
+
+
+def peaks(gpu: Gpu) -> Device | None:
+    """What a GPU computes and moves in a second at most, as its vendor states; None for one that is not in ``GPUS``."""
+    return next((DEVICES[key] for key, item in GPUS.items() if item == gpu), None)

@@ -31,7 +31,7 @@ from hvcompile.torch_private.absent_gpu import Compilation, Gpu, TritonKernel, a
 from hvcompile.torch_private.absent_inputs import fake_tensors, on_gpu
 from hvcompile.torch_private.distributed import absent_ranks, has_absent_ranks
 from hvcompile.torch_private.fakes import size_hint, value
-from hvcompile.torch_private.lowering import LOWERINGS
+from hvcompile.torch_private.lowering import LOWERINGS, to_inductor
 from hvcompile.trunk.observer import Observer
 
 
@@ -244,7 +244,7 @@ def _compile(
     observer = Observer()
     trunk = rewrite(captured, settings, journal, observer, known_args=known)
     if isinstance(trunk, Declined):
-        _compile_plainly(captured, inputs)
+        LOWERINGS["inductor"](captured, inputs)
         return journal, ()
     plan = seal(trunk)
     hand_over(trunk.module, sealed_inputs(trunk, plan, inputs), settings, observer, trunk)
@@ -252,5 +252,5 @@ def _compile(
 
 
 def _compile_plainly(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[JournalRow], Sequence[int]]:
-    LOWERINGS["inductor"](captured, inputs)
+    to_inductor(captured, inputs, recomputing={})
     return [], ()

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
+from hvcompile.float8.format import DTYPE
 from hvcompile.float8.rules import refusals
+from hvcompile.graph.costs import Device
+from hvcompile.graph.flops import UNKNOWN_TO_TORCH
+from hvcompile.lowered.flows import Buffer, Flows, kernel_operands
 from hvcompile.torch_private.absent_inputs import fake_tensors
 from hvcompile.torch_private.fakes import num_bytes
 from hvcompile.torch_private.generated_code import Hooks, run
@@ -25,6 +29,9 @@ _FREE = re.compile(
     r"(prim\.|hvcompile\.leave\.|aten\.(empty|empty_strided|as_strided|view|_unsafe_view|slice|select|permute|t"
     r"|transpose|unsqueeze|squeeze|expand|detach|split|split_with_sizes|alias)\.)"
 )
+# Operators that wait for the device, to know how much memory their results take.
+_WAITING = re.compile(r"aten\.nonzero\.")
+_NEW = "aten.empty"
 _COPIES = re.compile(r"aten\.(copy_|clone|_to_copy|cat|constant_pad_nd|contiguous)\.")
 
 
@@ -38,6 +45,8 @@ class Event:
         where: the functions of the code that it stands in, the outermost first: a branch, a block's body.
         num_bytes: read and written, as if each operand were moved once; of a Triton kernel Inductor's own estimate.
         memory: of a collective and of a wait, what tells its result from all others.
+        flops: floating point operations of a library call's products; those of Triton kernels are not counted.
+        dtype: that those are computed in.
 
     """
 
@@ -46,6 +55,20 @@ class Event:
     where: tuple[str, ...]
     num_bytes: int
     memory: int = 0
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def seconds(self, device: Device) -> float:
+        """The least time that it takes a device to compute and to move this, whichever takes longer (roofline).
+
+        A model of the kernels alone: what comes from the host or from other ranks takes none here.
+
+        Source: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009.
+        """
+        if self.kind not in {TRITON, LIBRARY, COPY}:
+            return 0.0
+        peak = device.flops.get(self.dtype, device.flops[torch.float32])
+        return max(self.flops / peak, self.num_bytes / device.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +80,12 @@ class Walk:
         peak_bytes: the most that its buffers take at once, beside what it is given.
         peak_at: what was made when that was reached.
         input_bytes: of what it is given: weights, state, inputs.
+        buffers: what its events wrote, and which of them read it.
 
     """
 
     events: tuple[Event, ...]
+    buffers: tuple[Buffer, ...] = dataclasses.field(repr=False)
     peak_bytes: int
     peak_at: str
     input_bytes: int
@@ -78,6 +103,15 @@ class Walk:
     def num_bytes(self) -> int:
         """Read and written on the device in all."""
         return sum(event.num_bytes for event in self.events if event.kind != TRANSFER)
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the products."""
+        return sum(event.flops for event in self.events)
+
+    def seconds(self, device: Device) -> float:
+        """The least time of all kernels one after the other: see ``Event.seconds``."""
+        return sum(event.seconds(device) for event in self.events)
 
     @property
     def transferred_bytes(self) -> int:
@@ -150,12 +184,13 @@ def walk(code: str, numbers: Sequence[int] = (), *, reuse: bool, capability: tup
         on_enter=recorder.on_enter,
         on_leave=recorder.on_leave,
     )
-    run(code, fake_tensors(), hooks, numbers)
+    run(code, fake_tensors(), hooks, numbers, UNKNOWN_TO_TORCH)
     return Walk(
         events=tuple(recorder.events),
         peak_bytes=recorder.memory.peak,
         peak_at=recorder.peak_at,
         input_bytes=recorder.memory.outside,
+        buffers=tuple(recorder.flows.buffers()),
     )
 
 
@@ -166,7 +201,7 @@ class _Recorder:
         self._reuse, self._size, self._capability = reuse, size, capability
         self._where: list[str] = []
         self.events: list[Event] = []
-        self.memory = LiveBytes()
+        self.memory, self.flows = LiveBytes(), Flows()
         self.peak_at = ""
 
     def on_enter(self, name: str) -> None:
@@ -186,6 +221,7 @@ class _Recorder:
         tensors = [item for item in args if isinstance(item, torch.Tensor)]
         self.memory.note(tensors)
         moved = round(float(estimate[1]) * 1e9) if estimate else sum(map(num_bytes, tensors))
+        self.flows.event(len(self.events), *kernel_operands(source, args))
         self._add(TRITON, name, moved)
 
     def before_operator(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -201,10 +237,14 @@ class _Recorder:
         if found:
             raise RuntimeError(f"{'/'.join([*self._where, name])} would be refused: {'; '.join(found)}")
 
-    def on_operator(self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+    def on_operator(
+        self, name: str, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor], flops: int
+    ) -> None:
         self.memory.note([item for item in operands if item.device.type != "cpu"])
         if self.memory.add(results):
             self.peak_at = "/".join([*self._where, name])
+        if name.startswith(_NEW):
+            self.flows.new(results)
         if _FREE.match(name):
             return
         if name.startswith("hvcompile.fetch"):
@@ -212,6 +252,8 @@ class _Recorder:
             if brought:
                 self._add(TRANSFER, name, brought)
             return
+        if _WAITING.match(name):
+            self._add(SYNC, f"the size of {name}", 0)
         kind, memory = LIBRARY, 0
         if name.startswith("_c10d_functional.wait_tensor"):
             kind = WAIT
@@ -221,9 +263,18 @@ class _Recorder:
             kind = COPY
         if kind in {WAIT, COLLECTIVE}:
             memory = storage_id(operands[0] if kind == WAIT else results[0])
+        outputs = set(map(storage_id, results))
+        inputs = [item for item in operands if storage_id(item) not in outputs]
+        self.flows.event(len(self.events), inputs, [] if kind == WAIT else results)
         moved = {} if kind == WAIT else {id(tensor): tensor for tensor in (*operands, *results)}
-        self._add(kind, name, sum(map(num_bytes, moved.values())), memory)
+        self._add(
+            kind,
+            name,
+            sum(map(num_bytes, moved.values())),
+            memory=memory,
+            flops=flops,
+            dtype=DTYPE if "float8" in name else (operands or results)[0].dtype,
+        )
 
-    def _add(self, kind: str, name: str, num_bytes: int, memory: int = 0) -> None:
-        where = tuple(self._where)
-        self.events.append(Event(kind=kind, name=name, where=where, num_bytes=num_bytes, memory=memory))
+    def _add(self, kind: str, name: str, num_bytes: int, **others: Any) -> None:
+        self.events.append(Event(kind=kind, name=name, where=tuple(self._where), num_bytes=num_bytes, **others))

@@ -13,13 +13,14 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import io
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -106,7 +107,8 @@ class TritonKernel:
         name: Inductor's.
         kind: Inductor's: pointwise, reduction, ...
         registers: of a thread.
-        spill_bytes: of a thread: what did not fit in registers and lies in memory.
+        stack_bytes: of a thread: its memory, for what spills, for arrays, and for arguments of a failed assertion.
+        spill_bytes: of a thread: what it writes there because registers are full, as ptxas counts instructions.
         shared_bytes: of a block.
         num_configs: how many ways to launch it autotuning would try; the first one was compiled.
 
@@ -115,6 +117,7 @@ class TritonKernel:
     name: str
     kind: str
     registers: int
+    stack_bytes: int
     spill_bytes: int
     shared_bytes: int
     num_configs: int
@@ -322,8 +325,8 @@ class _Driver:
         return True
 
 
-_KNOWN: dict[tuple[str, ...], tuple[int, int, int]] = {}
-"""Kernels that this process has compiled: registers of a thread, bytes that spill, shared memory of a block."""
+_KNOWN: dict[tuple[str, ...], Mapping[str, int]] = {}
+"""Kernels that this process has compiled, and what they take: fields of ``TritonKernel``."""
 
 
 def _triton(
@@ -343,20 +346,16 @@ def _triton(
         key = (gpu.arch, source, repr(self.triton_meta), repr(self.configs[0]))
         try:
             if key not in _KNOWN:
-                binary = self._precompile_config(self.configs[0]).kernel
-                _KNOWN[key] = (*_resources(binary.asm["cubin"]), binary.metadata.shared)
+                _KNOWN[key] = _resources(lambda: self._precompile_config(self.configs[0]).kernel)
         except Exception as error:  # whatever Triton, LLVM or ptxas raise: it is what is looked for
             compilation.failures.append((name, f"{type(error).__name__}: {error}"))
             return
-        registers, spill_bytes, shared_bytes = _KNOWN[key]
         compilation.kernels.append(
             TritonKernel(
                 name=name,
                 kind=str(self.heuristic_type).split(".")[-1].lower(),
-                registers=registers,
-                spill_bytes=spill_bytes,
-                shared_bytes=shared_bytes,
                 num_configs=len(self.configs),
+                **_KNOWN[key],
             )
         )
 
@@ -370,12 +369,18 @@ def _triton(
     yield mock.patch.object(triton.runtime.driver, "_active", _Driver(gpu))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of local memory that spills take, of a kernel's machine code."""
+def _resources(compile_kernel: Callable[[], Any]) -> Mapping[str, int]:
+    """What a kernel takes: fields of ``TritonKernel``.
+
+    Raises:
+        RuntimeError: ptxas, or cuobjdump, did not say what is looked for.
+
+    """
     from triton import knobs
 
+    binary = compile_kernel()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
@@ -384,4 +389,31 @@ def _resources(cubin: bytes) -> tuple[int, int]:
             check=True,
         ).stdout
     figures = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    return (int(figures[1]), int(figures[2])) if figures else (-1, -1)
+    if figures is None:
+        raise RuntimeError(f"cuobjdump does not tell registers and stack: {usage!r}")
+    registers, stack_bytes = int(figures[1]), int(figures[2])
+    return {
+        "registers": registers,
+        "stack_bytes": stack_bytes,
+        "spill_bytes": _spilled(compile_kernel) if stack_bytes else 0,
+        "shared_bytes": binary.metadata.shared,
+    }
+
+
+def _spilled(compile_kernel: Callable[[], Any]) -> int:
+    """Bytes that a thread writes to memory because registers are full, of which machine code does not tell.
+
+    ptxas tells while it compiles. So Triton compiles once more, whatever its cache has, by its own options for ptxas,
+    which differ by its version and by the device.
+    """
+    from triton import knobs
+
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        compile_kernel()
+    figures = re.findall(r"(\d+) bytes spill stores", log.getvalue())
+    if not figures:
+        raise RuntimeError(f"ptxas does not tell what spills: {log.getvalue()!r}")
+    return sum(map(int, figures))

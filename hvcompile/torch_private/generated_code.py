@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from hvcompile.torch_private.absent_gpu import decide_items
 from hvcompile.torch_private.operations import tensors_in
@@ -29,7 +30,8 @@ class Hooks:
     Attributes:
         on_kernel: of a Triton launch: the kernel's name, its source and its arguments.
         before_operator: of an operator of torch, before it: its name and its arguments.
-        on_operator: of an operator of torch, after it: its name, the tensors that went in, and those that came out.
+        on_operator: of an operator of torch, after it: its name, the tensors that went in, those that came out, and the
+            floating point operations of its products.
         on_item: of a number read from the device; answers it.
         on_enter: of a function of the code that begins; its name.
         on_leave: of one that ends.
@@ -38,13 +40,28 @@ class Hooks:
 
     on_kernel: Callable[[str, str, Sequence[Any]], None]
     before_operator: Callable[[str, Sequence[Any], Mapping[str, Any]], None]
-    on_operator: Callable[[str, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+    on_operator: Callable[[str, Sequence[torch.Tensor], Sequence[torch.Tensor], int], None]
     on_item: Callable[[torch.Tensor], Any]
     on_enter: Callable[[str], None]
     on_leave: Callable[[str], None]
 
 
-def run(code: str, mode: FakeTensorMode, hooks: Hooks, numbers: Sequence[int]) -> Sequence[Any]:
+def _shapes(value: Any) -> Any:
+    """Nested arguments, with shapes for tensors."""
+    if isinstance(value, Mapping):
+        return {name: _shapes(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shapes(item) for item in value]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+
+def run(
+    code: str,
+    mode: FakeTensorMode,
+    hooks: Hooks,
+    numbers: Sequence[int],
+    count: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({}),
+) -> Sequence[Any]:
     """Call generated code once, with inputs of its own making.
 
     Args:
@@ -52,6 +69,7 @@ def run(code: str, mode: FakeTensorMode, hooks: Hooks, numbers: Sequence[int]) -
         mode: makes the tensors.
         hooks: are told.
         numbers: for the last inputs that are numbers.
+        count: of operators whose products torch's counter does not know, what tells their operations by shapes.
 
     Returns:
         The outputs, fake.
@@ -79,7 +97,7 @@ def run(code: str, mode: FakeTensorMode, hooks: Hooks, numbers: Sequence[int]) -
         places = [place for place, item in enumerate(args) if isinstance(item, int)]
         for place, number in zip(places[len(places) - len(numbers) :], numbers, strict=True):
             args[place] = number
-        with decide_items(hooks.on_item), _Operators(hooks):
+        with decide_items(hooks.on_item), _Operators(hooks, count):
             return module.call(args)  # type: ignore[no-any-return]
 
 
@@ -142,15 +160,33 @@ class _Extern:
         return scaled_mm
 
 
+def _all_nonzero(tensor: torch.Tensor) -> torch.Tensor:
+    """What ``nonzero`` returns at most: the places of all elements, in columns as CUDA's kernel lays them out.
+
+    How many there are depends on data. The fake result's length would have a name and no number, at which torch's check
+    of strides in the generated code, written in C++, ends the process.
+    """
+    size = tensor.numel(), tensor.ndim
+    return tensor.new_empty_strided(size, (1, tensor.numel()), dtype=torch.int64)
+
+
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells of every operator."""
 
-    def __init__(self, hooks: Hooks) -> None:
+    def __init__(self, hooks: Hooks, count: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._hooks = hooks
+        self._hooks, self._count = hooks, count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._hooks.before_operator(str(func), args, kwargs or {})
-        result = func(*args, **(kwargs or {}))
-        self._hooks.on_operator(str(func), list(tensors_in((args, kwargs))), list(tensors_in(result)))
+        result = _all_nonzero(args[0]) if func is torch.ops.aten.nonzero.default else func(*args, **(kwargs or {}))
+        flops = self._flops(func, args, kwargs or {}, result)
+        self._hooks.on_operator(str(func), list(tensors_in((args, kwargs))), list(tensors_in(result)), flops)
         return result
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Floating point operations of an operator's products, by torch's own formulas and those that were given."""
+        packet = getattr(func, "overloadpacket", func)
+        if packet in self._count:  # takes shapes
+            return int(self._count[packet](*_shapes(args), **_shapes(kwargs)))
+        return int(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0

@@ -18,11 +18,14 @@ def lowering_tables(results: Mapping[str, Lowered]) -> list[Table]:
     """Lay out what came of it: the passes, what a step does, what each block does, and the kernels."""
     main = next(iter(results.values()))
     tables = [passes_table(main.journal, "did", "left, and why"), _steps(results), _functions(main), _kernels(results)]
+    if table := _quantisations(main):
+        tables.append(table)
     return [*tables, _collectives(main)] if main.ranks > 1 else tables
 
 
 def _steps(results: Mapping[str, Lowered]) -> Table:
     from hvcompile.lowered import walk
+    from hvcompile.lowered.gpus import peaks
 
     gpu = next(iter(results.values())).gpu
     table = Table(title=f"a step of one rank on {gpu.name}", title_justify="left")
@@ -42,12 +45,16 @@ def _steps(results: Mapping[str, Lowered]) -> Table:
     ):
         table.add_row(heading, *(str(step.count(kind)) for step in steps))
     table.add_row("GB read and written", *(figures.in_unit(step.num_bytes, "G") for step in steps))
+    table.add_row("TFLOP of products", *(figures.in_unit(step.flops, "T") for step in steps))
+    if device := peaks(gpu):
+        table.add_row("seconds at least (a model)", *(f"{step.seconds(device):.3g}" for step in steps))
     table.add_row("GiB of inputs", *(f"{step.input_bytes / 2**30:.2f}" for step in steps))
     table.add_row("GiB of buffers, at most", *(f"{step.peak_bytes / 2**30:.2f}" for step in steps))
     memory = gpu.memory_bytes / 2**30
     table.caption = (
         f"the GPU has {memory:.0f} GiB; inputs are weights, state and what the call is given; a library call may "
-        "launch more than one kernel"
+        "launch more than one kernel; seconds are no measurement: a kernel takes what its bytes or its products take "
+        "at the peaks that NVIDIA states, whichever is more; collectives and transfers from the host take none"
     )
     return table
 
@@ -85,6 +92,17 @@ def _kernels(results: Mapping[str, Lowered]) -> Table:
     ]
     table.caption = "\n".join(wrong) or None
     return table
+
+
+def _quantisations(item: Lowered) -> Table | None:
+    from hvcompile.lowered.quantised import quantisations
+
+    table = Table("part", "kernel that quantises", title="what quantisation is fused into", title_justify="left")
+    table.add_column("kernels that could be one with it")
+    for (function, kernel), apart in quantisations(item.computed).items():
+        table.add_row(function or "outside of all", kernel, "\n".join(apart) or "none")
+    table.caption = "Inductor names a kernel after the operators that it computes"
+    return table if table.rows else None
 
 
 def _collectives(item: Lowered) -> Table:
