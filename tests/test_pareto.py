@@ -59,7 +59,7 @@ def test_a_small_run(pareto: ModuleType, prompts: Path, tmp_path: Path, monkeypa
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "cache_dit", None)
     monkeypatch.setattr(pareto, "INTERVALS", (2,))
-    given = ("--prompts", prompts, *SMALL, "--threshold", 1000, "--output", tmp_path / "p")
+    given = ("--prompts", prompts, *SMALL, "--threshold", 1000, "--percent", 50, "--output", tmp_path / "p")
     options = ("--options", "warmup_steps=3", "--options-threshold", 1000)
     done = invoke(pareto, *given, *options)
     assert done.exit_code == 0, done.output
