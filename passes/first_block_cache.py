@@ -306,7 +306,7 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         is_new, steps, allowed, follow = self._may_reuse(steps, streak, lead, clock=clock, **generation)
-        may, _ = lead.flags(allowed & is_number)
+        may = lead.with_nothing_compared(allowed & is_number)
         if num_computed is not None and computed_clocks is not None:
             num_computed = torch.where(is_new, torch.zeros_like(num_computed), num_computed)
             reused, enough = on_all_ranks([may, num_computed > 1], group)

@@ -141,6 +141,25 @@ def test_guidance_s_calls_skip_the_same_steps() -> None:
             assert relative_error(row[half], wanted) < 1e-4
 
 
+def test_a_call_that_holds_another_step_than_the_first_is_computed() -> None:
+    """Guidance that pauses; and two requests in turn that share a negative prompt, whose state is the other's then."""
+    (one, other, negative), path, others = texts(3), samples(7, steps=9), samples(8, steps=9)
+    fast = compiled(Toy(), computed_steps=(0, 1, 4), forecast=1)
+    for turns, guided_steps in (
+        ([(one, path)], {0, 1, 6, 7}),
+        ([(one, path), (other, others)], set(range(9))),
+    ):
+        for place in range(9):
+            for text, way in turns:
+                for condition in (text, negative)[: 2 if place in guided_steps else 1]:
+                    clock = torch.full((1,), 900.0 - 20 * place)
+                    with torch.no_grad():
+                        output = fast(sample=way[place], timestep=clock, text=condition)
+                        wanted = Toy()(way[place], clock, condition)
+                    assert reused(fast)[-1] == (condition is not negative and place not in {0, 1, 4})
+                    assert condition is not negative or relative_error(output, wanted) < 1e-5
+
+
 @pytest.mark.ranks
 def test_ranks_skip_as_one_does() -> None:
     """Two ranks and one; then one of the two loses its state between two calls of a step, and none waits."""

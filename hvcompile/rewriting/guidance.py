@@ -8,7 +8,7 @@ The first call of a step leaves a record: its timestep and sample, what its cond
 and which step it holds. A call is of the same step where timestep and sample are equal, conditions or weights are not,
 and its own generation has not been there yet. It takes the first one's number of the step, for it may have been left
 out of earlier ones, as where guidance starts late. Where the first one computed, it computes. Where the first one
-reuses, it does too if it holds the same step, and decides by its own change if not.
+reuses, it does too if it holds the same step, and decides by its own change if not, or computes where there is none.
 """
 
 from __future__ import annotations
@@ -85,8 +85,20 @@ class Lead:
         """
         if self.marks is None:
             return [allowed, torch.zeros_like(allowed)]
-        holds_the_same = self.past_marks[1] == self.lead_marks[-1]
-        return [allowed & (self.lead_reused | self._is_followed.logical_not()), self._is_followed & holds_the_same]
+        return [
+            allowed & (self.lead_reused | self._is_followed.logical_not()),
+            self._is_followed & self._holds_the_same,
+        ]
+
+    def with_nothing_compared(self, allowed: Any) -> Any:
+        """Whether this call, which may reuse where ``allowed``, still may if it can't decide by its own change."""
+        may, _ = self.flags(allowed)
+        return may if self.marks is None else may & (self._holds_the_same | self._is_followed.logical_not())
+
+    @property
+    def _holds_the_same(self) -> Any:
+        """Whether what this call holds was computed of the same sample as what the first one holds; a bool scalar."""
+        return self.past_marks[1] == self.lead_marks[-1]
 
     def follow(self, reused: Any, number: Any) -> dict[str, Any]:
         """The next ``past_marks``, and the next record: the same, or this call's where it is the first of its step.

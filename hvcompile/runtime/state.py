@@ -256,8 +256,8 @@ def reset(model: torch.nn.Module | Callable[..., Any]) -> None:
     A new prompt, shape or schedule needs no call, nor does writing to weights or conditions, in whatever way: both are
     seen. Call ``reset`` in three cases, which are not:
 
-    - a generation has the same conditions as one that was broken off, and begins further along the schedule than that
-      one came (at a lower timestep, where timesteps fall);
+    - a generation has the same conditions as one that was broken off, and begins where that one came or further along
+      the schedule (at a lower timestep, where timesteps fall), or anywhere else if that one made a single step;
     - generations with the same conditions run step by step in turn, in one thread;
     - one-step generations differ in seed and embedded guidance alone.
 
