@@ -35,8 +35,9 @@ def load_options(path: str | os.PathLike[str], *, num_steps: int | None = None) 
 
     Args:
         path: of a JSON object, a section an entry. What the sections say is checked when a model is compiled.
-        num_steps: how many denoising steps the options are to serve. A schedule that was made for another number is
-            told of in the log, as a warning. None asks nothing.
+        num_steps: how many steps the pipeline's progress bar will count, which with a second-order sampler are more
+            than it is asked for. A schedule that was made for another number is told of in the log, as a warning. None
+            asks nothing.
 
     Raises:
         InputError: there is no such file, or it holds something else.
@@ -69,20 +70,23 @@ def unlike(options: Mapping[str, Any], made_for: Mapping[str, Any], **now: Any) 
     if not isinstance(cache, Mapping) or not cache.get("computed_steps"):
         return []
     words = {"num_steps": "{} steps", "sampler": "the sampler {}", "model": "the model {}"}
-    other = [name for name in words if name in made_for and name in now and made_for[name] != now[name]]
+    known = [name for name in words if made_for.get(name) is not None and now.get(name) is not None]
+    other = [name for name in known if os.path.normpath(str(made_for[name])) != os.path.normpath(str(now[name]))]
     if not other:
         return []
     then, today = (", ".join(words[name].format(given[name]) for name in other) for given in (made_for, now))
-    return [
-        f"the schedule was made for {then}, and this is {today}: the steps in its list mean other ones here. "
-        "hvcompile tune finds one for it"
-    ]
+    why = "other steps may suit it better" if other == ["model"] else "the steps in its list mean other ones here"
+    return [f"the schedule was made for {then}, and this is {today}: {why}. hvcompile tune finds one for it"]
 
 
 def _made_for(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     found = content.get(MADE_FOR, {})
     if not isinstance(found, dict):
         raise InputError(f"options {str(path)!r}: {MADE_FOR} is a {type(found).__name__}; allowed is an object")
+    for name, kind, allowed in (("num_steps", int, "a whole number"), ("sampler", str, "text"), ("model", str, "text")):
+        held = found.get(name)
+        if isinstance(held, bool) or not isinstance(held, kind | None):
+            raise InputError(f"options {str(path)!r}: {MADE_FOR}.{name} is {held!r}; allowed is {allowed}, or null")
     return found
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hvcompile.errors import OptionError
+from hvcompile.inputs import MADE_FOR
 from hvcompile.pipeline import Pass, require_type
 from hvcompile.torch_private.lowering import LOWERINGS
 
@@ -221,6 +222,8 @@ def _require_known(keys: Mapping[Any, Any], allowed: Iterable[str], where: str) 
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            if key == MADE_FOR:
+                hint = "; read the file by hvcompile.load_options, which takes that entry off"
             raise OptionError(f"unknown key {key!r} in {where}; allowed are {', '.join(map(repr, allowed))}{hint}")
 
 

@@ -66,15 +66,14 @@ class Pass:
 
     ``section`` is its key in ``options``; ``is_exact`` says that it does not change numerics (it then also runs under
     ``mode="exact"``). ``tolerance`` is the relative difference that it may make to the outputs of a step that computes
-    all blocks; ``compares_first_block`` that it decides by how much the first block's results change. ``switch`` names
-    the field without which it does not run and that ``mode="max"`` sets; it may share its section with a pass that has
-    none. ``needs`` are passes without whose rewrite it may not apply, be it asked for by name.
+    all blocks. ``switch`` names the field without which it does not run and that ``mode="max"`` sets; it may share its
+    section with a pass that has none. ``needs`` are passes without whose rewrite it may not apply, be it asked for by
+    name.
     """
 
     section: ClassVar[str]
     is_exact: ClassVar[bool]
     tolerance: ClassVar[float] = 0.0
-    compares_first_block: ClassVar[bool] = False
     switch: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
 
@@ -89,6 +88,11 @@ class Pass:
                 object.__setattr__(self, field.name, tuple(setting))
             elif isinstance(setting, numbers.Real) and not isinstance(setting, int):
                 object.__setattr__(self, field.name, float(setting))  # NumPy's, say, which no graph takes
+
+    @property
+    def compares_first_block(self) -> bool:
+        """Whether the pass decides by how much the first block's results change from step to step."""
+        return False
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk in place, or leave it as it was and say why."""

@@ -138,7 +138,6 @@ class FirstBlockCache(Pass):
 
     section: ClassVar[str] = "first_block_cache"
     is_exact: ClassVar[bool] = False
-    compares_first_block: ClassVar[bool] = True
 
     threshold: float = 0.06
     warmup_steps: int = 0
@@ -185,7 +184,7 @@ class FirstBlockCache(Pass):
         nothing = "first_block_cache.front_blocks is 0, so no block is looked at"
         if self.threshold < MOST:
             raise OptionError(
-                f"{nothing}, and first_block_cache.threshold, {self.threshold:g}, has nothing to be compared with; set "
+                f"{nothing}, and first_block_cache.threshold, {self.threshold!r}, has nothing to be compared with; set "
                 f"it to {MOST:g} and list the steps to compute in first_block_cache.computed_steps"
             )
         for name, fits, allowed in (("decide_by", ("change",), "'change'"), ("forecast", (0, 1), "0 or 1")):
@@ -199,6 +198,11 @@ class FirstBlockCache(Pass):
                 f"{nothing}, and nothing says which steps are computed; give first_block_cache.computed_steps or "
                 "first_block_cache.max_consecutive_hits"
             )
+
+    @property
+    def compares_first_block(self) -> bool:
+        """Whether block 1 is looked at."""
+        return self.front_blocks > 0
 
     def apply(self, trunk: Trunk, context: Context) -> PassReport:
         """Rewrite the trunk's calls 2..N, or all, into one ``cond``; see the class."""
@@ -216,12 +220,8 @@ class FirstBlockCache(Pass):
         options = dataclasses.replace(self, keep="bfloat16") if reason else self
         _rewrite(trunk, plan, options)
         streams = ", ".join(f"{node.name} {tuple(value(node).shape)}" for node in plan.leaving)
-        return PassReport(
-            matched=(
-                f"{trunk.blocks[self.front_blocks].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}",
-            ),
-            unmet=(("keep='float8'", reason),) if reason else (),
-        )
+        said = f"{trunk.blocks[self.front_blocks].path} .. {trunk.blocks[-1].path} run on a miss; cached: {streams}"
+        return PassReport(matched=(said,), unmet=(("keep='float8'", reason),) if reason else ())
 
     def decide(
         self,
@@ -266,8 +266,9 @@ class FirstBlockCache(Pass):
             steps, streak, lead, clock=clock, last_clock=last_clock, past_clocks=past_clocks, **generation
         )
         forecasting = forecasting.within(is_new)
+        flags = lead.flags(allowed) if self.threshold < MOST else lead.flags_of_schedule(allowed)
         change, (may, follows), products, enough = relative_change(
-            residual, first, lead.flags(allowed), forecasting=forecasting, is_ours=is_ours, group=group
+            residual, first, flags, forecasting=forecasting, is_ours=is_ours, group=group
         )
         ahead = forecasting.ahead(products, enough)
         change = ahead.judged(change)
@@ -306,7 +307,7 @@ class FirstBlockCache(Pass):
         """
         steps, streak = counters[0], counters[1]
         is_new, steps, allowed, follow = self._may_reuse(steps, streak, lead, clock=clock, **generation)
-        may = lead.with_nothing_compared(allowed & is_number)
+        may, _ = lead.flags_of_schedule(allowed & is_number)
         if num_computed is not None and computed_clocks is not None:
             num_computed = torch.where(is_new, torch.zeros_like(num_computed), num_computed)
             reused, enough = on_all_ranks([may, num_computed > 1], group)

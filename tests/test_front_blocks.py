@@ -141,10 +141,11 @@ def test_guidance_s_calls_skip_the_same_steps() -> None:
             assert relative_error(row[half], wanted) < 1e-4
 
 
-def test_a_call_that_holds_another_step_than_the_first_is_computed() -> None:
+@pytest.mark.parametrize("front_blocks", [0, 1])
+def test_a_call_that_holds_another_step_than_the_first_is_computed(front_blocks: int) -> None:
     """Guidance that pauses; and two requests in turn that share a negative prompt, whose state is the other's then."""
     (one, other, negative), path, others = texts(3), samples(7, steps=9), samples(8, steps=9)
-    fast = compiled(Toy(), computed_steps=(0, 1, 4), forecast=1)
+    fast = compiled(Toy(), front_blocks=front_blocks, computed_steps=(0, 1, 4), forecast=1)
     for turns, guided_steps in (
         ([(one, path)], {0, 1, 6, 7}),
         ([(one, path), (other, others)], set(range(9))),

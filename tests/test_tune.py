@@ -29,6 +29,7 @@ from hvcompile.app.tuning.candidates import Candidate, Goal
 from hvcompile.app.tuning.results import Measured, Row, denoising_seconds
 from hvcompile.app.tuning.store import Store, rounded
 from hvcompile.errors import InputError
+from hvcompile.inputs import unlike
 from hvcompile.options import parse
 from hvcompile.passes import PASSES
 
@@ -235,6 +236,12 @@ def test_a_schedule_that_was_made_for_other_steps_is_told_of(
     assert words in caplog.text
     path.write_text(json.dumps({"first_block_cache": {"threshold": 0.1}, "made_for": made_for}))
     assert notes(Request(prompt="a red circle", options_file=path), loaded, run, ()) == (), "it holds of any number"
+    assert unlike({"first_block_cache": schedule}, {"model": "./m"}, model="m") == []
+    (line,) = unlike({"first_block_cache": schedule}, {"model": "m", "num_steps": None}, model="n", num_steps=3)
+    assert "other steps may suit it better" in line
+    path.write_text(json.dumps({"made_for": {"num_steps": "30"}}))
+    with pytest.raises(InputError, match=r"made_for.num_steps is '30'; allowed is a whole number, or null"):
+        hvcompile.load_options(path)
     path.write_text('{"made_for": 3}')
     with pytest.raises(InputError, match="made_for is a int; allowed is an object"):
         hvcompile.load_options(path)

@@ -90,10 +90,12 @@ class Lead:
             self._is_followed & self._holds_the_same,
         ]
 
-    def with_nothing_compared(self, allowed: Any) -> Any:
-        """Whether this call, which may reuse where ``allowed``, still may if it can't decide by its own change."""
-        may, _ = self.flags(allowed)
-        return may if self.marks is None else may & (self._holds_the_same | self._is_followed.logical_not())
+    def flags_of_schedule(self, allowed: Any) -> list[Any]:
+        """The same where no change decides: a call that holds another step than the first one does not reuse."""
+        may, follows = self.flags(allowed)
+        if self.marks is not None:
+            may = may & (self._holds_the_same | self._is_followed.logical_not())
+        return [may, follows]
 
     @property
     def _holds_the_same(self) -> Any:
