@@ -32,6 +32,11 @@ def is_left_running(target: Any) -> bool:
     return bool(getattr(target, "is_left_running", False))
 
 
+def is_exchange(target: Any) -> bool:
+    """Whether a node with this target is a collective: one of ours, or one of torch's."""
+    return str(getattr(target, "__module__", "")).endswith(".collectives") or "c10d" in str(target)
+
+
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group of this process that goes by a name."""
     # Private: nothing public goes from a name to a group (2.11.0, 2.13.0).

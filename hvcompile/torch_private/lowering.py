@@ -35,7 +35,7 @@ from hvcompile.errors import LoweringError
 from hvcompile.torch_private.branches import operands_as_traced
 from hvcompile.torch_private.caching import inductors_decompositions, marked_for_caches, no_unseen_content
 from hvcompile.torch_private.compilers import why_no_compiling
-from hvcompile.torch_private.distributed import is_left_running
+from hvcompile.torch_private.distributed import is_exchange, is_left_running
 from hvcompile.torch_private.floats import unread_floats_stay_inputs
 from hvcompile.torch_private.subclasses import without_class
 
@@ -61,6 +61,8 @@ def _outlined_bodies(module: torch.nn.Module) -> Iterator[fx.GraphModule]:
 # fewer bytes on a GPU. Its own number is 30, with which the rotations of a block's queries and keys go through memory
 # in float32. With 60 a block of HunyuanVideo, Mochi or Flux moves 5 to 20 % fewer bytes, and one of LTX 3 % more. To
 # read more than Inductor's own 4 tensors again saves HunyuanVideo's float8 another 3 %, and costs CogVideoX 18 %.
+# What ranks exchange is in memory anyway: there Inductor's own takes a launch less a block, and 2 % fewer bytes in
+# float8.
 # Private: no public setting has it (2.11.0, 2.13.0).
 RECOMPUTING: Mapping[str, int] = {"realize_opcount_threshold": 60}
 
@@ -73,8 +75,8 @@ def to_inductor(
     Args:
         module: the graph.
         inputs: fake or real.
-        recomputing: Inductor's settings of what kernels compute again, for devices other than the CPU; none are
-            Inductor's own.
+        recomputing: Inductor's settings of what kernels compute again, for devices other than the CPU and graphs
+            without collectives; none are Inductor's own.
 
     Raises:
         LoweringError: Inductor asks for a size that depends on data, or lacks what it compiles with.
@@ -90,9 +92,11 @@ def to_inductor(
     config: dict[str, Any] = {
         "size_asserts": is_ahead,
         "unsafe_marked_cacheable_functions": marked_for_caches(module),
-        **(recomputing if is_ahead else {}),
     }
-    if any(is_left_running(node.target) for child in _graphs(module) for node in child.graph.nodes):
+    targets = [node.target for child in _graphs(module) for node in child.graph.nodes]
+    if is_ahead and not any(map(is_exchange, targets)):
+        config |= recomputing
+    if any(map(is_left_running, targets)):
         # To lower the peak of memory, Inductor would move the start of a transfer to its wait (2.13.0: on by default).
         config["reorder_for_peak_memory"] = False
     try:
