@@ -43,18 +43,18 @@ def load_options(path: str | os.PathLike[str], *, num_steps: int | None = None) 
         InputError: there is no such file, or it holds something else.
 
     """
-    options = _read(path)
-    made_for = _made_for(options, path)
-    options.pop(MADE_FOR, None)
+    options, made_for = read_options(path)
     if num_steps is not None:
         for line in unlike(options, made_for, num_steps=num_steps):
             log.warning("options %r: %s", str(path), line)
     return options
 
 
-def made_for(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a file of options says that it was made for; nothing where it says nothing. Raises as ``load_options``."""
-    return _made_for(_read(path), path)
+def read_options(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sections of a file of options, and what it says that they were made for. Raises as ``load_options``."""
+    options = _read(path)
+    made_for = _made_for(options, path)
+    return {name: section for name, section in options.items() if name != MADE_FOR}, made_for
 
 
 def unlike(options: Mapping[str, Any], made_for: Mapping[str, Any], **now: Any) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 
 from hvcompile.app.request.assignments import assignments, merged, nested
 from hvcompile.app.request.parameters import COMPILING, EACH, Mode
-from hvcompile.inputs import load_options, made_for
+from hvcompile.inputs import read_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +56,19 @@ class Compiling:
     ] = False
 
     @functools.cached_property
+    def _in_file(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the file of options holds, read once: it may go while the run lasts."""
+        return read_options(self.options_file) if self.options_file is not None else ({}, {})
+
+    @property
     def options_in_file(self) -> dict[str, Any]:
         """Options of the backend that a file gives."""
-        return load_options(self.options_file) if self.options_file is not None else {}
+        return self._in_file[0]
 
-    @functools.cached_property
+    @property
     def made_for(self) -> dict[str, Any]:
         """What that file says that its options were made for."""
-        return made_for(self.options_file) if self.options_file is not None else {}
+        return self._in_file[1]
 
     def own_options(self) -> dict[str, Any]:
         """Options of the backend that parameters of their own give."""
