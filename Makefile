@@ -25,13 +25,13 @@ video: setup
 	@$(BIN)/hvcompile generate "$(PROMPT)" --output out.mp4
 
 test: setup
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 docs: setup
 	$(BIN)/sphinx-build -W -q -b html docs build/docs

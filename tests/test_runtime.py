@@ -190,7 +190,7 @@ def test_reset_and_stats() -> None:
     assert (stats.hits, stats.misses, stats.slots) == (len(SCHEDULE) - 1, 1, 1)
     tensors = 2 * TOKENS * WIDTH * 4 + TOKENS * WIDTH * 4  # first residual, cached residual, last sample
     tensors += 2 * 8 + 2 * 8  # the content of the weights and of the text; which samples were seen and computed
-    tensors += 8 + 4 * 8 + 1  # what guidance's first call did: its timestep, its marks, whether it reused
+    tensors += 8 + 4 * 8 + 1 + 8  # what guidance's first call did: its timestep, marks, whether it reused, its number
     assert tensors <= stats.bytes <= tensors + 64
     assert stats.steps[0].difference == float("inf")
     assert all(step.slot == 0 and step.difference >= 0 for step in stats.steps)
@@ -279,7 +279,7 @@ def test_a_generation_s_state_goes_with_its_conditions(caplog: pytest.LogCapture
             assert hvcompile.stats(model).slots == 1
     del inputs
     stats = hvcompile.stats(model)
-    assert (stats.slots, stats.bytes) == (0, 8 * 4 + 41)  # hoisted frequencies, and the record of guidance
+    assert (stats.slots, stats.bytes) == (0, 8 * 4 + 49)  # hoisted frequencies, and the record of guidance
     assert [step.reused for step in stats.steps] == [False, True, True, True] * 20
     assert "hvfast has dropped state" not in caplog.text
 
