@@ -30,7 +30,9 @@ from hvcompile.lowered import walk
 from hvcompile.lowered.gpus import GPUS, peaks
 from hvcompile.lowered.lower import Lowered, lower_call, on_absent
 from hvcompile.lowered.quantised import quantisations
+from hvcompile.ranks import collectives
 from hvcompile.torch_private import lowering
+from hvcompile.torch_private.distributed import is_exchange
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -292,6 +294,13 @@ def test_shards_are_aligned(ring: Lowered) -> None:
     """Inductor measures no product for padding where all sizes are multiples of 8."""
     assert -(-MEASURABLE // 4) % 16
     assert all(str(MEASURABLE) in product for product in ring.measured)  # the head, of the whole sequence
+
+
+def test_collectives_are_known_by_their_targets() -> None:
+    """Graphs that hold one are lowered with Inductor's own settings of what is computed again."""
+    exchanges = (collectives.reshard, collectives.pass_on, torch.ops._c10d_functional.all_to_all_single.default)
+    assert all(map(is_exchange, exchanges))
+    assert not any(map(is_exchange, (torch.cat, "reshape", torch.ops.aten.mm.default)))
 
 
 def test_a_collective_that_is_waited_for_at_once_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
