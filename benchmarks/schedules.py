@@ -28,13 +28,14 @@ import typer
 from hvcompile.app import metrics, pipelines
 from hvcompile.app.bench.contenders import blocks_of
 from hvcompile.app.tuning.schedule import Trajectory, schedules
+from hvcompile.float8.format import DTYPE, LARGEST, SMALLEST_MAGNITUDE
 from hvcompile.rewriting import forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
 NUMBERS = (16, 12, 10, 9)
 """Of steps computed, of 30."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": DTYPE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def rounded(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """A tensor ``[clips, ...]`` as it comes back from a dtype."""
     if dtype != "float8":
         return tensor.to(DTYPES[dtype]).to(tensor.dtype)
-    scale = tensor.abs().amax(dim=tuple(range(1, tensor.ndim)), keepdim=True).clamp(min=1e-30) / 448
+    scale = tensor.abs().amax(dim=tuple(range(1, tensor.ndim)), keepdim=True).clamp(min=SMALLEST_MAGNITUDE) / LARGEST
     return (tensor / scale).to(DTYPES[dtype]).to(tensor.dtype) * scale
 
 

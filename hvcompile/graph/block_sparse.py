@@ -84,7 +84,7 @@ def attend_in_blocks(
     """
     del reads
     (batch, heads, num_queries, _), num_keys = query.shape, key.shape[2]
-    if bool((counts == indices.shape[-1]).all()):
+    if bool((counts == indices.shape[-1]).all()):  # nothing is skipped, so nothing need be gathered
         whole = scaled_dot_product_attention_with_lse(query, key, value, scale=scale)
         return whole[0].contiguous(), whole[1].contiguous()
     queries, keys, values = (_blocks(item, block) for item in (query, key, value))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvcompile.float8.format import DTYPE, LARGEST, SMALLEST_MAGNITUDE
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.branch import Branch
 
@@ -31,10 +32,8 @@ CHANGE_SHARE = 0.5
 MOST_AHEAD = 8.0
 """The largest coefficient, of either sign: a difference that is much smaller than the change says little of it."""
 
-KEPT = {"full": None, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+KEPT = {"full": None, "bfloat16": torch.bfloat16, "float8": DTYPE}
 """In which dtype differences are kept, None for that of what they are of."""
-
-LARGEST_FLOAT8 = 448.0
 
 Products = Mapping[tuple[int, int], Any]
 """Inner products of block 1's residual (0), its change since the last computed step (1), and its differences (2, 3)."""
@@ -237,7 +236,7 @@ def narrowed(
         return _converted(miss, difference, dtype), None
     wide = _converted(miss, difference, torch.float32)
     peak = miss.call(torch.amax, miss.call(torch.abs, wide), example=value(wide).amax())
-    scale = miss.call(torch.clamp_min, miss.call(torch.div, peak, LARGEST_FLOAT8), 1e-30)
+    scale = miss.call(torch.clamp_min, miss.call(torch.div, peak, LARGEST), SMALLEST_MAGNITUDE)
     return _converted(miss, miss.call(torch.div, wide, scale), dtype), scale
 
 

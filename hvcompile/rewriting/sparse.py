@@ -65,7 +65,7 @@ def skip_blocks(
     scale = float(int(value(given["query"]).shape[-1]) ** -0.5 if scale is None else scale)
     whole: Any = node.target
     dense = functools.partial(whole, scale=scale)
-    lengths = _lengths(given["key"])
+    lengths = lengths_of(given["key"])
     dtype = value(node).dtype
 
     def attend(query: Any, key: Any, value: Any, **own: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def skip_blocks(
     node.graph.erase_node(node)
 
 
-def _lengths(key: fx.Node) -> dict[str, fx.Node]:
+def lengths_of(key: fx.Node) -> dict[str, fx.Node]:
     """The node of how many keys there are, where they are fewer than the model's (``narrow``)."""
     length = key.args[3] if key.target == "narrow" and len(key.args) == 4 else None
     return {"length": length} if isinstance(length, fx.Node) else {}
@@ -148,7 +148,7 @@ def require_tokens(trunk: Trunk) -> None:
         placeholders = list(body.module.graph.find_nodes(op="placeholder"))
         found = marked(body.module.graph)
         for node in named(body, found):
-            for length in _lengths(arguments(node)["key"]).values():
+            for length in lengths_of(arguments(node)["key"]).values():
                 position = placeholders.index(length)
                 *others, _ = found[node.name].keys
                 wanted = sum(item.stop - item.start for item in others) + LEAST_KEYS

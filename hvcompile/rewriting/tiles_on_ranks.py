@@ -15,6 +15,7 @@ from hvcompile.graph.tiles import Part, Sizes, grid_of
 from hvcompile.journal import Declined
 from hvcompile.ranks.split import Layout, Segment
 from hvcompile.rewriting.regrouping import Regrouped, add_order, refusal, refusal_of_order
+from hvcompile.rewriting.sparse import lengths_of
 from hvcompile.torch_private import fakes
 from hvcompile.torch_private.fakes import value
 from hvcompile.trunk.together import Sharding
@@ -74,9 +75,9 @@ def _refusal(node: fx.Node, tokens: Tokens) -> Declined | None:
     if declined is not None:
         return declined
     total = sum(item.stop - item.start for item in tokens.keys)
-    length = given["key"].args[3] if given["key"].target == "narrow" and len(given["key"].args) == 4 else None
-    if isinstance(length, fx.Node) and tokens.keys[-1].is_split:
+    is_shortened = bool(lengths_of(given["key"]))
+    if is_shortened and tokens.keys[-1].is_split:
         return Declined("its keys end where padding begins, and the sample's tokens are the last of them")
-    if not isinstance(length, fx.Node) and fakes.shape_key(value(given["key"]))[2] != str(total):
+    if not is_shortened and fakes.shape_key(value(given["key"]))[2] != str(total):
         return Declined(f"it has {value(given['key']).shape[2]} keys, of which {total} are known")
     return refusal(node, Layout(2, tokens.queries), Layout(2, tokens.keys))
